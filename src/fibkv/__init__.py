@@ -1,0 +1,72 @@
+"""fibkv compresses the key-value cache of language models while they run, and attends to the compressed pages.
+
+Names are loaded when they are first used, so that the contracts can be used without torch and without transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fibkv.artifact import Artifact, decode_slice, decode_tensor, encode_tensor
+    from fibkv.errors import FibkvError
+    from fibkv.hf import Cache, attention
+    from fibkv.policy import Policy, decide, plan
+    from fibkv.pressure import PressureConfig, PressureController
+    from fibkv.profile import Profile
+    from fibkv.receipt import Receipt
+    from fibkv.regions import ProtectedRegions, QualityBudget
+    from fibkv.shape import KVShape
+
+_HOMES = {
+    "Artifact": "artifact",
+    "Cache": "hf",
+    "FibkvError": "errors",
+    "KVShape": "shape",
+    "Policy": "policy",
+    "PressureConfig": "pressure",
+    "PressureController": "pressure",
+    "Profile": "profile",
+    "ProtectedRegions": "regions",
+    "QualityBudget": "regions",
+    "Receipt": "receipt",
+    "attention": "hf",
+    "decide": "policy",
+    "decode_slice": "artifact",
+    "decode_tensor": "artifact",
+    "encode_tensor": "artifact",
+    "plan": "policy",
+}
+
+__version__ = "0.1.0"
+
+__all__ = [  # noqa: RUF022 - in the order of the ranks: contracts, tensors, models
+    "FibkvError",
+    "KVShape",
+    "Policy",
+    "PressureConfig",
+    "PressureController",
+    "Profile",
+    "ProtectedRegions",
+    "QualityBudget",
+    "Receipt",
+    "decide",
+    "plan",
+    "Artifact",
+    "decode_slice",
+    "decode_tensor",
+    "encode_tensor",
+    "Cache",
+    "attention",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fibkv' has no attribute {name!r}")
+    return getattr(import_module(f"fibkv.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

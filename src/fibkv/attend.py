@@ -1,0 +1,190 @@
+"""Attention on a snapshot of the cache: part by part on the codes, one merge, one un-rotation.
+
+The query is rotated once per space of the keys, outputs are summed per space of the values and un-rotated once at the
+end. No tensor made here grows with the context: parts are stacked tile by tile, queries are taken in blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fibkv import kernels
+from fibkv.errors import KernelError
+from fibkv.rotation import Rotation
+from fibkv.tables import Tables
+from fibkv.view import TILE_TOKENS, Part, View
+
+# Logits held at a time, over all rows and query heads.
+LOGITS_LIMIT = 1 << 24
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scores:
+    """How logits become weights.
+
+    Attributes:
+        scale: factor of q.k.
+        softcap: c of c * tanh(logits / c), or None.
+        mask: ``[B or 1, heads or 1, Q, length]``, bool (True = attend) or floating (added); None = no mask.
+        causal: without a mask, whether query i sees only keys up to its own position (the queries are the newest
+            tokens).
+    """
+
+    scale: float
+    softcap: float | None = None
+    mask: Tensor | None = None
+    causal: bool = True
+
+
+def attend(query: Tensor, view: View, scores: Scores, *, implementation: str = "auto") -> tuple[Tensor, Tensor]:
+    """Attention of queries on everything that a view holds.
+
+    Args:
+        query: ``[B, Hq, Q, d]``, any floating dtype; ``Hq`` is a multiple of the view's KV heads.
+        view: snapshot of one layer.
+        scores: scale, mask, softcap.
+        implementation: of the kernels.
+
+    Returns:
+        ``out [B, Hq, Q, d_value]`` in the query's dtype, and ``lse [B, Hq, Q]`` float32. Queries that may attend to
+        nothing get zeros.
+
+    Raises:
+        KernelError: heads or mask do not fit the view.
+    """
+    heads = view.tail.keys.shape[1]
+    batch, query_heads, length = query.shape[:3]
+    if query_heads % heads or batch != len(view.rows):
+        raise KernelError(
+            f"query: expected {len(view.rows)} rows and a multiple of {heads} heads, got shape {list(query.shape)}"
+        )
+    _check_mask(scores.mask, query, view.length)
+    step = max(1, LOGITS_LIMIT // (batch * query_heads * min(TILE_TOKENS, view.length)))
+    blocks = [
+        _attend_block(query[:, :, first : first + step], first, length, view, scores, implementation)
+        for first in range(0, length, step)
+    ]
+    outs, lses = zip(*blocks, strict=True)
+    return torch.cat(outs, 2).to(query.dtype), torch.cat(lses, 2)
+
+
+def _check_mask(mask: Tensor | None, query: Tensor, length: int) -> None:
+    if mask is None:
+        return
+    batch, heads, queries = query.shape[:3]
+    wanted = (batch, heads, queries, length)
+    fits = mask.ndim == 4 and all(size in (1, want) for size, want in zip(mask.shape[:2], wanted[:2], strict=True))
+    if not fits or tuple(mask.shape[2:]) != wanted[2:]:
+        raise KernelError(
+            f"attention mask: expected shape {list(wanted)} or 1 in its first two, got {list(mask.shape)}"
+        )
+
+
+def _attend_block(
+    query: Tensor, first: int, total: int, view: View, scores: Scores, implementation: str
+) -> tuple[Tensor, Tensor]:
+    """Attention of queries ``first:first + Q`` of ``total``; ``query [B, Hq, Q, d]``."""
+    batch, query_heads, length, _ = query.shape
+    heads = view.tail.keys.shape[1]
+    groups = query_heads // heads
+    # Query heads of one KV head become further queries: [B, H, G * Q, d].
+    grouped = query.reshape(batch, heads, groups * length, -1).to(torch.float32)
+    rotated: dict[Rotation | None, Tensor] = {}
+    sums: dict[Rotation | None, _Sum] = {}
+    block = _Block(first, length, groups, view.length - total)
+    for part in view.parts():
+        key_tables, value_tables = part.key_codec.tables, part.value_codec.tables
+        visible, mask = block.mask(part, scores)
+        if not visible:
+            continue
+        if key_tables.rotation not in rotated:
+            rotated[key_tables.rotation] = kernels.rotate(grouped, key_tables, implementation=implementation)
+        out, lse = kernels.attend(
+            rotated[key_tables.rotation][part.rows, None, part.heads[0] : part.heads[1]],
+            part.keys,
+            key_tables,
+            part.values,
+            value_tables,
+            scale=scores.scale,
+            mask=mask,
+            softcap=scores.softcap,
+            implementation=implementation,
+        )
+        if value_tables.rotation not in sums:
+            sums[value_tables.rotation] = _Sum(grouped, out.shape[-1], value_tables, implementation)
+        sums[value_tables.rotation].add(part, out, lse)
+    out, lse = _total(list(sums.values()), implementation)
+    return out.view(batch, query_heads, length, -1), lse.view(batch, query_heads, length)
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Where a block of queries stands: queries ``first:first + length`` of those that follow token ``past``."""
+
+    first: int
+    length: int
+    groups: int
+    past: int
+
+    def mask(self, part: Part, scores: Scores) -> tuple[bool, Tensor | None]:
+        """Whether any query sees the part, and the mask ``[B or 1, P, heads or 1, G * Q, T]`` for `kernels.attend`."""
+        stop = part.start + part.spans * part.tokens
+        if scores.mask is not None:
+            return True, self._given(part, scores.mask, stop)
+        newest = self.past + self.first
+        if not scores.causal or stop <= newest + 1:
+            return True, None
+        if part.start > newest + self.length - 1:
+            return False, None
+        device = part.device
+        queries = newest + torch.arange(self.length, device=device)
+        keys = torch.arange(part.start, stop, device=device)
+        seen = (keys <= queries[:, None])[None, None]
+        return True, self._per_span(part, seen)
+
+    def _given(self, part: Part, mask: Tensor, stop: int) -> Tensor | None:
+        queries = slice(self.first, self.first + self.length)
+        rows = part.rows if mask.shape[0] > 1 else slice(None)
+        block = mask[rows, :, queries, part.start : stop]
+        if block.dtype == torch.bool and bool(block.all()):
+            return None
+        return self._per_span(part, block)
+
+    def _per_span(self, part: Part, block: Tensor) -> Tensor:
+        """``[b, h, Q, P * T]`` to ``[b, P, h / G or 1, G * Q, T]``."""
+        spans: Tensor = block.unflatten(-1, (part.spans, part.tokens)).permute(0, 3, 1, 2, 4)
+        if spans.shape[2] == 1:
+            return spans.repeat(1, 1, 1, self.groups, 1)
+        per_head: Tensor = spans.unflatten(2, (-1, self.groups))[:, :, part.heads[0] : part.heads[1]]
+        return per_head.flatten(3, 4)
+
+
+class _Sum:
+    """Attention over the parts of one value space so far: ``out [B, H, G * Q, d_value]`` and its lse."""
+
+    def __init__(self, query: Tensor, width: int, tables: Tables, implementation: str) -> None:
+        self.out = query.new_zeros((*query.shape[:-1], width))
+        self.lse = query.new_full(query.shape[:-1], -torch.inf)
+        self.tables = tables
+        self.implementation = implementation
+
+    def add(self, part: Part, outs: Tensor, lses: Tensor) -> None:
+        """Adds ``outs [b, P, heads, G * Q, d_value]`` and ``lses [b, P, heads, G * Q]``."""
+        where = (part.rows, slice(*part.heads))
+        outs = torch.cat([self.out[where].unsqueeze(1), outs], 1).transpose(0, 1)
+        lses = torch.cat([self.lse[where].unsqueeze(1), lses], 1).transpose(0, 1)
+        self.out[where], self.lse[where] = kernels.merge(outs, lses, implementation=self.implementation)
+
+    def finished(self) -> tuple[Tensor, Tensor]:
+        """The output in the original space, un-rotated once."""
+        return kernels.unrotate(self.out, self.tables, implementation=self.implementation), self.lse
+
+
+def _total(sums: list[_Sum], implementation: str) -> tuple[Tensor, Tensor]:
+    outs, lses = zip(*(part.finished() for part in sums), strict=True)
+    if len(outs) == 1:
+        return outs[0], lses[0]
+    return kernels.merge(torch.stack(outs), torch.stack(lses), implementation=implementation)

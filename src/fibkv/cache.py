@@ -1,0 +1,191 @@
+"""The live cache of one layer: per batch row a table of sealed pages, and one raw tail of the newest tokens.
+
+append: tail -> page full -> policy -> `RoleCoder.seal` -> page table. read: an immutable `View`.
+Positions are cache slots: all rows have one length, as transformers' masks demand; padding is the mask's business.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fibkv.errors import PageError
+from fibkv.page import Page, Segment
+from fibkv.quarantine import Quarantine
+from fibkv.sealing import LayerSettings, full_spans, seal
+from fibkv.view import Tail, View
+
+
+class LayerCache:
+    """Keys and values of one layer for all batch rows.
+
+    Not safe for use from several threads at once. Copies (`copy.deepcopy`) share sealed pages.
+    """
+
+    def __init__(self, settings: LayerSettings, keys: Tensor, values: Tensor, quarantine: Quarantine) -> None:
+        """An empty cache for tensors like ``keys [B, H, t, d]`` and ``values [B, H, t, d_value]``."""
+        self.settings = settings
+        self.quarantine = quarantine
+        self._rows: list[tuple[Page, ...]] = [()] * keys.shape[0]
+        self._capacity = settings.tokens_per_page + settings.last_tokens_raw
+        self._tail = Tail(keys[:, :, :0], values[:, :, :0], 0).kept(0, 0, self._capacity)
+        self._length = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens held, the same for every row."""
+        return self._length
+
+    @property
+    def batch(self) -> int:
+        """Batch rows."""
+        return len(self._rows)
+
+    @property
+    def rows(self) -> tuple[tuple[Page, ...], ...]:
+        """The page tables."""
+        return tuple(self._rows)
+
+    @property
+    def tail(self) -> Tail:
+        """The newest tokens."""
+        return self._tail
+
+    def append(self, keys: Tensor, values: Tensor) -> View:
+        """Adds tokens and returns what attention over all tokens has to read.
+
+        Full pages are sealed behind the returned snapshot: this call still reads the new tokens exactly, later ones
+        read their codes. With ``read_through`` sealing comes first.
+
+        Args:
+            keys: ``[B, H, t, d]``.
+            values: ``[B, H, t, d_value]``.
+
+        Raises:
+            PageError: another batch size, heads or widths than the cache's, or a page in quarantine.
+            EncodingError: a page can be neither encoded nor kept raw. The cache is as it was before the call.
+        """
+        self._check(keys, values)
+        self._refuse_quarantined()
+        recent = self._tail.extended(keys.detach(), values.detach())
+        length = self._length + keys.shape[2]
+        before = View(self.rows, recent, length, self.settings.keys.implementation)
+        self._seal(recent, length)
+        return self.view() if self.settings.read_through else before
+
+    def view(self) -> View:
+        """A snapshot of everything held."""
+        self._refuse_quarantined()
+        return View(self.rows, self._tail, self._length, self.settings.keys.implementation)
+
+    def crop(self, length: int) -> None:
+        """Keeps the first ``length`` tokens. A page that the cut goes through is shortened without loss."""
+        if length >= self._length:
+            return
+        tail_start = self._length - self._tail.length
+        keep = max(0, length - tail_start)
+        if length < tail_start:
+            self._rows = [_cropped(row, length) for row in self._rows]
+        self._tail = self._tail.kept(0, keep, max(self._capacity, keep))
+        self._length = length
+
+    def select(self, indices: Sequence[int]) -> None:
+        """Makes row ``i`` a copy of row ``indices[i]``: beams, repeats and selections. Pages are shared."""
+        self._rows = [self._rows[index] for index in indices]
+        where = torch.as_tensor(indices, dtype=torch.long, device=self._tail.keys.device)
+        self._tail = self._tail.map(lambda tensor: tensor.index_select(0, where))
+
+    def to(self, device: torch.device) -> None:
+        """Moves everything to a device."""
+        self._rows = [tuple(page.to(device) for page in row) for row in self._rows]
+        self._tail = self._tail.map(lambda tensor: tensor.to(device))
+
+    def pages(self) -> Iterator[Page]:
+        """Every distinct page once, however many rows share it."""
+        yield from {id(page): page for row in self._rows for page in row}.values()
+
+    def verify(self) -> None:
+        """Checks every page against its digest; damaged ones go to quarantine and are refused from then on."""
+        for page in self.pages():
+            self.quarantine.admit("page", _name(page), page.digest, page.compute_digest())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of pages (shared ones once), page tables' further entries, and the tail's buffers with their slack."""
+        pages = list(self.pages())
+        entries = sum(len(row) for row in self._rows) - len(pages)
+        return sum(page.nbytes for page in pages) + 8 * entries + self._tail.nbytes
+
+    def raw_reasons(self) -> Counter[str]:
+        """Vectors that pages hold raw, by reason."""
+        counts: Counter[str] = Counter()
+        for header in (s.header() for page in self.pages() for s in (*page.keys, *page.values)):
+            if header.raw_reason is not None:
+                counts[header.raw_reason] += header.num_vectors
+        return counts
+
+    @contextmanager
+    def corrupted(self, row: int, page: int) -> Iterator[None]:
+        """For poison tests: damages one page in memory and restores it on exit.
+
+        The payload of its keys is put in reverse token order, so that every code stays valid and every key wrong.
+        """
+        segments = self._rows[row][page].keys
+        for segment in segments:
+            _reverse_tokens(segment)
+        try:
+            yield
+        finally:
+            for segment in segments:
+                _reverse_tokens(segment)
+
+    def _check(self, keys: Tensor, values: Tensor) -> None:
+        for name, new, held in (("keys", keys, self._tail.keys), ("values", values, self._tail.values)):
+            expected = (*held.shape[:2], held.shape[3], held.dtype)
+            actual = (*new.shape[:2], new.shape[-1], new.dtype)
+            if new.ndim != 4 or actual != expected:
+                raise PageError(
+                    f"layer {self.settings.layer} {name}: expected [batch, heads, head_dim, dtype] {list(expected)}, "
+                    f"got {list(actual)}"
+                )
+        if keys.shape[2] != values.shape[2]:
+            raise PageError(f"layer {self.settings.layer}: {keys.shape[2]} keys but {values.shape[2]} values")
+
+    def _refuse_quarantined(self) -> None:
+        if self.quarantine.records:
+            for page in self.pages():
+                if self.quarantine.is_quarantined("page", _name(page)):
+                    raise PageError(f"page {_name(page)} is in quarantine: its codes do not match its digest")
+
+    def _seal(self, recent: Tail, length: int) -> None:
+        """Seals what is full, then takes over: nothing of the cache changes before every page is encoded."""
+        spans = full_spans(self.settings, recent.length, length)
+        sealed = seal(self.settings, recent, length, spans)
+        done = spans[-1][1] if spans else 0
+        self._rows = [(*row, *pages) for row, pages in zip(self._rows, sealed, strict=True)]
+        rest = recent.length - done
+        has_room = done == 0 and rest < recent.keys.shape[2]
+        self._tail = recent if has_room else recent.kept(done, recent.length, max(self._capacity, rest + 1))
+        self._length = length
+
+
+def _name(page: Page) -> str:
+    return f"layer {page.layer}, tokens {page.start}..{page.start + page.tokens - 1}, {page.digest}"
+
+
+def _cropped(row: tuple[Page, ...], length: int) -> tuple[Page, ...]:
+    kept = [page for page in row if page.start < length]
+    if kept and kept[-1].start + kept[-1].tokens > length:
+        kept[-1] = kept[-1].cut(length - kept[-1].start)
+    return tuple(kept)
+
+
+def _reverse_tokens(segment: Segment) -> None:
+    """Reverses the token order of the payload, in place; doing it twice restores it."""
+    *_, (_, payload) = segment.codes.named()
+    raw = payload.view(torch.uint8)
+    raw.copy_(raw.flip(1))

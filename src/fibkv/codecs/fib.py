@@ -1,0 +1,71 @@
+"""fib: FibQuant (arXiv 2605.11478). Normalise, rotate, cut into blocks, nearest codeword of one shared codebook.
+
+k = 1 is the scalar case (TurboQuant, arXiv 2504.19874). ceil(log2 N)/k + norm bits/d bits per element, and with
+8-bit log norms 32 bits per group for the range of its norms.
+"""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from fibkv import codebook
+from fibkv.codecs.base import Codec, Field, require
+from fibkv.codes import Codes, FibCodes
+from fibkv.errors import PageError
+from fibkv.packing import packed_nbytes, stray_bits, unpack
+from fibkv.parameters import FibParameters
+from fibkv.rotation import rotation
+from fibkv.tables import FibTables
+
+
+class FibCodec(Codec):
+    """FibQuant at any (k, N): the codebook is shipped, cached on disk, or built on first use."""
+
+    tables: FibTables
+
+    def __init__(self, parameters: FibParameters) -> None:
+        self.parameters = parameters
+        book = codebook.load(parameters.block_dim, parameters.codebook_size)
+        turn = rotation(parameters.rotation, parameters.head_dim, parameters.rotation_seed)
+        self.tables = FibTables(
+            codewords=book.codewords / sqrt(parameters.head_dim),
+            rotation=turn,
+            head_dim=parameters.head_dim,
+            bits=parameters.wire_bits,
+            norm_format=parameters.norm_format,
+            gain_corrected=parameters.gain_corrected,
+        )
+        self.codebook_digest = book.digest
+        self.rotation_digest = turn.digest
+
+    def layout(self, tokens: int) -> tuple[Field, ...]:
+        """``norm_range [2 or 0]``, ``norms [T]`` and ``indices [T, bytes]``."""
+        log8 = self.tables.norm_format == "log8"
+        return (
+            Field("norm_range", torch.float16, (2 if log8 else 0,)),
+            Field("norms", torch.uint8 if log8 else torch.float16, (tokens,)),
+            Field("indices", torch.uint8, (tokens, packed_nbytes(self.tables.num_blocks, self.tables.bits))),
+        )
+
+    def assemble(self, tensors: dict[str, Tensor]) -> Codes:
+        """FibCodes."""
+        return FibCodes(**tensors)
+
+    def check(self, codes: Codes) -> None:
+        """Indices are inside the codebook, filling bits zero, norms finite and not negative."""
+        assert isinstance(codes, FibCodes)
+        indices = unpack(codes.indices, self.tables.num_blocks, self.tables.bits)
+        size = self.tables.codewords.shape[0]
+        require(indices < size, "indices", f"codes inside the codebook of {size} words")
+        if stray_bits(codes.indices, self.tables.num_blocks, self.tables.bits):
+            raise PageError("codes field 'indices': expected zero bits behind the last index of a vector")
+        if self.tables.norm_format == "f16":
+            require(torch.isfinite(codes.norms) & ~torch.signbit(codes.norms), "norms", "finite numbers >= 0")
+            return
+        low, step = codes.norm_range.to(torch.float32).unbind(-1)
+        # 2**128 is the first norm beyond float32.
+        require(torch.isfinite(low) & (low + 254 * step < 129), "norm_range", "norms within float32")
+        require(step > 0, "norm_range", "a positive step")

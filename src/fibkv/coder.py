@@ -1,0 +1,206 @@
+"""From vectors and the policy's decisions to segments: how one role of one model is coded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from torch import Tensor
+
+from fibkv.codecs import Codec, codec_for
+from fibkv.codes import Codes
+from fibkv.errors import ContractError, DecisionError, EncodingError, PageError
+from fibkv.page import NOT_ENCODABLE, Segment, SegmentHeader
+from fibkv.parameters import CodecParameters, RawParameters
+from fibkv.policy import Decision, Plan, Policy, Run, decide, plan
+from fibkv.profile import MISSING_CALIBRATION, Profile
+from fibkv.regions import PageGeometry, ProtectedRegions
+from fibkv.shape import Dtype, KVShape
+
+
+@dataclass(frozen=True, eq=False)
+class RoleCoder:
+    """How one role of one model is coded: its bound profile, its policy, the codecs behind them, and the raw one.
+
+    Attributes:
+        profile: bound to a shape; for a live cache its fixed part.
+        policy: asked for every page; protects what the profile protects.
+        raw_dtype: in which protected vectors and fallbacks are kept.
+        implementation: of the kernels.
+    """
+
+    profile: Profile
+    policy: Policy
+    raw_dtype: Dtype
+    implementation: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.profile.protected != self.policy.protected:
+            raise ContractError("Profile.protected", f"{self.policy.protected!r} of the policy", self.profile.protected)
+
+    def plan(self, shape: KVShape) -> Plan:
+        """The policy's decisions for a tensor of that shape: the only place where a coder learns what to compress."""
+        return plan(self.policy, shape, self.has_calibration, self.profile.codec.block_dim)
+
+    @cached_property
+    def raw(self) -> Codec:
+        """The codec of protected regions and fallbacks."""
+        return codec_for(RawParameters(head_dim=self.profile.codec.head_dim, dtype=self.raw_dtype))
+
+    @cached_property
+    def compressing(self) -> Codec:
+        """The codec of everything that is compressed."""
+        return codec_for(self.profile.codec, self.axis)
+
+    @cached_property
+    def axis(self) -> Literal["raw", "per_token", "per_channel"]:
+        """The profile's axis, with the role-aware one resolved: keys per channel, values per token (KIVI)."""
+        if self.profile.axis == "role_aware_kivi_style":
+            return "per_channel" if self.profile.role == "key" else "per_token"
+        return self.profile.axis
+
+    @property
+    def has_calibration(self) -> bool:
+        """Whether the profile is bound to a calibration."""
+        return self.profile.calibration_digest != MISSING_CALIBRATION
+
+    @cached_property
+    def profile_digest(self) -> str:
+        """Digest of the whole bound profile: stamped on every page."""
+        return self.profile.digest()
+
+    def codec_of(self, decision: Decision) -> Codec:
+        """The codec that a decision asks for."""
+        match decision.action:
+            case "keep_raw":
+                return self.raw
+            case "compress" if decision.axis == self.axis:
+                return self.compressing
+            case "compress":
+                raise ContractError("Profile.axis", f"{decision.axis}, as the policy decides", self.profile.axis)
+            case _:
+                raise DecisionError(f"profile {self.profile.profile_id!r}: {decision.action}: {list(decision.reasons)}")
+
+    def codec_of_segment(self, header: SegmentHeader, decision: Decision) -> Codec:
+        """The codec of a stored segment: the decision's, or the raw one where the header says that it fell back."""
+        return self.raw if NOT_ENCODABLE in header.reasons else self.codec_of(decision)
+
+    def check_segment(self, where: str, header: SegmentHeader, run: Run) -> None:
+        """Checks a stored segment's header against the policy's run.
+
+        Raises:
+            PageError: another rectangle, decision, codec or size.
+        """
+        reasons: tuple[str, ...] = run.decision.reasons
+        may_fall_back = run.decision.action == "compress" and self._may_fall_back
+        if may_fall_back and header.reasons == (*reasons, NOT_ENCODABLE):
+            reasons = header.reasons
+        codec = self.codec_of_segment(header, run.decision)
+        groups, tokens = run.heads[1] - run.heads[0], run.tokens[1] - run.tokens[0]
+        expected = SegmentHeader(
+            heads=run.heads,
+            tokens=run.tokens,
+            codec=codec.name,
+            action=run.decision.action,
+            axis=run.decision.axis,
+            reasons=reasons,
+            nbytes=codec.encoded_nbytes(groups, tokens),
+        )
+        if header != expected:
+            raise PageError(f"{where}: expected {expected}, got {header}")
+
+    @property
+    def _may_fall_back(self) -> bool:
+        return self.profile.fallback.mode == "keep_raw" and self.profile.fallback.raw_available
+
+    def seal(self, values: Tensor, runs: Sequence[Run]) -> list[tuple[Segment, ...]]:
+        """Encodes pages of equal length under equal decisions.
+
+        Args:
+            values: ``[pages, heads, T, d]``.
+            runs: the policy's rectangles with token ranges relative to the page.
+
+        Returns:
+            The segments of each page.
+
+        Raises:
+            EncodingError: a page cannot be encoded and the profile forbids to keep it raw. Nothing is kept then.
+            DecisionError: the policy asks for a calibration that is missing.
+            ContractError: the policy asks for another axis than the profile's.
+        """
+        columns = [self._seal_run(values, run) for run in runs]
+        return [tuple(segments) for segments in zip(*columns, strict=True)]
+
+    def _seal_run(self, values: Tensor, run: Run) -> list[Segment]:
+        block = values[:, run.heads[0] : run.heads[1], run.tokens[0] : run.tokens[1]]
+        codec = self.codec_of(run.decision)
+        try:
+            codes = codec.encode(block, implementation=self.implementation)
+        except EncodingError as error:
+            return self._fall_back(values, run, error)
+        return _segments(run, run.decision.reasons, codec, codes, len(values))
+
+    def _fall_back(self, values: Tensor, run: Run, error: EncodingError) -> list[Segment]:
+        if len(values) > 1:
+            # One bad page does not make the others raw.
+            return [segment for page in values.split(1) for segment in self._seal_run(page, run)]
+        if run.decision.action != "compress" or not self._may_fall_back:
+            raise EncodingError(f"profile {self.profile.profile_id!r}: {error}; raw fallback is not allowed") from error
+        block = values[:, run.heads[0] : run.heads[1], run.tokens[0] : run.tokens[1]]
+        codes = self.raw.encode(block, implementation=self.implementation)
+        return _segments(run, (*run.decision.reasons, NOT_ENCODABLE), self.raw, codes, 1)
+
+
+def _segments(run: Run, reasons: tuple[str, ...], codec: Codec, codes: Codes, pages: int) -> list[Segment]:
+    """One segment per page of ``codes [pages, heads, T, ...]``.
+
+    Clones: a page must not keep the memory of the whole prefill alive, nor be kept by it.
+    """
+
+    def row(page: int) -> Codes:
+        return codes.map(lambda tensor: tensor[page].clone())
+
+    return [Segment(run.heads, run.tokens, run.decision, reasons, codec, row(page)) for page in range(pages)]
+
+
+def bind_coder(
+    shape: KVShape,
+    parameters: CodecParameters,
+    policy: Policy,
+    *,
+    profile_id: str,
+    tokens_per_page: int,
+    raw_dtype: Dtype,
+    implementation: str = "auto",
+) -> RoleCoder:
+    """A coder whose profile is bound to a shape, to the codec's tables and to a policy.
+
+    Args:
+        shape: of the role; for a live cache its fixed part.
+        parameters: of the codec.
+        policy: its protected regions become the profile's, its strategy decides the axis.
+        profile_id: the operator's name.
+        tokens_per_page: tokens of a full page.
+        raw_dtype: of vectors that are kept raw.
+        implementation: of the kernels.
+
+    Raises:
+        ContractError: the parameters do not fit the shape.
+    """
+    # Asked without protection, the policy says on which axis it compresses this role.
+    bare = policy.model_copy(update={"protected": ProtectedRegions()})
+    axis = decide(bare, shape, 0, 0, 0, has_calibration=True).axis
+    codec = codec_for(parameters, axis)
+    profile = Profile.bind(
+        shape,
+        parameters,
+        profile_id=profile_id,
+        axis=axis,
+        geometry=PageGeometry.of(tokens_per_page, shape.head_dim, codec.vector_nbytes),
+        rotation_digest=codec.rotation_digest,
+        codebook_digest=codec.codebook_digest,
+        protected=policy.protected,
+    )
+    return RoleCoder(profile=profile, policy=policy, raw_dtype=raw_dtype, implementation=implementation)

@@ -1,0 +1,312 @@
+"""The reference kernels: plain torch, on any device, written for reading. They define the meaning.
+
+Faster implementations offer the same functions and are held to these by the conformance suite. Inputs are
+validated by `fibkv.kernels` before they come here. Shapes: ``...`` leading axes such as ``[rows, pages, heads]``,
+``T`` tokens, ``Q`` queries (grouped query heads included), ``d`` head_dim, ``m`` = d / k blocks.
+
+Everything is computed in float32, except for what decides a code before rounding (norms, rotation, logarithms):
+that is float64, so that codes depend neither on batch size nor on the order in which a machine adds.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from fibkv.codes import ChannelCodes, Codes, FibCodes, RawCodes, ScaledCodes
+from fibkv.errors import EncodingError, KernelError
+from fibkv.packing import pack, unpack
+from fibkv.tables import ChannelTables, FibTables, RawTables, ScaledTables, Tables
+
+# Distances computed at a time by the codeword search: 2**21 float32 stay inside the second-level cache.
+SEARCH_TILE = 1 << 21
+# Steps of an 8-bit log norm: code 0 is the zero vector, codes 1..255 the norms.
+LOG_STEPS = 254
+FLOAT16_MAX = 65504.0
+FLOAT32_MAX = 3.4028234663852886e38
+
+
+def encode(rows: Tensor, tables: Tables) -> Codes:
+    """Encodes vectors.
+
+    Args:
+        rows: ``[..., T, d]`` floating point.
+        tables: what the codec made.
+
+    Returns:
+        Codes with the same leading axes, newly allocated.
+
+    Raises:
+        EncodingError: a vector is not finite, or its norm or scale is out of the format's range.
+    """
+    match tables:
+        case RawTables():
+            return _encode_raw(rows, tables)
+        case ScaledTables():
+            return _encode_scaled(rows, tables)
+        case FibTables():
+            return _encode_fib(rows, tables)
+        case ChannelTables():
+            return _encode_channels(rows, tables)
+
+
+def decode(codes: Codes, tables: Tables, *, out: Tensor | None = None) -> Tensor:
+    """Decodes to vectors in their original space.
+
+    Args:
+        codes: what `encode` made with these tables.
+        tables: the same tables.
+        out: ``[..., T, d]`` of any floating dtype to write into; allocated as float32 if absent.
+
+    Returns:
+        ``[..., T, d]``.
+    """
+    vectors = unrotate(_vectors(codes, tables), tables)
+    if out is None:
+        return vectors
+    return out.copy_(vectors)
+
+
+def rotate(query: Tensor, tables: Tables) -> Tensor:
+    """Takes queries ``[..., Q, d]`` to the space of the codes: once per step and head, not per token."""
+    query = query.to(torch.float32)
+    return query if tables.rotation is None else tables.rotation.apply(query)
+
+
+def unrotate(out: Tensor, tables: Tables) -> Tensor:
+    """Takes attention outputs ``[..., Q, d]`` back from the space of the codes: the inverse of `rotate`."""
+    return out if tables.rotation is None else tables.rotation.invert(out)
+
+
+def logits(query: Tensor, codes: Codes, tables: Tables) -> Tensor:
+    """Inner products of rotated queries with coded keys.
+
+    Args:
+        query: ``[..., Q, d]`` float32, in the codes' space (`rotate`); broadcast over leading axes.
+        codes: keys, ``[..., T]`` vectors.
+        tables: of the keys' codec.
+
+    Returns:
+        ``[..., Q, T]`` float32, not scaled.
+    """
+    if isinstance(tables, ChannelTables):
+        assert isinstance(codes, ChannelCodes)
+        # <q, s * k> = <s * q, k>: the group's scales go to the query.
+        scaled = query * codes.channel_scales.unsqueeze(-2).to(torch.float32)
+        return logits(rotate(scaled, tables.inner), codes.inner, tables.inner)
+    return query @ _vectors(codes, tables).transpose(-1, -2)
+
+
+def mix(weights: Tensor, codes: Codes, tables: Tables) -> Tensor:
+    """Weighted sums of coded values.
+
+    Args:
+        weights: ``[..., Q, T]`` float32.
+        codes: values, ``[..., T]`` vectors.
+        tables: of the values' codec.
+
+    Returns:
+        ``[..., Q, d]`` float32 in the codes' space: `unrotate` it after the last part has been added.
+    """
+    if isinstance(tables, ChannelTables):
+        assert isinstance(codes, ChannelCodes)
+        inner = unrotate(mix(weights, codes.inner, tables.inner), tables.inner)
+        return inner * codes.channel_scales.unsqueeze(-2).to(torch.float32)
+    return weights @ _vectors(codes, tables)
+
+
+def attend(
+    query: Tensor,
+    key_codes: Codes,
+    key_tables: Tables,
+    value_codes: Codes,
+    value_tables: Tables,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of rotated queries on one part of a cache: logits -> softmax -> mix.
+
+    Args:
+        query: ``[..., Q, d]`` float32, in the keys' space.
+        key_codes: keys of ``T`` tokens.
+        key_tables: of the keys' codec.
+        value_codes: values of the same tokens.
+        value_tables: of the values' codec.
+        scale: factor of the logits, usually 1/sqrt(d).
+        mask: broadcastable to ``[..., Q, T]``: bool (True = attend) or float32 (added to the logits).
+        softcap: c of c * tanh(logits / c), or None.
+
+    Returns:
+        ``out [..., Q, d_value]`` float32 in the values' space and ``lse [..., Q]`` float32, the log of the softmax's
+        denominator. A query that may attend to nothing here has lse -inf and out 0.
+    """
+    scores = logits(query, key_codes, key_tables) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    lse = torch.logsumexp(scores, dim=-1)
+    # A row without any key has lse -inf; exp(-inf - 0) = 0 keeps it free of NaN.
+    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1))
+    return mix(weights, value_codes, value_tables), lse
+
+
+def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """Merges attention over parts into attention over their union, by log-sum-exp.
+
+    Args:
+        outs: ``[P, ..., Q, d]`` float32, one entry per part, all in one space.
+        lses: ``[P, ..., Q]`` float32.
+
+    Returns:
+        ``out [..., Q, d]`` and ``lse [..., Q]`` as `attend` over all parts at once would have given.
+    """
+    lse = torch.logsumexp(lses, dim=0)
+    shares = torch.exp(lses - lse.masked_fill(lse == -torch.inf, 0.0))
+    return (outs * shares.unsqueeze(-1)).sum(0), lse
+
+
+def _vectors(codes: Codes, tables: Tables) -> Tensor:
+    """Decodes to ``[..., T, d]`` float32 in the codes' own (rotated) space."""
+    match codes, tables:
+        case RawCodes(), RawTables():
+            return codes.values.to(torch.float32)
+        case ScaledCodes(), ScaledTables():
+            return codes.values.to(torch.float32) * codes.scales.to(torch.float32).unsqueeze(-1)
+        case FibCodes(), FibTables():
+            indices = unpack(codes.indices, tables.num_blocks, tables.bits)
+            directions = embedding(indices, tables.codewords.to(indices.device)).flatten(-2)
+            return directions * decode_norms(codes.norms, codes.norm_range).unsqueeze(-1)
+        case ChannelCodes(), ChannelTables():
+            inner = unrotate(_vectors(codes.inner, tables.inner), tables.inner)
+            return inner * codes.channel_scales.unsqueeze(-2).to(torch.float32)
+        case _:
+            raise KernelError(f"{type(codes).__name__} cannot be read with {type(tables).__name__}")
+
+
+def _require_finite(rows: Tensor) -> None:
+    finite = torch.isfinite(rows)
+    if not bool(finite.all()):
+        count = int((~finite).sum())
+        raise EncodingError(f"vectors must be finite, got {count} NaN or infinite of {rows.numel()} elements")
+
+
+def _encode_raw(rows: Tensor, tables: RawTables) -> RawCodes:
+    values = rows.to(tables.dtype, copy=True).contiguous()
+    if bool((torch.isinf(values) & torch.isfinite(rows)).any()):
+        raise EncodingError(f"vectors exceed {tables.dtype}: largest magnitude {float(rows.abs().max()):.4g}")
+    return RawCodes(values=values)
+
+
+def _encode_scaled(rows: Tensor, tables: ScaledTables) -> ScaledCodes:
+    rows = rows.to(torch.float32)
+    _require_finite(rows)
+    scales = _round_up_bfloat16(rows.abs().amax(-1) / tables.limit)
+    divisor = scales.to(torch.float32)
+    scaled = rows / divisor.masked_fill(divisor == 0, 1.0).unsqueeze(-1)
+    values = scaled.round() if tables.dtype == torch.int8 else scaled
+    return ScaledCodes(scales=scales, values=values.clamp(-tables.limit, tables.limit).to(tables.dtype))
+
+
+def _round_up_bfloat16(positive: Tensor) -> Tensor:
+    """Rounds float32 >= 0 to bfloat16 towards +infinity, so that nothing exceeds the scaled range; finite stays so."""
+    bits = positive.view(torch.int32)
+    raised = ((bits + 0xFFFF) >> 16).clamp(max=0x7F7F)
+    return raised.to(torch.int16).view(torch.bfloat16)
+
+
+def _encode_fib(rows: Tensor, tables: FibTables) -> FibCodes:
+    rows = rows.to(torch.float32)
+    _require_finite(rows)
+    # Dividing by the largest magnitude first keeps the squares of tiny and of huge vectors in range.
+    peak = rows.abs().amax(-1, keepdim=True).to(torch.float64)
+    scaled = rows.to(torch.float64) / peak.masked_fill(peak == 0, 1.0)
+    length = scaled.square().sum(-1, keepdim=True).sqrt()
+    unit = scaled / length.masked_fill(length == 0, 1.0)
+    rotated = (unit @ tables.rotation.matrix.to(unit.device, torch.float64).T).to(torch.float32)
+    blocks = rotated.unflatten(-1, (tables.num_blocks, -1))
+    codewords = tables.codewords.to(rows.device)
+    indices = _nearest(blocks.reshape(-1, blocks.shape[-1]), codewords).view(blocks.shape[:-1])
+    norms = (peak * length).squeeze(-1)
+    if tables.gain_corrected:
+        norms = norms * _optimal_gain(rotated, embedding(indices, codewords).flatten(-2))
+    packed_norms, norm_range = _encode_norms(norms, tables.norm_format)
+    return FibCodes(norm_range=norm_range, norms=packed_norms, indices=pack(indices, tables.bits))
+
+
+def _nearest(blocks: Tensor, codewords: Tensor) -> Tensor:
+    """Index of the nearest codeword (Euclid; ties: the lower index) of each block ``[n, k]``, as int32 ``[n]``.
+
+    The squared distance is summed coordinate by coordinate rather than by a matrix product: every step is then
+    exactly rounded, so the winner depends neither on the tile nor on the machine.
+    """
+    found = torch.empty(blocks.shape[0], dtype=torch.int32, device=blocks.device)
+    tile = max(1, SEARCH_TILE // codewords.shape[0])
+    for start in range(0, blocks.shape[0], tile):
+        rows = blocks[start : start + tile]
+        distance = torch.zeros(rows.shape[0], codewords.shape[0], device=blocks.device)
+        for axis in range(codewords.shape[1]):
+            difference = rows[:, axis, None] - codewords[:, axis]
+            distance += difference.mul_(difference)
+        found[start : start + tile] = distance.argmin(1)
+    return found
+
+
+def _optimal_gain(unit: Tensor, quantized: Tensor) -> Tensor:
+    """The g that minimises |u - g q|^2: <u, q> / <q, q> (notes in docs/DESIGN.md), ``[...]`` float64."""
+    unit, quantized = unit.to(torch.float64), quantized.to(torch.float64)
+    energy = quantized.square().sum(-1)
+    gain = (unit * quantized).sum(-1) / energy.masked_fill(energy == 0, 1.0)
+    # A norm is not negative: where the nearest codewords point away (coarse books, zero vectors) zero is best.
+    return gain.clamp(min=0.0)
+
+
+def _encode_norms(norms: Tensor, norm_format: str) -> tuple[Tensor, Tensor]:
+    """Norms ``[..., T]`` float64 >= 0 to (codes, range): see `FibCodes`."""
+    top = float(norms.max()) if norms.numel() else 0.0
+    if norm_format == "f16":
+        if top > FLOAT16_MAX:
+            raise EncodingError(f"norms must be at most {FLOAT16_MAX:g} to be stored as float16, got {top:.6g}")
+        return norms.to(torch.float16), norms.new_empty((*norms.shape[:-1], 0), dtype=torch.float16)
+    if top > FLOAT32_MAX:
+        raise EncodingError(f"norms must be finite in float32, got {top:.6g}")
+    return _encode_log_norms(norms)
+
+
+def _encode_log_norms(norms: Tensor) -> tuple[Tensor, Tensor]:
+    zero = norms == 0
+    logs = norms.masked_fill(zero, 1.0).log2()
+    low = logs.masked_fill(zero, torch.inf).amin(-1)
+    high = logs.masked_fill(zero, -torch.inf).amax(-1)
+    empty = zero.all(-1)
+    # Both numbers are rounded outwards to steps that float16 holds exactly over the whole range of float32 norms.
+    low = torch.floor(low.masked_fill(empty, 0.0) * 8) / 8
+    step = torch.ceil((high.masked_fill(empty, 0.0) - low) / LOG_STEPS * 1024).clamp(min=1) / 1024
+    codes = ((logs - low.unsqueeze(-1)) / step.unsqueeze(-1)).round().clamp(0, LOG_STEPS) + 1
+    return codes.masked_fill(zero, 0).to(torch.uint8), torch.stack([low, step], -1).to(torch.float16)
+
+
+def decode_norms(norms: Tensor, norm_range: Tensor) -> Tensor:
+    """Norms ``[..., T]`` float32 of `FibCodes` in either format."""
+    if norms.dtype == torch.float16:
+        return norms.to(torch.float32)
+    low, step = norm_range.to(torch.float32).unsqueeze(-2).unbind(-1)
+    values = torch.exp2(low + (norms.to(torch.float32) - 1) * step)
+    return values.masked_fill(norms == 0, 0.0)
+
+
+def _encode_channels(rows: Tensor, tables: ChannelTables) -> ChannelCodes:
+    rows = rows.to(torch.float32)
+    _require_finite(rows)
+    peak = rows.abs().amax(-2)
+    # Root mean square over the group's tokens, with the peak taken out so that no square leaves the range.
+    spread = (rows / peak.masked_fill(peak == 0, 1.0).unsqueeze(-2)).to(torch.float64).square().mean(-2).sqrt()
+    scales = _round_up_bfloat16((peak * spread).to(torch.float32))
+    scales = scales.masked_fill(scales == 0, 1.0)
+    return ChannelCodes(
+        channel_scales=scales,
+        inner=encode(rows / scales.to(torch.float32).unsqueeze(-2), tables.inner),
+    )

@@ -1,0 +1,211 @@
+"""Pages: immutable spans of tokens, sealed once, shared by reference, never edited.
+
+A *segment* is a rectangle (heads x tokens) of one role that one decision of the policy covers; the segments of a page
+cover its rectangle exactly once. Heads and tokens that the policy protects are segments of the raw codec; everything
+else is a segment of the profile's codec, or raw too where the codec cannot represent it and the profile allows that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fibkv.codecs import Codec
+from fibkv.codes import Codes
+from fibkv.contract import Contract, Total
+from fibkv.digest import canonical_json, digest_bytes
+from fibkv.errors import DigestMismatch, PageError
+from fibkv.policy import Decision
+
+PAGE_DOMAIN = "fib_quant_kv_page_v1"
+# Reason of a raw segment that the policy wanted compressed and the codec refused.
+NOT_ENCODABLE = "not_encodable"
+# What a sealed page holds beside its codes: its digest (32 bytes), three counts and a page-table entry (8 each).
+METADATA_NBYTES = 32 + 4 * 8
+
+
+class SegmentHeader(Contract):
+    """What is known of a segment without its codes: part of a page's digest and of its stored form."""
+
+    heads: tuple[int, int]
+    tokens: tuple[int, int]
+    codec: str
+    action: str
+    axis: str
+    reasons: tuple[str, ...]
+    nbytes: Total
+
+    @property
+    def num_vectors(self) -> int:
+        """Vectors in the rectangle."""
+        return (self.heads[1] - self.heads[0]) * (self.tokens[1] - self.tokens[0])
+
+    @property
+    def raw_reason(self) -> str | None:
+        """Why the vectors are stored raw, by decision or fallback; None if they are compressed."""
+        if NOT_ENCODABLE in self.reasons:
+            return NOT_ENCODABLE
+        return None if self.action == "compress" else self.reasons[0]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segment:
+    """One rectangle of one role of one page.
+
+    Attributes:
+        heads: half-open range of KV heads.
+        tokens: half-open range of tokens, relative to the page's start.
+        decision: what the policy said.
+        reasons: why it is raw, or on which axis it is compressed.
+        codec: how it is coded.
+        codes: ``[heads, tokens, ...]``.
+    """
+
+    heads: tuple[int, int]
+    tokens: tuple[int, int]
+    decision: Decision
+    reasons: tuple[str, ...]
+    codec: Codec
+    codes: Codes
+
+    def header(self) -> SegmentHeader:
+        """The segment without its codes."""
+        return SegmentHeader(
+            heads=self.heads,
+            tokens=self.tokens,
+            codec=self.codec.name,
+            action=self.decision.action,
+            axis=self.decision.axis,
+            reasons=self.reasons,
+            nbytes=self.codes.nbytes,
+        )
+
+    def to_bytes(self) -> bytes:
+        """The canonical bytes of the codes."""
+        return self.codec.to_bytes(self.codes)
+
+    def cut(self, tokens: int) -> Segment | None:
+        """The segment's part before token ``tokens`` of its page, copied, or None if nothing is left."""
+        stop = min(self.tokens[1], tokens)
+        if stop <= self.tokens[0]:
+            return None
+        kept = self.codes.tokens(0, stop - self.tokens[0], lead=1)
+        return replace(self, tokens=(self.tokens[0], stop), codes=kept.map(Tensor.clone))
+
+
+def segment_from_bytes(header: SegmentHeader, decision: Decision, codec: Codec, data: memoryview) -> Segment:
+    """The segment of a header and its canonical bytes, checked.
+
+    Raises:
+        PageError: bytes that no encoder makes of such a rectangle.
+    """
+    groups, tokens = (stop - start for start, stop in (header.heads, header.tokens))
+    codes = codec.from_bytes(data, groups, tokens)
+    return Segment(header.heads, header.tokens, decision, header.reasons, codec, codes)
+
+
+def decode_segments(segments: Iterable[Segment], out: Tensor) -> Tensor:
+    """Decodes segments into ``out [heads, T, d]`` of any floating dtype, which they must cover; returns it."""
+    for segment in segments:
+        (h0, h1), (t0, t1) = segment.heads, segment.tokens
+        segment.codec.decode(segment.codes, out=out[h0:h1, t0:t1])
+    return out
+
+
+def segments_digest(header: Contract | dict[str, object], segments: Sequence[Segment]) -> str:
+    """Digest over a page's header, its segments' headers and the canonical bytes of their codes."""
+    text = canonical_json({"page": header, "segments": [segment.header() for segment in segments]})
+    return digest_bytes(PAGE_DOMAIN, text.encode(), b"\0", *(segment.to_bytes() for segment in segments))
+
+
+@dataclass(frozen=True, eq=False)
+class Page:
+    """One layer, one batch row, one token span: keys and values with their digest, sealed when it is made.
+
+    Attributes:
+        layer: layer index.
+        start: first token.
+        tokens: number of tokens.
+        keys: segments of the keys.
+        values: segments of the values, on the same rectangles.
+        key_profile: digest of the keys' bound profile.
+        value_profile: digest of the values' bound profile.
+        digest: over all of the above.
+    """
+
+    layer: int
+    start: int
+    tokens: int
+    keys: tuple[Segment, ...]
+    values: tuple[Segment, ...]
+    key_profile: str
+    value_profile: str
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        if [(s.heads, s.tokens) for s in self.keys] != [(s.heads, s.tokens) for s in self.values]:
+            raise PageError(f"page of layer {self.layer} at token {self.start}: keys and values differ in segments")
+        object.__setattr__(self, "digest", self.compute_digest())
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Page:
+        return self  # immutable: copies of a cache share their pages
+
+    def compute_digest(self) -> str:
+        """The digest of what the page holds now."""
+        header: dict[str, object] = {
+            "layer": self.layer,
+            "start": self.start,
+            "tokens": self.tokens,
+            "key_profile": self.key_profile,
+            "value_profile": self.value_profile,
+        }
+        return segments_digest(header, (*self.keys, *self.values))
+
+    def verify(self) -> None:
+        """Checks the page against its digest.
+
+        Raises:
+            DigestMismatch: the page was damaged after sealing.
+        """
+        actual = self.compute_digest()
+        if actual != self.digest:
+            raise DigestMismatch(f"Page(layer={self.layer}, start={self.start})", self.digest, actual)
+
+    @cached_property
+    def form(self) -> tuple[object, ...]:
+        """What must be equal for consecutive pages to be read together: lengths, rectangles, codecs.
+
+        A page with segments of some of its tokens (protected ones) has a form of its own.
+        """
+        segments = (*self.keys, *self.values)
+        whole = all(segment.tokens == (0, self.tokens) for segment in segments)
+        rectangles = tuple((s.heads, s.tokens, id(s.codec)) for s in segments)
+        return (self.tokens, -1 if whole else self.start, rectangles)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and metadata."""
+        return METADATA_NBYTES + sum(segment.codes.nbytes for segment in (*self.keys, *self.values))
+
+    def cut(self, tokens: int) -> Page:
+        """The page's first ``tokens`` tokens as a page of its own; the kept codes are the same, bit for bit."""
+        return replace(
+            self,
+            tokens=tokens,
+            keys=tuple(s for s in (segment.cut(tokens) for segment in self.keys) if s is not None),
+            values=tuple(s for s in (segment.cut(tokens) for segment in self.values) if s is not None),
+        )
+
+    def to(self, device: torch.device) -> Page:
+        """The page with its codes on a device; the same object if they are there already."""
+        if all(t.device == device for s in (*self.keys, *self.values) for _, t in s.codes.named()):
+            return self
+
+        def moved(segment: Segment) -> Segment:
+            return replace(segment, codes=segment.codes.map(lambda tensor: tensor.to(device)))
+
+        return replace(self, keys=tuple(map(moved, self.keys)), values=tuple(map(moved, self.values)))

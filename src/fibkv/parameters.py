@@ -1,0 +1,213 @@
+"""Codec parameters: what, beside a codebook, decides the bytes that a codec makes of a vector.
+
+A union discriminated by the field ``codec``; a codec class and its parameters belong together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from fibkv.contract import Contract, Count, Index, MarkedContract
+from fibkv.errors import ContractError
+from fibkv.shape import Dtype
+
+Rotation = Literal["hadamard", "haar"]
+NormFormat = Literal["f16", "log8"]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
+
+_MAX_CODEBOOK_ELEMENTS = 67_108_864
+_RATE_TOLERANCE = 1e-12
+
+
+class _ScalarParameters(MarkedContract):
+    @property
+    def block_dim(self) -> int:
+        """Coordinates coded together: each stands alone."""
+        return 1
+
+
+class RawParameters(_ScalarParameters):
+    """Vectors kept as they are, in one element type."""
+
+    schema_version: Literal["fibkv_raw_parameters_v1"] = "fibkv_raw_parameters_v1"
+    codec: Literal["raw"] = "raw"
+    head_dim: Count
+    dtype: Dtype
+
+
+class Int8Parameters(_ScalarParameters):
+    """Eight-bit integers with one scale per vector."""
+
+    schema_version: Literal["fibkv_int8_parameters_v1"] = "fibkv_int8_parameters_v1"
+    codec: Literal["int8"] = "int8"
+    head_dim: Count
+
+
+class Fp8Parameters(_ScalarParameters):
+    """Eight-bit floats (e4m3) with one scale per vector."""
+
+    schema_version: Literal["fibkv_fp8_parameters_v1"] = "fibkv_fp8_parameters_v1"
+    codec: Literal["fp8"] = "fp8"
+    head_dim: Count
+
+
+class TrainingSettings(Contract):
+    """How a codebook was refined (FibQuant, arXiv 2605.11478, appendix A), so that it can be rebuilt.
+
+    The paper trains with 30 samples per codeword and keeps the restart that is best on those samples,
+    which picks the most overfitted one. The defaults train until convergence and choose on samples held out.
+    """
+
+    samples_per_codeword: Count = 2000
+    restarts: Count = 4
+    max_iterations: Index = 200
+    relative_tolerance: Annotated[float, Field(ge=0, lt=1)] = 1e-6
+    holdout_samples: Count = 200_000
+    head_dim: Annotated[int, Field(ge=2, le=4096)]
+    """Dimension of the unit vectors whose blocks were the training source."""
+
+
+class FibParameters(MarkedContract):
+    """FibQuant: a norm, a rotation, and one codeword per block of ``block_dim`` coordinates.
+
+    ``block_dim`` 1 is the scalar case (TurboQuant, arXiv 2504.19874). The rates are redundant and
+    checked: ``paper_rate`` = log2(N)/k counts fractional bits, ``wire_rate`` = ceil(log2 N)/k those stored.
+
+    Raises:
+        ContractError: on construction, for a broken bound or a rate that is not the computed one.
+    """
+
+    schema_version: Literal["fibkv_fib_parameters_v1"] = "fibkv_fib_parameters_v1"
+    codec: Literal["fib"] = "fib"
+    head_dim: Annotated[int, Field(ge=2, le=4096)]
+    block_dim: Annotated[int, Field(gt=0, le=256)]
+    codebook_size: Annotated[int, Field(ge=2, le=2**20)]
+    paper_rate: float
+    wire_bits: int
+    wire_rate: float
+    rotation: Rotation
+    rotation_seed: Seed
+    norm_format: NormFormat
+    gain_corrected: bool
+    codebook_seed: Seed
+    codebook_version: Count
+    training: TrainingSettings
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        d, k, n = self.head_dim, self.block_dim, self.codebook_size
+        if k >= d or d % k != 0:
+            raise ContractError("FibParameters.block_dim", f"a divisor of head_dim {d} below it", k)
+        if n * k > _MAX_CODEBOOK_ELEMENTS:
+            expected = f"at most {_MAX_CODEBOOK_ELEMENTS} // block_dim {k}"
+            raise ContractError("FibParameters.codebook_size", expected, n)
+        if k >= self.training.head_dim:
+            raise ContractError("FibParameters.training.head_dim", f"above block_dim {k}", self.training.head_dim)
+        if self.rotation == "hadamard" and not _is_power_of_two(d):
+            raise ContractError("FibParameters.rotation", f"haar, as head_dim {d} is no power of two", self.rotation)
+        for name, rate in _rates(k, n).items():
+            if abs(getattr(self, name) - rate) > _RATE_TOLERANCE:
+                raise ContractError(f"FibParameters.{name}", repr(rate), getattr(self, name))
+        return self
+
+    @classmethod
+    def of(
+        cls,
+        head_dim: int,
+        block_dim: int,
+        codebook_size: int,
+        *,
+        rotation: Rotation | None = None,
+        rotation_seed: int = 0,
+        norm_format: NormFormat = "log8",
+        gain_corrected: bool = True,
+    ) -> FibParameters:
+        """Parameters with the rates computed and the codebook trained for ``head_dim`` by default settings.
+
+        Args:
+            head_dim: dimension d of the vectors.
+            block_dim: coordinates k per codeword, a divisor of d below it.
+            codebook_size: number N of codewords.
+            rotation: by default ``hadamard`` where d is a power of two, else ``haar``.
+            rotation_seed: seed of the rotation.
+            norm_format: how a vector's norm is stored.
+            gain_corrected: whether the stored norm makes up for the shrinking of a centroid code.
+
+        Raises:
+            ContractError: a bound is broken.
+        """
+        return cls(
+            head_dim=head_dim,
+            block_dim=block_dim,
+            codebook_size=codebook_size,
+            # Where no rates exist any will do: the bounds of the fields are checked before the rates.
+            **_rates(max(block_dim, 1), max(codebook_size, 1)),
+            rotation=rotation or ("hadamard" if _is_power_of_two(head_dim) else "haar"),
+            rotation_seed=rotation_seed,
+            norm_format=norm_format,
+            gain_corrected=gain_corrected,
+            codebook_seed=0,
+            codebook_version=1,
+            training=TrainingSettings(head_dim=head_dim),
+        )
+
+
+CodecParameters = Annotated[
+    RawParameters | Int8Parameters | Fp8Parameters | FibParameters,
+    Field(discriminator="codec"),
+]
+"""Field type: the parameters of any codec, told apart by their field ``codec``."""
+
+FIB_SETTINGS: Mapping[str, tuple[int, int]] = {
+    "fib4": (2, 256),
+    "fib3": (2, 64),
+    "fib2": (4, 256),
+    "fib1": (8, 256),
+    "scalar4": (1, 16),
+    "scalar3": (1, 8),
+    "scalar2": (1, 4),
+}
+"""Block dim k and codebook size N by name; the digit is the payload's bits per coordinate, norms not counted."""
+
+PARAMETER_NAMES: tuple[str, ...] = ("raw", "int8", "fp8", *FIB_SETTINGS)
+"""What :func:`named_parameters` knows."""
+
+
+def named_parameters(name: str, head_dim: int, dtype: Dtype) -> CodecParameters:
+    """The parameters behind a short name.
+
+    Args:
+        name: one of :data:`PARAMETER_NAMES`.
+        head_dim: dimension of the vectors.
+        dtype: element type of raw vectors; the other codecs do not depend on it.
+
+    Raises:
+        ContractError: the name is unknown, or the setting does not fit ``head_dim``.
+    """
+    match name:
+        case "raw":
+            return RawParameters(head_dim=head_dim, dtype=dtype)
+        case "int8":
+            return Int8Parameters(head_dim=head_dim)
+        case "fp8":
+            return Fp8Parameters(head_dim=head_dim)
+    if name not in FIB_SETTINGS:
+        raise ContractError("parameters name", f"one of {', '.join(PARAMETER_NAMES)}", name)
+    return FibParameters.of(head_dim, *FIB_SETTINGS[name])
+
+
+def _rates(block_dim: int, codebook_size: int) -> dict[str, Any]:
+    wire_bits = (codebook_size - 1).bit_length()
+    return {
+        "paper_rate": math.log2(codebook_size) / block_dim,
+        "wire_bits": wire_bits,
+        "wire_rate": wire_bits / block_dim,
+    }
+
+
+def _is_power_of_two(number: int) -> bool:
+    return number & (number - 1) == 0

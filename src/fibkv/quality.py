@@ -1,0 +1,257 @@
+"""Read-through evaluation of a compressed cache against the dense model (rank 6).
+
+What makes these figures honest:
+
+* Every key and value that attention reads, those of the newest token included, went through the codec: the tokens
+  are fed in chunks to a cache made with ``read_through=True``, which seals each chunk and hands attention what the
+  codec gives back. No sinks and no tail are kept raw.
+* Dense is one plain forward pass of the same model over the same tokens.
+* The poison test shows that the compressed pages are what the model reads.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fibkv import metrics
+from fibkv.contract import Contract
+from fibkv.prompts import NeedlePrompt
+
+CausalLM = Any
+"""A causal language model of transformers, which ships no types."""
+
+
+class CacheReport(Protocol):
+    """What is read of a cache's report."""
+
+    @property
+    def bits_per_element(self) -> float:
+        """All bytes that the cache holds, times 8, over the elements of its keys and values."""
+
+    @property
+    def nbytes(self) -> int:
+        """All bytes that the cache holds."""
+
+    @property
+    def materialized(self) -> int:
+        """How often attention could not read the pages and a dense copy was made."""
+
+
+class MeasuredCache(Protocol):
+    """What this module asks of a compressed cache beyond being a cache of transformers."""
+
+    def report(self) -> CacheReport:
+        """Counted bytes."""
+
+    def corrupt_page(self, *, layer: int, row: int, page: int) -> AbstractContextManager[object]:
+        """Damage the key codes of one page in memory, and restore them on exit."""
+
+
+class CacheFactory(Protocol):
+    """Makes an empty cache for a model."""
+
+    def __call__(self, model: CausalLM, *, read_through: bool) -> MeasuredCache:
+        """With ``read_through``, all that attention reads went through the codec, the newest tokens included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheVariant:
+    """One kind of cache under test.
+
+    Attributes:
+        name: short name, unique among the variants of a run.
+        title: what a reader of the table sees.
+        make_cache: makes an empty cache.
+        attention: switches attention on pages on for a model while the context lasts.
+    """
+
+    name: str
+    title: str
+    make_cache: CacheFactory
+    attention: Callable[[CausalLM], AbstractContextManager[object]]
+
+
+class PoisonOutcome(Contract):
+    """What damage to one page did to the logits of the next token.
+
+    Attributes:
+        moved: largest absolute change of a logit while the page was damaged.
+        restored: whether the logits were exactly equal again once the page was restored.
+    """
+
+    moved: float
+    restored: bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether the pages are read: logits that moved, and came back exactly."""
+        return self.moved > 0 and self.restored
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenScores:
+    """Figures per predicted token, each [tokens]: ``nll`` and ``kl`` float64 in nats, ``top1`` bool."""
+
+    nll: Tensor
+    kl: Tensor
+    top1: Tensor
+
+
+class Quality(Contract):
+    """Summary over all predicted tokens.
+
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood.
+        kl_mean: mean of KL(dense || variant) in nats.
+        kl_p99: its 99th percentile over tokens.
+        top1: share of tokens where dense and variant put the same token first.
+    """
+
+    perplexity: float
+    kl_mean: float
+    kl_p99: float
+    top1: float
+
+
+@torch.no_grad()
+def dense_logits(model: CausalLM, ids: Tensor) -> Tensor:
+    """Logits of one plain forward pass without a cache, [tokens, vocab], for ``ids`` [tokens]."""
+    logits: Tensor = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0]
+    return logits
+
+
+@torch.no_grad()
+def cached_logits(model: CausalLM, ids: Tensor, cache: object, *, chunk_tokens: int) -> Tensor:
+    """Logits of all positions, the tokens being fed chunk by chunk to the model with the cache.
+
+    Args:
+        model: in whatever attention mode the caller has switched on.
+        ids: token ids [tokens].
+        cache: an empty cache; it holds all tokens afterwards. One made with ``read_through=True`` makes this the
+            read-through evaluation.
+        chunk_tokens: tokens per forward pass.
+
+    Returns:
+        [tokens, vocab], dtype of the model.
+    """
+    chunks = torch.split(ids[None].to(model.device), chunk_tokens, dim=1)
+    return torch.cat([model(input_ids=chunk, past_key_values=cache, use_cache=True).logits[0] for chunk in chunks])
+
+
+def score_tokens(dense: Tensor, logits: Tensor, ids: Tensor) -> TokenScores:
+    """Compare the predictions of all tokens but the first, which nothing predicts.
+
+    Args:
+        dense: logits of the dense model, [tokens, vocab].
+        logits: logits of the model under test, same shape.
+        ids: the tokens themselves, int64 [tokens].
+
+    Raises:
+        ContractError: shapes that do not fit, or logits that are not finite.
+    """
+    dense, logits, targets = dense[:-1], logits[:-1], ids[1:].to(logits.device)
+    return TokenScores(
+        nll=metrics.token_nll(logits, targets),
+        kl=metrics.kl_divergence(dense, logits),
+        top1=metrics.top1_agreement(dense, logits),
+    )
+
+
+def summarize(scores: list[TokenScores]) -> Quality:
+    """The summary over the tokens of all windows together."""
+    kl = torch.cat([score.kl for score in scores])
+    return Quality(
+        perplexity=metrics.perplexity(torch.cat([score.nll for score in scores])),
+        kl_mean=kl.mean().item(),
+        kl_p99=kl.quantile(0.99).item(),
+        top1=torch.cat([score.top1 for score in scores]).double().mean().item(),
+    )
+
+
+def count_recalled(logits: Tensor, prompt: NeedlePrompt) -> int:
+    """How many planted values were recalled, teacher-forced: each token of the value must be the arg max.
+
+    Args:
+        logits: of the prompt, [tokens, vocab]; row t predicts token t + 1.
+        prompt: the ids and the spans of the values.
+    """
+    predicted = logits.argmax(-1).cpu()
+    return sum(torch.equal(predicted[start - 1 : stop - 1], prompt.ids[start:stop]) for start, stop in prompt.answers)
+
+
+@torch.no_grad()
+def poison(model: CausalLM, variant: CacheVariant, ids: Tensor, *, chunk_tokens: int) -> PoisonOutcome:
+    """The poison test: damage one page in memory, and the next token's logits must change.
+
+    The cache is filled with all tokens but the last, in read-through mode. The last token is then fed to forks of
+    that cache (which share its pages): intact, with the first page of layer 0 damaged, and restored.
+
+    Args:
+        model: the model.
+        variant: the cache under test.
+        ids: token ids [tokens], enough to seal a page.
+        chunk_tokens: tokens per forward pass.
+    """
+    cache = variant.make_cache(model, read_through=True)
+    last = ids[None, -1:].to(model.device)
+
+    def next_logits() -> Tensor:
+        logits: Tensor = model(input_ids=last, past_key_values=copy.deepcopy(cache), use_cache=True).logits[0, -1]
+        return logits.double()
+
+    with variant.attention(model):
+        cached_logits(model, ids[:-1], cache, chunk_tokens=chunk_tokens)
+        intact = next_logits()
+        with cache.corrupt_page(layer=0, row=0, page=0):
+            damaged = next_logits()
+        restored = next_logits()
+    # Damaged codes may decode to inf or nan: then the logits have moved as far as a number can say.
+    moved = (damaged - intact).abs().nan_to_num(nan=torch.finfo(torch.float64).max).max()
+    return PoisonOutcome(moved=moved.item(), restored=torch.equal(restored, intact))
+
+
+def decode_speed(model: CausalLM, ids: Tensor, *, new_tokens: int, cache: object | None = None) -> float:
+    """Tokens per second of greedy decoding after a prompt, the prompt's own pass not counted.
+
+    Args:
+        model: in whatever attention mode the caller has switched on.
+        ids: the prompt [tokens].
+        new_tokens: how many tokens to generate, at least 2.
+        cache: an empty cache, or None for the one that ``generate`` makes (dense).
+    """
+    clock = _TokenClock()
+    prompt = ids[None].to(model.device)
+    model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        past_key_values=cache,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        streamer=clock,
+    )
+    # The first call brings the prompt, the second the token that the prompt's pass predicts.
+    decoded = clock.times[1:]
+    return (len(decoded) - 1) / (decoded[-1] - decoded[0])
+
+
+class _TokenClock:
+    """A streamer of transformers that notes when each token arrives."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:  # noqa: ARG002  the streamer's signature
+        self.times.append(perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to flush."""

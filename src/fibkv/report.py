@@ -1,0 +1,76 @@
+"""What a cache holds, counted: per layer what is compressed, what is left raw, and why."""
+
+from __future__ import annotations
+
+from fibkv.contract import Contract, Total
+
+
+class LayerReport(Contract):
+    """One layer.
+
+    Attributes:
+        layer: its index.
+        kind: class of its cache.
+        compressed: whether fibkv keeps its pages.
+        reason: why not, or how.
+        tokens: tokens held.
+        pages: sealed pages, shared ones once.
+        elements: elements of keys and values that the layer stands for.
+        nbytes: bytes held.
+        raw_vectors: vectors inside pages that are kept raw, by reason.
+        tail_tokens: newest tokens, raw.
+    """
+
+    layer: Total
+    kind: str
+    compressed: bool
+    reason: str
+    tokens: Total
+    pages: Total
+    elements: Total
+    nbytes: Total
+    raw_vectors: tuple[tuple[str, Total], ...] = ()
+    tail_tokens: Total = 0
+
+
+class CacheReport(Contract):
+    """A whole cache.
+
+    Attributes:
+        layers: layer by layer.
+        tables_nbytes: codebooks and rotations, counted once although all caches of a process share them.
+        materialized: how often a layer's keys or values were decoded to a dense tensor because something other than
+            attention on pages read them.
+    """
+
+    layers: tuple[LayerReport, ...]
+    tables_nbytes: Total
+    materialized: Total
+
+    @property
+    def nbytes(self) -> int:
+        """All bytes: codes, norms, scales, raw windows with their slack, page metadata, tables."""
+        return self.tables_nbytes + sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def elements(self) -> int:
+        """Elements of all keys and values held."""
+        return sum(layer.elements for layer in self.layers)
+
+    @property
+    def bits_per_element(self) -> float:
+        """Counted bits: all bytes * 8 / elements; 0 for an empty cache."""
+        return 8 * self.nbytes / self.elements if self.elements else 0.0
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.nbytes / 1024:.1f} KiB in {len(self.layers)} layers, {self.bits_per_element:.3f} bits per element "
+            f"(tables {self.tables_nbytes / 1024:.1f} KiB), {self.materialized} dense fall-backs"
+        ]
+        lines += [
+            f"  layer {layer.layer}: {'compressed' if layer.compressed else 'stock'} ({layer.reason}), "
+            f"{layer.tokens} tokens, {layer.pages} pages, {layer.tail_tokens} in the raw tail, {layer.nbytes} bytes"
+            + "".join(f", {count} raw vectors: {reason}" for reason, count in layer.raw_vectors)
+            for layer in self.layers
+        ]
+        return "\n".join(lines)

@@ -1,0 +1,138 @@
+"""From the raw tail to sealed pages: which tokens are due, what the policy says of them, and the encoding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from fibkv.coder import RoleCoder
+from fibkv.page import Page, Segment
+from fibkv.policy import Run
+from fibkv.shape import KVShape
+from fibkv.tables import Tables
+from fibkv.view import Tail
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSettings:
+    """How one layer is kept.
+
+    Attributes:
+        layer: its index.
+        key_shape: fixed part of the keys' shape, all layers.
+        value_shape: fixed part of the values' shape.
+        keys: coder of the keys.
+        values: coder of the values.
+        tokens_per_page: tokens of a full page.
+        read_through: attention reads even the newest tokens through the codec (for evaluation): every append is
+            sealed at once, in a short page if need be.
+    """
+
+    layer: int
+    key_shape: KVShape
+    value_shape: KVShape
+    keys: RoleCoder
+    values: RoleCoder
+    tokens_per_page: int
+    read_through: bool = False
+
+    @property
+    def last_tokens_raw(self) -> int:
+        """Newest tokens that no page may hold yet."""
+        return self.keys.policy.protected.last_tokens_raw
+
+    def tables(self) -> tuple[Tables, Tables]:
+        """The tables behind the keys' and the values' codes."""
+        return self.keys.compressing.tables, self.values.compressing.tables
+
+    def __deepcopy__(self, memo: dict[int, object]) -> LayerSettings:
+        return self  # immutable
+
+
+def full_spans(settings: LayerSettings, tokens: int, length: int) -> list[Span]:
+    """Which tokens of a tail are due, as spans of one page each, relative to the tail.
+
+    Pages are full, except that a cache that is read through its codecs ends with a short one.
+
+    Args:
+        settings: of the layer.
+        tokens: tokens of the tail.
+        length: tokens of the layer.
+    """
+    if length < settings.keys.policy.protected.first_tokens_raw:
+        return []  # everything is protected still
+    due = tokens - settings.last_tokens_raw
+    size = settings.tokens_per_page
+    stop = due if settings.read_through else due - due % size
+    return [(start, min(start + size, stop)) for start in range(0, max(stop, 0), size)]
+
+
+def seal(settings: LayerSettings, tail: Tail, length: int, spans: Sequence[Span]) -> list[list[Page]]:
+    """Seals spans of a tail.
+
+    Args:
+        settings: of the layer.
+        tail: raw tokens ``[B, H, tokens, d]``, the last of ``length``.
+        length: tokens of the layer, the tail's included.
+        spans: page spans relative to the tail.
+
+    Returns:
+        For each row its new pages, in order.
+
+    Raises:
+        EncodingError: a page can be neither encoded nor kept raw.
+        DecisionError: the policy can neither compress nor keep raw.
+    """
+    rows: list[list[Page]] = [[] for _ in range(tail.keys.shape[0])]
+    if not spans:
+        return rows
+    start = length - tail.length
+    plans = _Plans(settings, length)
+    # Pages of equal length under equal decisions are encoded together: one call for a whole prefill.
+    for (key_runs, value_runs), group in groupby(spans, key=lambda s: plans.runs(start + s[0], start + s[1])):
+        same = list(group)
+        keys = settings.keys.seal(_pages_of(tail.keys, same), key_runs)
+        values = settings.values.seal(_pages_of(tail.values, same), value_runs)
+        for index, (key, value) in enumerate(zip(keys, values, strict=True)):
+            first, stop = same[index % len(same)]
+            rows[index // len(same)].append(_page(settings, start + first, stop - first, key, value))
+    return rows
+
+
+class _Plans:
+    """The policies' plans for both roles at one length of the cache."""
+
+    def __init__(self, settings: LayerSettings, length: int) -> None:
+        self.layer = settings.layer
+        self.keys = settings.keys.plan(settings.key_shape.with_tokens(length))
+        self.values = settings.values.plan(settings.value_shape.with_tokens(length))
+
+    def runs(self, start: int, stop: int) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
+        """The runs of keys and of values for one page, with token ranges relative to it."""
+        keys, values = (plan.clip(self.layer, start, stop) for plan in (self.keys, self.values))
+        return tuple(run.relative_to(start) for run in keys), tuple(run.relative_to(start) for run in values)
+
+
+def _pages_of(tensor: Tensor, spans: Sequence[Span]) -> Tensor:
+    """``[B, H, tokens, d]`` to ``[B * P, H, T, d]``, row by row, for spans of equal length."""
+    return torch.stack([tensor[:, :, start:stop] for start, stop in spans], 1).flatten(0, 1)
+
+
+def _page(
+    settings: LayerSettings, start: int, tokens: int, keys: tuple[Segment, ...], values: tuple[Segment, ...]
+) -> Page:
+    return Page(
+        layer=settings.layer,
+        start=start,
+        tokens=tokens,
+        keys=keys,
+        values=values,
+        key_profile=settings.keys.profile_digest,
+        value_profile=settings.values.profile_digest,
+    )

@@ -1,0 +1,193 @@
+"""What a user chooses for a whole cache, and what each layer gets of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self, get_args
+
+from torch import Tensor
+
+from fibkv import kernels
+from fibkv.coder import RoleCoder, bind_coder
+from fibkv.errors import ContractError, ModelError
+from fibkv.parameters import CodecParameters, named_parameters
+from fibkv.policy import Policy
+from fibkv.regions import ProtectedRegions
+from fibkv.sealing import LayerSettings
+from fibkv.shape import AttentionKind, Dtype, KVShape, Role
+from fibkv.view import DTYPE_NAMES
+
+Choice = str | CodecParameters
+
+NAMES_BY_BITS = {1: "fib1", 2: "fib2", 3: "fib3", 4: "fib4", 8: "int8", 16: "raw"}
+# Attention sinks sit in the first tokens, and the newest tokens are read most.
+DEFAULT_PROTECTED = ProtectedRegions(first_tokens_raw=4, last_tokens_raw=64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheSettings:
+    """The settings of one cache, the same for all of its layers.
+
+    Attributes:
+        keys: codec of the keys.
+        values: codec of the values.
+        policy: None = per token with `DEFAULT_PROTECTED` (nothing protected when read through).
+        tokens_per_page: tokens of a full page.
+        raw_dtype: of what is kept raw; None = the model's.
+        read_through: see `fibkv.sealing.LayerSettings`.
+        implementation: of the kernels.
+        layers: layers of the model.
+        query_heads: query heads of the model.
+    """
+
+    keys: Choice
+    values: Choice
+    policy: Policy | None
+    tokens_per_page: int
+    raw_dtype: Dtype | None
+    read_through: bool
+    implementation: str
+    layers: int
+    query_heads: int
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        bits: int | tuple[int, int] | None,
+        profile: Choice | tuple[Choice, Choice] | None,
+        policy: Policy | None,
+        tokens_per_page: int,
+        raw_dtype: str | None,
+        read_through: bool,
+        implementation: str,
+        layers: int,
+        query_heads: int,
+    ) -> Self:
+        """Settings from what `fibkv.Cache` takes.
+
+        Raises:
+            ContractError: bits and profile both given, or a value that is unknown or out of range.
+            KernelError: the implementation is not available.
+        """
+        if bits is not None and profile is not None:
+            raise ContractError("Cache.profile", "either bits or profile", profile)
+        chosen: Choice | tuple[Choice, Choice]
+        chosen = profile if profile is not None else _named(4 if bits is None else bits)
+        keys, values = chosen if isinstance(chosen, tuple) else (chosen, chosen)
+        for choice in (keys, values):
+            # Any head_dim will do to refuse an unknown name before a token has been seen.
+            _parameters(choice, 64, "f16")
+        if raw_dtype is not None and raw_dtype not in get_args(Dtype):
+            raise ContractError("Cache.raw_dtype", f"one of {', '.join(get_args(Dtype))}", raw_dtype)
+        if not tokens_per_page > 0:
+            raise ContractError("Cache.tokens_per_page", "a positive number", tokens_per_page)
+        if policy is not None and any(layer >= layers for layer in policy.protected.raw_layers):
+            raise ContractError(
+                "Cache.policy.protected.raw_layers", f"layers below {layers}", policy.protected.raw_layers
+            )
+        kernels.resolve(implementation)
+        return cls(
+            keys=keys,
+            values=values,
+            policy=policy,
+            tokens_per_page=tokens_per_page,
+            raw_dtype=raw_dtype,  # type: ignore[arg-type]  # checked against the literal above
+            read_through=read_through,
+            implementation=implementation,
+            layers=layers,
+            query_heads=query_heads,
+        )
+
+    @property
+    def key_name(self) -> str:
+        """The keys' codec in words."""
+        return self.keys if isinstance(self.keys, str) else self.keys.codec
+
+    @property
+    def value_name(self) -> str:
+        """The values' codec in words."""
+        return self.values if isinstance(self.values, str) else self.values.codec
+
+    def for_layer(self, layer: int, keys: Tensor, values: Tensor) -> LayerSettings:
+        """The settings of one layer.
+
+        Args:
+            layer: its index.
+            keys: ``[B, H, t, d]``, like all keys to come.
+            values: ``[B, H, t, d_value]``.
+
+        Raises:
+            ModelError: a dtype that cannot be kept.
+            ContractError: the codec does not fit the head_dim, or the policy does not fit the heads.
+        """
+        if keys.dtype not in DTYPE_NAMES:
+            raise ModelError(f"layer {layer}: expected keys in float16, bfloat16 or float32, got {keys.dtype}")
+        key_shape, key_coder = self._role("key", keys, self.keys)
+        value_shape, value_coder = self._role("value", values, self.values)
+        return LayerSettings(
+            layer=layer,
+            key_shape=key_shape,
+            value_shape=value_shape,
+            keys=key_coder,
+            values=value_coder,
+            tokens_per_page=self.tokens_per_page,
+            read_through=self.read_through,
+        )
+
+    def _role(self, role: Role, tensor: Tensor, choice: Choice) -> tuple[KVShape, RoleCoder]:
+        raw_dtype = self.raw_dtype or DTYPE_NAMES[tensor.dtype]
+        parameters = _parameters(choice, tensor.shape[3], raw_dtype)
+        policy = self._policy(parameters)
+        protected = policy.protected
+        shape = self._shape(role, tensor).fixed_part(
+            # The fixed part must hold the protected tokens, whatever the page size.
+            max(self.tokens_per_page, protected.first_tokens_raw, protected.last_tokens_raw)
+        )
+        coder = bind_coder(
+            shape,
+            parameters,
+            policy,
+            profile_id=f"{role}:{choice if isinstance(choice, str) else choice.codec}",
+            tokens_per_page=self.tokens_per_page,
+            raw_dtype=raw_dtype,
+            implementation=self.implementation,
+        )
+        return shape, coder
+
+    def _policy(self, parameters: CodecParameters) -> Policy:
+        protected = ProtectedRegions() if self.read_through else DEFAULT_PROTECTED
+        policy = self.policy or Policy.per_token(protected)
+        # A role that is chosen raw is raw by strategy; it keeps the other role's protected rectangles.
+        return policy.model_copy(update={"strategy": "raw"}) if parameters.codec == "raw" else policy
+
+    def _shape(self, role: Role, tensor: Tensor) -> KVShape:
+        heads = tensor.shape[1]
+        query_heads = self.query_heads
+        kind: AttentionKind = "mha" if heads == query_heads else "mqa" if heads == 1 else "gqa"
+        return KVShape(
+            role=role,
+            attention_kind=kind,
+            batch=1,
+            layers=self.layers,
+            kv_heads=heads,
+            query_heads=query_heads,
+            tokens=1,
+            head_dim=tensor.shape[3],
+            dtype=DTYPE_NAMES[tensor.dtype],
+            rope_state="post_rope" if role == "key" else "not_applicable",
+        )
+
+
+def _named(bits: int | tuple[int, int]) -> str | tuple[str, str]:
+    keys, values = bits if isinstance(bits, tuple) else (bits, bits)
+    for choice in (keys, values):
+        if choice not in NAMES_BY_BITS:
+            raise ContractError("Cache.bits", f"one of {', '.join(map(str, NAMES_BY_BITS))}, or a pair", choice)
+    return NAMES_BY_BITS[keys], NAMES_BY_BITS[values]
+
+
+def _parameters(choice: Choice, head_dim: int, raw_dtype: Dtype) -> CodecParameters:
+    if isinstance(choice, str):
+        return named_parameters(choice, head_dim, raw_dtype)
+    return choice

@@ -1,0 +1,93 @@
+"""Tables: what a kernel needs beside the codes to encode, decode and attend. Made by codecs, frozen.
+
+A table carries no bytes per token; it is shared by all pages of all layers that use the same codec.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fibkv.rotation import Rotation
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RawTables:
+    """Of vectors stored as they are: ``dtype`` is the stored one."""
+
+    dtype: torch.dtype
+    head_dim: int
+
+    nbytes: ClassVar[int] = 0
+    rotation: ClassVar[None] = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScaledTables:
+    """Of 8-bit numbers with one scale per vector: ``dtype`` is int8 or float8_e4m3fn, ``limit`` its largest value."""
+
+    dtype: torch.dtype
+    limit: float
+    head_dim: int
+
+    nbytes: ClassVar[int] = 0
+    rotation: ClassVar[None] = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FibTables:
+    """Of FibQuant.
+
+    Attributes:
+        codewords: ``[N, k]`` float32 in units of a vector of norm 1.
+        rotation: the orthogonal transform between vectors and their codes' space.
+        head_dim: ``d``.
+        bits: width of one index, ceil(log2 N).
+        norm_format: ``log8`` or ``f16``.
+        gain_corrected: whether the stored norm is the norm times the optimal gain <u,q>/<q,q>.
+    """
+
+    codewords: Tensor
+    rotation: Rotation
+    head_dim: int
+    bits: int
+    norm_format: Literal["f16", "log8"]
+    gain_corrected: bool
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks per vector, d / k."""
+        return self.head_dim // self.codewords.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codebook and of the rotation's matrix, once per process."""
+        return 4 * (self.codewords.numel() + self.rotation.matrix.numel())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChannelTables:
+    """Of vectors divided by per-channel scales before the ``inner`` codec sees them.
+
+    The query is scaled and rotated page by page, since every group has scales of its own: ``rotation`` is None.
+    """
+
+    inner: RawTables | ScaledTables | FibTables
+
+    rotation: ClassVar[None] = None
+
+    @property
+    def head_dim(self) -> int:
+        """``d`` of the inner codec."""
+        return self.inner.head_dim
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the inner tables."""
+        return self.inner.nbytes
+
+
+Tables = RawTables | ScaledTables | FibTables | ChannelTables

@@ -1,0 +1,196 @@
+"""Snapshots of one layer's cache, and the parts in which attention reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from fibkv.codecs import Codec, codec_for
+from fibkv.codes import Codes, RawCodes
+from fibkv.page import Page, Segment, decode_segments
+from fibkv.parameters import RawParameters
+from fibkv.shape import Dtype
+
+# Tokens that attention reads at a time: pages of equal form are stacked up to this many.
+TILE_TOKENS = 1024
+DTYPE_NAMES: dict[torch.dtype, Dtype] = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """What attention reads at once: P consecutive spans of T tokens, for a range of heads.
+
+    Attributes:
+        rows: which batch rows; B of them.
+        start: first token; span ``p`` starts at ``start + p * tokens``.
+        tokens: T.
+        heads: half-open range of KV heads.
+        key_codec: codec of the keys.
+        keys: ``[B, P, heads, T, ...]``.
+        value_codec: codec of the values.
+        values: ``[B, P, heads, T, ...]``.
+    """
+
+    rows: slice
+    start: int
+    tokens: int
+    heads: tuple[int, int]
+    key_codec: Codec
+    keys: Codes
+    value_codec: Codec
+    values: Codes
+
+    @property
+    def spans(self) -> int:
+        """P."""
+        return self._leading().shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes are."""
+        return self._leading().device
+
+    def _leading(self) -> Tensor:
+        return next(self.keys.named())[1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tail:
+    """The newest tokens, raw.
+
+    Attributes:
+        keys: ``[B, H, capacity, d]``.
+        values: ``[B, H, capacity, d_value]``.
+        length: tokens in use.
+    """
+
+    keys: Tensor
+    values: Tensor
+    length: int
+
+    def extended(self, keys: Tensor, values: Tensor) -> Tail:
+        """A tail with more tokens: written behind the used ones while there is room, else a new, exact-size one.
+
+        A snapshot taken before sees its own length only, and that is never written again: room behind it
+        is handed out once, since a shortened tail is always a copy (`kept`).
+        """
+        stop = self.length + keys.shape[2]
+        if stop > self.keys.shape[2]:
+            joined = [torch.cat([old[:, :, : self.length], new], 2) for old, new in self._pairs(keys, values)]
+            return Tail(joined[0], joined[1], stop)
+        for old, new in self._pairs(keys, values):
+            old[:, :, self.length : stop] = new
+        return replace(self, length=stop)
+
+    def kept(self, start: int, stop: int, capacity: int) -> Tail:
+        """A copy of tokens ``start:stop`` with room for ``capacity``."""
+        keys, values = (old.new_empty((*old.shape[:2], capacity, old.shape[3])) for old in (self.keys, self.values))
+        return Tail(keys, values, 0).extended(self.keys[:, :, start:stop], self.values[:, :, start:stop])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Tail:
+        """The tail with both tensors changed alike."""
+        return replace(self, keys=function(self.keys), values=function(self.values))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers, unused room included."""
+        return sum(t.numel() * t.element_size() for t in (self.keys, self.values))
+
+    def _pairs(self, keys: Tensor, values: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        return (self.keys, keys), (self.values, values)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class View:
+    """An immutable snapshot of one layer: what a handle reads, however the layer goes on.
+
+    Attributes:
+        rows: page tables, one per batch row; all rows have pages at the same tokens.
+        tail: the newest tokens.
+        length: tokens in all.
+        implementation: of the kernels that read it.
+    """
+
+    rows: tuple[tuple[Page, ...], ...]
+    tail: Tail
+    length: int
+    implementation: str = "auto"
+
+    def parts(self) -> Iterator[Part]:
+        """The layer in tiles of at most `TILE_TOKENS` tokens, stacked one at a time."""
+        yield from _page_parts(self.rows)
+        yield from self._tail_parts()
+
+    def decode(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Dense keys ``[B, H, length, d]`` and values ``[B, H, length, d_value]``."""
+        keys, values = (
+            old.new_empty((*old.shape[:2], self.length, old.shape[3]), dtype=dtype)
+            for old in (self.tail.keys, self.tail.values)
+        )
+        for row, pages in enumerate(self.rows):
+            for page in pages:
+                span = slice(page.start, page.start + page.tokens)
+                decode_segments(page.keys, keys[row, :, span])
+                decode_segments(page.values, values[row, :, span])
+        start = self.length - self.tail.length
+        keys[:, :, start:] = self.tail.keys[:, :, : self.tail.length]
+        values[:, :, start:] = self.tail.values[:, :, : self.tail.length]
+        return keys, values
+
+    def _tail_parts(self) -> Iterator[Part]:
+        key_codec, value_codec = (
+            codec_for(RawParameters(head_dim=old.shape[3], dtype=DTYPE_NAMES[old.dtype]))
+            for old in (self.tail.keys, self.tail.values)
+        )
+        first = self.length - self.tail.length
+        for start in range(0, self.tail.length, TILE_TOKENS):
+            stop = min(start + TILE_TOKENS, self.tail.length)
+            keys, values = (old[:, None, :, start:stop] for old in (self.tail.keys, self.tail.values))
+            yield Part(
+                rows=slice(None),
+                start=first + start,
+                tokens=stop - start,
+                heads=(0, keys.shape[2]),
+                key_codec=key_codec,
+                keys=RawCodes(keys),
+                value_codec=value_codec,
+                values=RawCodes(values),
+            )
+
+
+def _page_parts(rows: tuple[tuple[Page, ...], ...]) -> Iterator[Part]:
+    """Tiles of consecutive pages of equal form; rows of another form (a raw fallback) are read on their own."""
+    columns = list(zip(*rows, strict=True))
+    for forms, group in groupby(range(len(columns)), key=lambda index: tuple(page.form for page in columns[index])):
+        indices = list(group)
+        step = max(1, TILE_TOKENS // columns[indices[0]][0].tokens)
+        together = [slice(0, len(rows))] if len(set(forms)) == 1 else [slice(r, r + 1) for r in range(len(rows))]
+        for first in range(0, len(indices), step):
+            span = slice(indices[first], indices[min(first + step, len(indices)) - 1] + 1)
+            for chosen in together:
+                yield from _stacked(chosen, [row[span] for row in rows[chosen]])
+
+
+def _stacked(chosen: slice, rows: list[tuple[Page, ...]]) -> Iterator[Part]:
+    """One part per segment of pages of equal form."""
+    first = rows[0][0]
+    for index, (key, value) in enumerate(zip(first.keys, first.values, strict=True)):
+        yield Part(
+            rows=chosen,
+            start=first.start + key.tokens[0],
+            tokens=key.tokens[1] - key.tokens[0],
+            heads=key.heads,
+            key_codec=key.codec,
+            keys=_stack([[page.keys[index] for page in row] for row in rows]),
+            value_codec=value.codec,
+            values=_stack([[page.values[index] for page in row] for row in rows]),
+        )
+
+
+def _stack(segments: list[list[Segment]]) -> Codes:
+    rows = [type(row[0].codes).stack([segment.codes for segment in row]) for row in segments]
+    return type(rows[0]).stack(rows)
