@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from fibkv.contract import Contract, Count
 from fibkv.errors import ContractError
+from fibkv.hf import Cache, attention
 from fibkv.prompts import NeedlePrompt, bos_prefix, needle_prompts, spread_windows
 from fibkv.quality import (
-    CacheReport,
     CacheVariant,
     CausalLM,
     PoisonOutcome,
@@ -31,6 +32,7 @@ from fibkv.quality import (
     score_tokens,
     summarize,
 )
+from fibkv.report import CacheReport
 
 ProgressCallback = Callable[[str, int, int], None]
 """Called before each step with what comes next, the steps done, and the steps in all."""
@@ -140,6 +142,25 @@ class DemoResult(Contract):
     def passed(self) -> bool:
         """Whether every compressed cache passed the poison test and was read without dense copies."""
         return all(row.poison.passed and row.materialized == 0 for row in self.variants)
+
+
+def standard_variants() -> tuple[CacheVariant, ...]:
+    """The caches that the demonstration compares with dense, from the largest to the smallest."""
+    return tuple(
+        CacheVariant(
+            name=profile,
+            title=title,
+            make_cache=partial(Cache, profile=profile, raw_dtype="bf16"),
+            attention=attention,
+        )
+        for profile, title in (
+            ("raw", "raw pages, bf16"),
+            ("int8", "int8"),
+            ("fp8", "fp8 e4m3"),
+            ("fib4", "4-bit FibQuant"),
+            ("fib2", "2-bit FibQuant"),
+        )
+    )
 
 
 def run_demo(

@@ -130,7 +130,7 @@ class Plan(Contract):
         return tuple(runs)
 
 
-def decide(  # noqa: PLR0917  the contract fixes the arguments and their order
+def decide(
     policy: Policy,
     shape: KVShape,
     layer: int,

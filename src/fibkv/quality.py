@@ -23,33 +23,19 @@ from torch import Tensor
 
 from fibkv import metrics
 from fibkv.contract import Contract
+from fibkv.errors import ModelError
 from fibkv.prompts import NeedlePrompt
+from fibkv.report import CacheReport
 
 CausalLM = Any
 """A causal language model of transformers, which ships no types."""
-
-
-class CacheReport(Protocol):
-    """What is read of a cache's report."""
-
-    @property
-    def bits_per_element(self) -> float:
-        """All bytes that the cache holds, times 8, over the elements of its keys and values."""
-
-    @property
-    def nbytes(self) -> int:
-        """All bytes that the cache holds."""
-
-    @property
-    def materialized(self) -> int:
-        """How often attention could not read the pages and a dense copy was made."""
 
 
 class MeasuredCache(Protocol):
     """What this module asks of a compressed cache beyond being a cache of transformers."""
 
     def report(self) -> CacheReport:
-        """Counted bytes."""
+        """Counted bytes, per layer what is compressed, and the dense copies that attention had to make."""
 
     def corrupt_page(self, *, layer: int, row: int, page: int) -> AbstractContextManager[object]:
         """Damage the key codes of one page in memory, and restore them on exit."""
@@ -192,13 +178,16 @@ def poison(model: CausalLM, variant: CacheVariant, ids: Tensor, *, chunk_tokens:
     """The poison test: damage one page in memory, and the next token's logits must change.
 
     The cache is filled with all tokens but the last, in read-through mode. The last token is then fed to forks of
-    that cache (which share its pages): intact, with the first page of layer 0 damaged, and restored.
+    that cache (which share its pages): intact, with the first page of its first compressed layer damaged, restored.
 
     Args:
         model: the model.
         variant: the cache under test.
         ids: token ids [tokens], enough to seal a page.
         chunk_tokens: tokens per forward pass.
+
+    Raises:
+        ModelError: the cache compresses no layer of this model.
     """
     cache = variant.make_cache(model, read_through=True)
     last = ids[None, -1:].to(model.device)
@@ -209,13 +198,21 @@ def poison(model: CausalLM, variant: CacheVariant, ids: Tensor, *, chunk_tokens:
 
     with variant.attention(model):
         cached_logits(model, ids[:-1], cache, chunk_tokens=chunk_tokens)
+        layer = _first_compressed_layer(cache.report())
         intact = next_logits()
-        with cache.corrupt_page(layer=0, row=0, page=0):
+        with cache.corrupt_page(layer=layer, row=0, page=0):
             damaged = next_logits()
         restored = next_logits()
     # Damaged codes may decode to inf or nan: then the logits have moved as far as a number can say.
     moved = (damaged - intact).abs().nan_to_num(nan=torch.finfo(torch.float64).max).max()
     return PoisonOutcome(moved=moved.item(), restored=torch.equal(restored, intact))
+
+
+def _first_compressed_layer(report: CacheReport) -> int:
+    for layer in report.layers:
+        if layer.compressed:
+            return layer.layer
+    raise ModelError(f"no layer of this model is compressed: {'; '.join({layer.reason for layer in report.layers})}")
 
 
 def decode_speed(model: CausalLM, ids: Tensor, *, new_tokens: int, cache: object | None = None) -> float:

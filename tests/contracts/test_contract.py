@@ -148,8 +148,8 @@ def test_errors_carry_their_parts() -> None:
 
 
 def test_text_fields_keep_their_characters() -> None:
-    record = QuarantineRecord(subject="page", name="Schlüssel α", expected=DIGEST, actual="", reason="x")
-    assert '"name":"Schlüssel α"' in record.to_json()
+    record = QuarantineRecord(subject="page", name="Schlüssel 鍵", expected=DIGEST, actual="", reason="x")
+    assert '"name":"Schlüssel 鍵"' in record.to_json()
     assert QuarantineRecord.from_json(record.to_json()) == record
 
 

@@ -20,7 +20,9 @@ def test_tensor_check_value() -> None:
 
 def test_digest_is_blake3_of_domain_zero_byte_and_json() -> None:
     payload = b'some_domain\0{"b":1,"a":[2.0,null,true,"\xc3\xa9"]}'
-    assert digest("some_domain", {"b": 1, "a": [2.0, None, True, "é"]}) == f"blake3:{blake3.blake3(payload).hexdigest()}"
+    assert (
+        digest("some_domain", {"b": 1, "a": [2.0, None, True, "é"]}) == f"blake3:{blake3.blake3(payload).hexdigest()}"
+    )
     assert digest_bytes("some_domain", payload[12:]) == f"blake3:{blake3.blake3(payload).hexdigest()}"
 
 
@@ -80,7 +82,9 @@ def test_arrays_count_in_c_order() -> None:
 
 
 def test_arrays_of_objects_are_refused() -> None:
-    with pytest.raises(ContractError, match=r"digest\.chunk: expected an array of numbers, got 'an array of dtype object"):
+    with pytest.raises(
+        ContractError, match=r"digest\.chunk: expected an array of numbers, got 'an array of dtype object"
+    ):
         digest_bytes("d", np.array([object()]))
 
 

@@ -134,7 +134,7 @@ def test_every_known_name_is_served() -> None:
 
 
 def test_unknown_name_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ContractError, match="parameters name: expected one of raw, int8, fp8, fib4, .*, got 'fib5'"):
+    with pytest.raises(ContractError, match=r"parameters name: expected one of raw, int8, fp8, fib4, .*, got 'fib5'"):
         named_parameters("fib5", 64, "f16")
 
 

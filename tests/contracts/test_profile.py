@@ -71,7 +71,13 @@ ODD = KEY_SHAPE.model_copy(update={"head_dim": 63})
 # In the order of the checks: a profile, a shape and objects in use that break one rule.
 BROKEN: list[tuple[Profile, Any, dict[str, Any], type[ContractError], str]] = [
     (PROFILE, ODD, {}, ContractError, "block_dim: expected a positive divisor of head_dim 63, got 2"),
-    (PROFILE, KEY_SHAPE.with_tokens(17), {}, DigestMismatch, r"Profile\.shape_digest: digest mismatch: expected blake3"),
+    (
+        PROFILE,
+        KEY_SHAPE.with_tokens(17),
+        {},
+        DigestMismatch,
+        r"Profile\.shape_digest: digest mismatch: expected blake3",
+    ),
     (bound(role="value"), KEY_SHAPE, {}, ContractError, r"Profile\.role: expected key of the shape, got 'value'"),
     (
         bound(shape_digest=WIDE.digest()),

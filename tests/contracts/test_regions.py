@@ -59,9 +59,9 @@ def test_regions_outside_the_shape_are_refused(fields: dict[str, object], messag
 
 
 def test_regions_may_cover_the_whole_shape() -> None:
-    ProtectedRegions(
-        first_tokens_raw=16, last_tokens_raw=16, raw_layers=(0, 1), raw_heads=(1, 0)
-    ).validate_for(KEY_SHAPE)
+    ProtectedRegions(first_tokens_raw=16, last_tokens_raw=16, raw_layers=(0, 1), raw_heads=(1, 0)).validate_for(
+        KEY_SHAPE
+    )
 
 
 def test_negative_regions_are_refused() -> None:
@@ -90,7 +90,9 @@ def test_unavailable_budget() -> None:
 
 def test_fallback_defaults_are_conservative() -> None:
     assert FallbackSettings() == FallbackSettings(mode="keep_raw", raw_available=True)
-    with pytest.raises(ContractError, match=r"FallbackSettings\.mode: expected 'keep_raw' or 'fail_closed', got 'drop'"):
+    with pytest.raises(
+        ContractError, match=r"FallbackSettings\.mode: expected 'keep_raw' or 'fail_closed', got 'drop'"
+    ):
         FallbackSettings(mode="drop")  # type: ignore[arg-type]
 
 

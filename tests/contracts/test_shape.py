@@ -97,7 +97,9 @@ def test_block_dims_that_fit(block_dim: int) -> None:
 
 @pytest.mark.parametrize("block_dim", [0, -2, 3, 128])
 def test_block_dims_that_do_not(block_dim: int) -> None:
-    with pytest.raises(ContractError, match=f"^block_dim: expected a positive divisor of head_dim 64, got {block_dim}$"):
+    with pytest.raises(
+        ContractError, match=f"^block_dim: expected a positive divisor of head_dim 64, got {block_dim}$"
+    ):
         KEY_SHAPE.validate_block_dim(block_dim)
 
 

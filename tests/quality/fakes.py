@@ -4,22 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from transformers import DynamicCache
 
 from fibkv.quality import CacheVariant
+from fibkv.report import CacheReport, LayerReport
 
 PAGE = 64
-
-
-@dataclass(frozen=True)
-class FakeReport:
-    bits_per_element: float
-    nbytes: int
-    materialized: int
 
 
 class RoundingCache(DynamicCache):
@@ -43,9 +36,24 @@ class RoundingCache(DynamicCache):
         step = vectors.abs().amax(-1, keepdim=True) / self._levels
         return (vectors / step).round() * step
 
-    def report(self) -> FakeReport:
-        elements = sum(layer.keys.numel() + layer.values.numel() for layer in self.layers)
-        return FakeReport(bits_per_element=8.0, nbytes=elements, materialized=0)
+    def report(self) -> CacheReport:
+        return CacheReport(
+            layers=tuple(
+                LayerReport(
+                    layer=index,
+                    kind="rounding",
+                    compressed=True,
+                    reason="fake",
+                    tokens=layer.get_seq_length(),
+                    pages=layer.get_seq_length() // PAGE,
+                    elements=2 * layer.keys.numel(),
+                    nbytes=2 * layer.keys.numel(),
+                )
+                for index, layer in enumerate(self.layers)
+            ),
+            tables_nbytes=0,
+            materialized=0,
+        )
 
     @contextmanager
     def corrupt_page(self, *, layer: int, row: int, page: int) -> Iterator[None]:

@@ -1,0 +1,218 @@
+"""Every codec against the conformance suite, and what is particular to each."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fibkv.codecs import CODECS, codec_for
+from fibkv.codes import FibCodes, ScaledCodes
+from fibkv.errors import EncodingError, PageError
+from fibkv.parameters import FibParameters, Fp8Parameters, Int8Parameters, RawParameters
+from tests.codecs.conformance import CodecConformance, gaussian, relative_mse, write_golden
+
+
+class TestRawF32(CodecConformance):
+    name, parameters = "raw_f32", RawParameters(head_dim=64, dtype="f32")
+    distortion = hard_distortion = 0.0
+    vector_nbytes, group_nbytes = 256, 0
+
+    # Raw keeps what it is given: a page that fell back to raw may hold NaN.
+    test_non_finite_vectors_are_refused = None
+
+
+class TestRawBf16(CodecConformance):
+    name, parameters = "raw_bf16", RawParameters(head_dim=128, dtype="bf16")
+    distortion, hard_distortion = 2.8e-6, 1e-5
+    vector_nbytes, group_nbytes = 256, 0
+
+    test_non_finite_vectors_are_refused = None
+
+
+class TestInt8(CodecConformance):
+    name, parameters = "int8", Int8Parameters(head_dim=64)
+    distortion, hard_distortion = 3.6e-5, 5e-4
+    vector_nbytes, group_nbytes = 66, 0
+
+
+class TestFp8(CodecConformance):
+    name, parameters = "fp8", Fp8Parameters(head_dim=128)
+    distortion, hard_distortion = 6.9e-4, 2e-3
+    vector_nbytes, group_nbytes = 130, 0
+
+
+class TestInt8PerChannel(CodecConformance):
+    name, parameters, axis = "int8_per_channel", Int8Parameters(head_dim=64), "per_channel"
+    distortion, hard_distortion = 3.6e-5, 5e-4
+    vector_nbytes, group_nbytes = 66, 128
+
+
+class TestFib4(CodecConformance):
+    name, parameters = "fib4_d128", FibParameters.of(128, 2, 256)
+    distortion, hard_distortion = 0.00751, 0.0085
+    vector_nbytes, group_nbytes = 65, 4
+
+
+class TestFib4HalfNorm(CodecConformance):
+    name, parameters = "fib4_d64_f16", FibParameters.of(64, 2, 256, norm_format="f16", gain_corrected=False)
+    distortion, hard_distortion = 0.00754, 0.0085
+    vector_nbytes, group_nbytes = 34, 0
+
+
+class TestFib3(CodecConformance):
+    name, parameters = "fib3_d64", FibParameters.of(64, 2, 64)
+    distortion, hard_distortion = 0.0282, 0.031
+    vector_nbytes, group_nbytes = 25, 4
+
+
+class TestFib2(CodecConformance):
+    name, parameters = "fib2_d128", FibParameters.of(128, 4, 256)
+    distortion, hard_distortion = 0.0948, 0.105
+    vector_nbytes, group_nbytes = 33, 4
+
+
+class TestFib2PerChannel(CodecConformance):
+    name, parameters, axis = "fib2_d64_per_channel", FibParameters.of(64, 4, 256), "per_channel"
+    distortion, hard_distortion = 0.0935, 0.105
+    vector_nbytes, group_nbytes = 17, 4 + 128
+
+
+class TestScalar3Haar(CodecConformance):
+    """TurboQuant's scalar case at a head_dim that is no power of two."""
+
+    name, parameters = "scalar3_d80", FibParameters.of(80, 1, 8)
+    distortion, hard_distortion = 0.0329, 0.036
+    vector_nbytes, group_nbytes = 31, 4
+
+
+def test_every_codec_has_a_suite() -> None:
+    suites = [cls for cls in globals().values() if isinstance(cls, type) and issubclass(cls, CodecConformance)]
+    assert {suite.parameters.codec for suite in suites if suite is not CodecConformance} == set(CODECS)
+
+
+def test_per_channel_takes_out_a_large_channel() -> None:
+    """Why the axis exists: a channel that is large in every key eats the norm of a per-token code."""
+    keys = gaussian(1, 64, 64)
+    keys[..., 5] = keys[..., 5] * 2 + 50
+    plain, channel = (codec_for(FibParameters.of(64, 2, 256), axis) for axis in ("per_token", "per_channel"))
+    others = [channel_index for channel_index in range(64) if channel_index != 5]
+
+    def error(codec: object) -> float:
+        return relative_mse(keys[..., others], codec.decode(codec.encode(keys))[..., others])
+
+    assert error(channel) < error(plain) / 10
+
+
+def test_one_bad_group_does_not_hide_behind_good_ones() -> None:
+    rows = gaussian(4, 3, 64)
+    rows[2, 1] = torch.nan
+    with pytest.raises(EncodingError, match="64 NaN"):
+        codec_for(Int8Parameters(head_dim=64)).encode(rows)
+
+
+def test_half_norm_overflow_is_refused_and_log_norm_holds_it() -> None:
+    rows = gaussian(1, 2, 64) * 1e6
+    with pytest.raises(EncodingError, match=r"at most 65504 to be stored as float16, got 8"):
+        codec_for(FibParameters.of(64, 2, 256, norm_format="f16")).encode(rows)
+    log8 = codec_for(FibParameters.of(64, 2, 256))
+    assert relative_mse(rows, log8.decode(log8.encode(rows))) < 0.01
+
+
+def test_norms_beyond_float32_are_refused() -> None:
+    with pytest.raises(EncodingError, match="finite in float32"):
+        codec_for(FibParameters.of(64, 2, 256)).encode(torch.full((1, 1, 64), 3e38))
+
+
+def test_raw_overflow_is_refused() -> None:
+    with pytest.raises(EncodingError, match="exceed torch.float16: largest magnitude 7e"):
+        codec_for(RawParameters(head_dim=64, dtype="f16")).encode(torch.full((1, 1, 64), 7e4))
+
+
+def test_log_norm_costs_little() -> None:
+    """8-bit log norms against float16 ones: notes say +0.5 % at 4 bits over 8 octaves."""
+    rows = gaussian(8, 64, 128) * torch.exp2(torch.rand(8, 64, 1, generator=torch.Generator().manual_seed(1)) * 8)
+    half, log8 = (codec_for(FibParameters.of(128, 2, 256, norm_format=name)) for name in ("f16", "log8"))
+    errors = [
+        float(((rows - codec.decode(codec.encode(rows))).square().sum(-1) / rows.square().sum(-1)).mean())
+        for codec in (half, log8)
+    ]
+    assert errors[1] < 1.01 * errors[0]
+
+
+def test_gain_lowers_the_error_of_every_vector() -> None:
+    rows = gaussian(1, 512, 64)
+    plain, gained = (
+        codec_for(FibParameters.of(64, 2, 256, norm_format="f16", gain_corrected=flag)) for flag in (False, True)
+    )
+    errors = [(rows - codec.decode(codec.encode(rows))).square().sum(-1) for codec in (plain, gained)]
+    # Up to the rounding of the float16 norm.
+    assert (errors[1] <= errors[0] * (1 + 1e-3) + 1e-6 * rows.square().sum(-1)).all()
+    assert errors[1].mean() < errors[0].mean() * 0.985
+
+
+@pytest.mark.parametrize("size", [5, 100, 300, 1000])
+def test_odd_codebook_sizes(size: int, tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """N that is no power of two, and N beyond a byte."""
+    monkeypatch.setenv("FIBKV_CACHE_DIR", str(tmp_path))
+    codec = codec_for(FibParameters.of(32, 1, size))
+    rows = gaussian(2, 16, 32)
+    codes = codec.encode(rows)
+    assert relative_mse(rows, codec.decode(codes)) < {5: 0.09, 100: 5e-4, 300: 2e-4, 1000: 1e-4}[size]
+    data = bytearray(codec.to_bytes(codes))
+    codec.from_bytes(memoryview(bytes(data)), 2, 16)
+    if size != 1000:
+        data[-1] |= 0xE0
+    with pytest.raises(PageError, match=f"codes inside the codebook of {size} words"):
+        codec.from_bytes(memoryview(bytes(data[: -codec.vector_nbytes + 1]) + b"\xff" * (codec.vector_nbytes - 1)), 2, 16)
+
+
+class TestRefusedCodes:
+    """Codes that no encoder makes are refused by name, whatever digest comes with them."""
+
+    def refuse(self, codec: object, codes: object, match: str) -> None:
+        data = codec.to_bytes(codes)
+        with pytest.raises(PageError, match=match):
+            codec.from_bytes(memoryview(data), 1, 2)
+
+    def test_scaled(self) -> None:
+        codec = codec_for(Int8Parameters(head_dim=64))
+        codes = codec.encode(gaussian(1, 2, 64))
+        bad = codes.values.clone()
+        bad[0, 1, 3] = -128
+        self.refuse(codec, ScaledCodes(codes.scales, bad), r"'values': expected numbers in -127..127, 1 of 128")
+        self.refuse(codec, ScaledCodes(-codes.scales, codes.values), "'scales': expected finite numbers >= 0, 2 of 2")
+        self.refuse(codec, ScaledCodes(codes.scales * torch.nan, codes.values), "'scales'")
+
+    def test_fp8_nan(self) -> None:
+        codec = codec_for(Fp8Parameters(head_dim=64))
+        codes = codec.encode(gaussian(1, 2, 64))
+        codes.values.view(torch.uint8)[0, 0, 0] = 0x7F
+        self.refuse(codec, codes, r"'values': expected numbers in -448..448, 1 of 128")
+
+    def test_fib(self) -> None:
+        codec = codec_for(FibParameters.of(64, 2, 256, norm_format="f16"))
+        codes = codec.encode(gaussian(1, 2, 64))
+        self.refuse(codec, FibCodes(codes.norm_range, codes.norms * torch.inf, codes.indices), "'norms'")
+        log8 = codec_for(FibParameters.of(64, 2, 256))
+        codes = log8.encode(gaussian(1, 2, 64))
+        self.refuse(log8, FibCodes(codes.norm_range * torch.nan, codes.norms, codes.indices), "'norm_range'")
+        huge = torch.tensor([[120.0, 1.0]], dtype=torch.float16)
+        self.refuse(log8, FibCodes(huge, codes.norms, codes.indices), "norms within float32")
+
+    def test_stray_bits(self) -> None:
+        codec = codec_for(FibParameters.of(20, 2, 64))  # 10 indices of 6 bits: 4 filling bits
+        codes = codec.encode(gaussian(1, 2, 20))
+        codes.indices[0, 1, -1] |= 0x80
+        self.refuse(codec, codes, "zero bits behind the last index")
+
+    def test_raw(self) -> None:
+        codec = codec_for(RawParameters(head_dim=64, dtype="f16"))
+        codes = codec.encode(gaussian(1, 2, 64))
+        codes.values[0, 0, 0] = torch.inf
+        self.refuse(codec, codes, r"'values': expected finite numbers, 1 of 128")
+
+
+if __name__ == "__main__":
+    # Writes the golden files anew: python -m tests.codecs.test_codecs
+    for suite in CodecConformance.__subclasses__():
+        print(suite.name, write_golden(codec_for(suite.parameters, suite.axis), suite.name))
