@@ -62,7 +62,8 @@ def roberts_kronecker(block_dim: int, size: int) -> Array:
     powers = roberts_root(block_dim) ** -np.arange(1.0, block_dim + 1)
     uniforms = np.modf((np.arange(size)[:, None] + 0.5) * powers)[0]
     gaussians: Array = special.ndtri(uniforms)
-    return gaussians / np.linalg.norm(gaussians, axis=1, keepdims=True)
+    lengths: Array = np.sqrt((gaussians**2).sum(1, keepdims=True))
+    return gaussians / lengths
 
 
 def roberts_root(block_dim: int) -> float:

@@ -60,7 +60,7 @@ def refine(
     max_iterations: int,
     relative_tolerance: float,
     generator: torch.Generator,
-    on_iteration: Callable[[float], None] = lambda distortion: None,
+    on_iteration: Callable[[int, float], None],
 ) -> Refined:
     """Lloyd iterations from a start until an iteration lowers the distortion by less than a tolerance.
 
@@ -72,13 +72,13 @@ def refine(
         max_iterations: updates after which it stops in any case; 0 only measures the start.
         relative_tolerance: it stops when (old - new) <= tolerance * new and no cell is empty.
         generator: of the noise that splits cells.
-        on_iteration: called with the distortion after each assignment.
+        on_iteration: called with the number of updates made and the distortion after each assignment.
     """
     codewords, previous = start, float("inf")
     for iteration in range(max_iterations + 1):
         cells = assign(samples, codewords)
         distortion = cells.distortion
-        on_iteration(distortion)
+        on_iteration(iteration, distortion)
         settled = previous - distortion <= relative_tolerance * distortion and bool(cells.counts.all())
         if settled or iteration == max_iterations:
             break

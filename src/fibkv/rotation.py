@@ -30,7 +30,7 @@ One round sends a one-hot vector to d equal magnitudes, at which a 1-bit code er
 twice too much. Two rounds leave coordinates on a grid of 2/d, which is as coarse as the cells of a 4-bit code: 42 % too
 much at d = 64. Three rounds still show it with two equal channels (8 %). Six are within 1 % for every input of the
 tests from d = 32 upwards. The number is even so that the normalisation d^(rounds/2) is a power of two and the
-matrix is exact, hence exactly orthogonal, in float32 up to d = 256. Below d = 32 the grid stays coarse: take Haar there.
+matrix is exact, hence exactly orthogonal, in float32 up to d = 256. Below d = 32 the grid stays coarse: take Haar.
 """
 
 # Gaussians are rounded to this grid, far finer than any effect on the distribution and far coarser than the last-bit
@@ -115,7 +115,8 @@ def _hadamard_matrix(dim: int, seed: int) -> npt.NDArray[np.float64]:
     product = np.eye(dim, dtype=np.int64)
     for signs in hadamard_signs(dim, seed).numpy():
         product = _walsh_hadamard(product * signs[:, None])
-    return product / dim ** (HADAMARD_ROUNDS // 2)
+    matrix: npt.NDArray[np.float64] = product / dim ** (HADAMARD_ROUNDS // 2)
+    return matrix
 
 
 def _walsh_hadamard(columns: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -140,16 +141,17 @@ def _haar_matrix(dim: int, seed: int) -> npt.NDArray[np.float64]:
 def _orthonormal_rows(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """QR decomposition of a square matrix by rows with a positive diagonal, so that Gaussians give the Haar measure.
 
-    By Gram-Schmidt rather than by LAPACK: two LAPACKs differ in the last bits, by 5e-15 at d = 512, and then
-    about one matrix in five differs after rounding to float32, and with it the digest. Here every addition has its place.
+    By Gram-Schmidt rather than by LAPACK: two LAPACKs differ in the last bits, by 5e-15 at d = 512, where one matrix in
+    five then differs after rounding to float32, and with it the digest. Here every addition has its place.
     """
     basis = np.empty_like(rows)
     for i, row in enumerate(rows):
+        rest = row
         # The second pass removes what rounding left of the first ("twice is enough", Kahan and Parlett).
         for _ in range(2 if i else 0):
-            along = _ordered_sum((basis[:i] * row).T)
-            row = row - _ordered_sum(basis[:i] * along[:, None])
-        basis[i] = row / np.sqrt(_ordered_sum(row * row))
+            along = _ordered_sum((basis[:i] * rest).T)
+            rest = rest - _ordered_sum(basis[:i] * along[:, None])
+        basis[i] = rest / np.sqrt(_ordered_sum(rest * rest))
     return basis
 
 
@@ -161,7 +163,8 @@ def _ordered_sum(terms: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         if count % 2:
             folded[0] += terms[-1]
         terms = folded
-    return terms[0]
+    total: npt.NDArray[np.float64] = terms[0]
+    return total
 
 
 def _random_bytes(kind: RotationKind, dim: int, seed: int, length: int) -> bytes:

@@ -106,4 +106,5 @@ def _jacobian(head_dim: int, cells: _Cells) -> Array:
 
 def _density(head_dim: int, x: Array) -> Array:
     log_scale = math.lgamma(head_dim / 2) - math.lgamma((head_dim - 1) / 2) - math.log(math.pi) / 2
-    return np.exp(log_scale) * (1 - x * x) ** ((head_dim - 3) / 2)
+    density: Array = np.exp(log_scale) * (1 - x * x) ** ((head_dim - 3) / 2)
+    return density

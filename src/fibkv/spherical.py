@@ -1,7 +1,7 @@
-"""The source of FibQuant: a block of k coordinates of a uniformly random unit vector of R^d, and its initial codebook.
+"""The source of FibQuant: a block of k coordinates of a uniformly random unit vector of R^d. And its first codebook.
 
-After a Haar rotation every fixed vector looks like this (arXiv 2605.11478, theorem 1). On the unit k-ball the density is
-proportional to (1 - |x|^2)^((d-k-2)/2): the direction is uniform and independent of the radius, whose square is
+After a Haar rotation every fixed vector looks like this (arXiv 2605.11478, theorem 1). On the unit k-ball the density
+is proportional to (1 - |x|^2)^((d-k-2)/2): the direction is uniform and independent of the radius, whose square is
 Beta(k/2, (d-k)/2) with mean k/d.
 """
 
@@ -27,7 +27,8 @@ def sample_blocks(head_dim: int, block_dim: int, count: int, generator: np.rando
     blocks = generator.standard_normal((count, block_dim))
     # The other d - k coordinates matter only through their squared length.
     rest = generator.chisquare(head_dim - block_dim, (count, 1))
-    return blocks / np.sqrt((blocks * blocks).sum(1, keepdims=True) + rest)
+    lengths: Array = np.sqrt((blocks * blocks).sum(1, keepdims=True) + rest)
+    return blocks / lengths
 
 
 def companded_beta(head_dim: int, block_dim: int) -> float:
@@ -52,7 +53,7 @@ def planar_radii(head_dim: int, size: int) -> Array:
 
 
 def initial_codewords(head_dim: int, block_dim: int, size: int) -> Array:
-    """The codebook ``[N, k]`` float64 before any training, for blocks of unit vectors: codeword n is r_n times direction n.
+    """The codebook ``[N, k]`` float64 before training, for blocks of unit vectors: codeword n is r_n times direction n.
 
     Raises:
         ContractError: ``block_dim`` is below 2 or not below ``head_dim``.

@@ -1,0 +1,35 @@
+"""Progress of long computations: a callback, and the bar that shows it on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+
+class Progress(Protocol):
+    """Called now and then while something runs: ``done`` steps of ``total``, and what is going on."""
+
+    def __call__(self, done: int, total: int, note: str) -> None:
+        """Takes note of the progress; must return quickly."""
+
+
+def silent(done: int, total: int, note: str) -> None:
+    """The progress that nobody watches."""
+
+
+@contextmanager
+def terminal_progress(description: str) -> Iterator[Progress]:
+    """A progress bar on stderr while the context lasts; silent where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield silent
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(description, note="")
+        yield lambda done, total, note: bar.update(task, completed=done, total=total, note=note)

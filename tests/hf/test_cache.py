@@ -1,0 +1,240 @@
+"""The contract with transformers: layers, handles, reports, refusals."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers as tf
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer, DynamicSlidingWindowLayer
+
+import fibkv
+from fibkv.errors import ContractError, KernelError, ModelError, PageError
+from fibkv.handle import Handle
+from fibkv.hf import ATTENTION_NAME, CompressedLayer
+from fibkv.parameters import FibParameters
+from tests.hf.models import COMMON, build, prompt
+
+
+def filled(**fields: object) -> tuple[tf.PreTrainedModel, fibkv.Cache]:
+    model = build("llama")
+    cache = fibkv.Cache(model, tokens_per_page=16, **fields)
+    with torch.no_grad():
+        model(prompt(), past_key_values=cache)
+    return model, cache
+
+
+def handles(cache: fibkv.Cache) -> tuple[Handle, Handle]:
+    step = torch.ones(1, 2, 1, 32)
+    return cache.update(step, step, 0)
+
+
+class TestHandles:
+    def test_they_look_like_the_dense_tensors(self) -> None:
+        _, cache = filled()
+        key, value = handles(cache)
+        assert isinstance(key, Handle)
+        assert isinstance(value, torch.Tensor)
+        assert key.shape == (1, 2, 101, 32)
+        assert (key.dtype, key.device.type) == (torch.float32, "cpu")
+        assert "Handle(key, shape=[1, 2, 101, 32]" in repr(key)
+        assert cache.report().materialized == 0
+
+    def test_any_other_use_decodes_and_is_counted(self) -> None:
+        _, cache = filled()
+        key, value = handles(cache)
+        dense_key, dense_value = cache.layers[0].store.view().decode(torch.float32)
+        # The snapshot reads the newest tokens exactly, as does the tail here.
+        assert torch.equal(key + 0, dense_key)
+        assert torch.equal(torch.cat([value, value], 2)[:, :, 101:], dense_value)
+        assert torch.equal(key[:, :, -1], torch.ones(1, 2, 32))
+        assert torch.equal(copy.deepcopy(key), dense_key)
+        assert cache.report().materialized == 1, "one decode serves both roles and all later uses"
+
+    def test_they_outlive_the_call(self) -> None:
+        _, cache = filled()
+        key, _ = handles(cache)
+        expected, _ = cache.layers[0].store.view().decode(torch.float32)
+        more = torch.randn(1, 2, 40, 32, generator=torch.Generator().manual_seed(1))
+        cache.update(more, more, 0)
+        cache.layers[0].crop(-90)
+        cache.update(more, more, 0)
+        assert torch.equal(key + 0, expected)
+
+
+class TestLayers:
+    def test_stock_layers_are_left_alone_and_reported(self) -> None:
+        config = tf.Gemma3TextConfig(**COMMON, head_dim=32, sliding_window=16, layer_types=["sliding_attention"] * 2 + ["full_attention"])
+        model = tf.AutoModelForCausalLM.from_config(config).eval()
+        cache = fibkv.Cache(model)
+        with fibkv.attention(model):
+            out = model.generate(prompt(), past_key_values=cache, max_new_tokens=5, do_sample=False)
+        assert out.shape[1] == 105
+        kinds = [type(layer) for layer in cache.layers]
+        assert kinds == [DynamicSlidingWindowLayer, DynamicSlidingWindowLayer, CompressedLayer]
+        report = cache.report()
+        assert [layer.compressed for layer in report.layers] == [False, False, True]
+        assert report.layers[0].reason == "left to transformers' DynamicSlidingWindowLayer"
+        window = cache.layers[0].keys
+        assert report.layers[0].nbytes >= 2 * window.numel() * 4
+        assert report.layers[0].elements == 2 * window.numel()
+        assert "stock (left to transformers' DynamicSlidingWindowLayer)" in str(report)
+
+    def test_latent_attention_is_left_alone(self) -> None:
+        config = tf.DeepseekV3Config(vocab_size=64, num_hidden_layers=2)
+        assert not any(layer.compressed for layer in fibkv.Cache(config).report().layers)
+
+    def test_stock_classes_are_not_replaced(self) -> None:
+        assert DYNAMIC_LAYER_TYPE_MAPPING["full_attention"] is DynamicLayer
+
+    def test_truths_about_the_cache(self) -> None:
+        _, cache = filled()
+        assert cache.get_seq_length() == 100
+        assert cache.get_mask_sizes(7, 0) == (107, 0)
+        assert cache.layers[0].get_max_length() == -1
+        assert not cache.is_compileable
+        assert cache.layers[0].is_croppable
+
+    def test_crop_takes_what_transformers_passes(self) -> None:
+        _, cache = filled()
+        cache.crop(0)
+        assert cache.get_seq_length() == 100
+        cache.crop(-30)
+        assert cache.get_seq_length() == 70
+        with pytest.raises(ModelError, match="minus the number of tokens to remove, got 5"):
+            cache.layers[0].crop(5)
+
+    def test_offload_and_prefetch_keep_everything(self) -> None:
+        _, cache = filled()
+        before = cache.layers[0].store.view().decode(torch.float32)
+        cache.layers[0].offload()
+        cache.layers[0].prefetch()
+        after = cache.layers[0].store.view().decode(torch.float32)
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+class TestAttention:
+    def test_both_registries_know_the_name(self) -> None:
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        assert ATTENTION_NAME in ALL_MASK_ATTENTION_FUNCTIONS
+        assert ATTENTION_NAME in ALL_ATTENTION_FUNCTIONS
+
+    def test_it_is_switched_back(self) -> None:
+        model = build("llama")
+        before = model.config._attn_implementation
+        with pytest.raises(RuntimeError, match="inside"), fibkv.attention(model):
+            assert model.config._attn_implementation == ATTENTION_NAME
+            raise RuntimeError("inside")
+        assert model.config._attn_implementation == before
+
+    def test_a_stock_cache_works_under_it(self) -> None:
+        model = build("llama")
+        expected = model.generate(prompt(), max_new_tokens=8, do_sample=False)
+        with fibkv.attention(model):
+            assert torch.equal(model.generate(prompt(), max_new_tokens=8, do_sample=False), expected)
+
+    @pytest.mark.parametrize("name", ["position_bias", "s_aux"])
+    def test_what_would_change_the_result_is_refused(self, name: str) -> None:
+        from fibkv.hf import attention_forward
+
+        model, cache = filled()
+        key, value = handles(cache)
+        query = torch.ones(1, 4, 1, 32)
+        module = model.model.layers[0].self_attn
+        with pytest.raises(ModelError, match=f"does not handle '{name}' yet: run the model without"):
+            attention_forward(module, query, key, value, None, **{name: torch.ones(4)})
+        with pytest.raises(ModelError, match=r"no dropout, got 0.1: call model.eval\(\)"):
+            attention_forward(module, query, key, value, None, dropout=0.1)
+
+    def test_softcap_is_honoured(self) -> None:
+        config = tf.Gemma2Config(**COMMON, head_dim=32, layer_types=["full_attention"] * 3, attn_logit_softcapping=2.0)
+        torch.manual_seed(0)
+        model = tf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        expected, cache = fibkv.Cache(model, tokens_per_page=16), fibkv.Cache(model, tokens_per_page=16)
+        with torch.no_grad():
+            model(prompt(), past_key_values=expected)
+            model(prompt(), past_key_values=cache)
+            dense = model(prompt(1, 1, seed=1), past_key_values=expected).logits
+            with fibkv.attention(model):
+                paged = model(prompt(1, 1, seed=1), past_key_values=cache).logits
+        assert cache.report().materialized == 0
+        torch.testing.assert_close(paged, dense, rtol=1e-3, atol=1e-3)
+
+
+class TestSettings:
+    def test_bits_and_profiles(self) -> None:
+        for fields, keys, values in (
+            ({}, "fib4", "fib4"),
+            ({"bits": 2}, "fib2", "fib2"),
+            ({"bits": (8, 4)}, "int8", "fib4"),
+            ({"profile": ("fib4", "fp8")}, "fib4", "fp8"),
+            ({"profile": FibParameters.of(32, 4, 16)}, "fib", "fib"),
+        ):
+            _, cache = filled(**fields)
+            assert f"keys {keys}, values {values}" in cache.report().layers[0].reason
+            assert cache.report().layers[0].pages == 2
+
+    def test_raw_dtype_halves_the_pages_of_a_float32_model(self) -> None:
+        _, full = filled(profile="raw")
+        _, half = filled(profile="raw", raw_dtype="f16")
+        assert half.report().nbytes < 0.9 * full.report().nbytes
+
+    @pytest.mark.parametrize(
+        ("fields", "error", "match"),
+        [
+            ({"bits": 5}, ContractError, "Cache.bits: expected one of 1, 2, 3, 4, 8, 16, or a pair, got 5"),
+            ({"bits": 4, "profile": "fib4"}, ContractError, "either bits or profile"),
+            ({"profile": "fib9"}, ContractError, "one of raw, int8, fp8, fib4"),
+            ({"tokens_per_page": 0}, ContractError, "Cache.tokens_per_page: expected a positive number, got 0"),
+            ({"raw_dtype": "f64"}, ContractError, "Cache.raw_dtype: expected one of f16, bf16, f32, got 'f64'"),
+            ({"implementation": "cuda"}, KernelError, "expected one of auto, reference, got 'cuda'"),
+        ],
+    )
+    def test_refusals(self, fields: dict[str, object], error: type[Exception], match: str) -> None:
+        with pytest.raises(error, match=match):
+            fibkv.Cache(build("llama"), **fields)
+
+    def test_policy_beyond_the_model_is_refused(self) -> None:
+        regions = fibkv.ProtectedRegions(raw_layers=(3,))
+        with pytest.raises(ContractError, match="raw_layers: expected layers below 3"):
+            fibkv.Cache(build("llama"), policy=fibkv.Policy.per_token(regions))
+
+    def test_encoder_decoder_models_are_refused(self) -> None:
+        with pytest.raises(ModelError, match="T5Config: encoder-decoder models are not supported"):
+            fibkv.Cache(tf.T5Config())
+
+    def test_a_codec_that_does_not_fit_the_head_dim_is_refused(self) -> None:
+        with pytest.raises(ContractError, match="Profile.codec.head_dim: expected 32 of the shape, got 64"):
+            filled(profile=FibParameters.of(64, 2, 16))
+
+    def test_raw_layers_and_heads(self) -> None:
+        regions = fibkv.ProtectedRegions(raw_layers=(0,), raw_heads=(1,))
+        model, cache = filled(policy=fibkv.Policy.per_token(regions))
+        counts = [dict(layer.raw_vectors) for layer in cache.report().layers]
+        assert counts == [{"protected_region": 2 * 2 * 96}, *[{"protected_region": 2 * 96}] * 2]
+        with torch.no_grad(), fibkv.attention(model):
+            paged = model(prompt(1, 1, seed=1), past_key_values=copy.deepcopy(cache)).logits
+        with torch.no_grad():
+            dense = model(prompt(1, 1, seed=1), past_key_values=cache).logits
+        torch.testing.assert_close(paged, dense, rtol=1e-4, atol=1e-3)
+
+
+class TestIntegrity:
+    def test_a_damaged_page_is_quarantined_and_refused(self) -> None:
+        model, cache = filled()
+        assert cache.verify() == ()
+        with cache.corrupt_page(layer=2, row=0, page=1):
+            (record,) = cache.verify()
+        assert "layer 2, tokens 16..31" in record.name
+        with torch.no_grad(), pytest.raises(PageError, match="in quarantine"):
+            model(prompt(1, 1), past_key_values=cache)
+
+    def test_there_must_be_a_page_to_damage(self) -> None:
+        _, cache = filled()
+        with pytest.raises(ModelError, match="expected one of 1 rows x 2 pages, got 0, 9"):
+            cache.corrupt_page(layer=0, row=0, page=9)
+        with pytest.raises(ModelError, match="layer 7: expected a filled compressed layer"):
+            cache.corrupt_page(layer=7, row=0, page=0)

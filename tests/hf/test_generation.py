@@ -1,0 +1,284 @@
+"""Generation on pages equals generation from the dequantized dense cache, token for token, on every architecture."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+import fibkv
+from fibkv.handle import Handle
+from fibkv.regions import ProtectedRegions
+from tests.hf.models import CONFIGS, build, prompt
+
+POLICY = fibkv.Policy.per_token(ProtectedRegions(first_tokens_raw=4, last_tokens_raw=8))
+
+
+def cache_for(model: tf.PreTrainedModel, profile: str = "fib4", **fields: object) -> fibkv.Cache:
+    return fibkv.Cache(model, profile=profile, tokens_per_page=16, policy=POLICY, **fields)
+
+
+def generate(model: tf.PreTrainedModel, ids: Tensor, cache: object, **options: object) -> Tensor:
+    defaults = {"max_new_tokens": 24, "do_sample": False}
+    return model.generate(ids, past_key_values=cache, **{**defaults, **options})
+
+
+def requests() -> list[tuple[Tensor, Tensor | None]]:
+    """A single prompt, and a batch of two of which one is left-padded."""
+    padded = torch.ones(2, 100, dtype=torch.long)
+    padded[1, :37] = 0
+    return [(prompt(), None), (prompt(2) * padded, padded)]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_on_pages_equals_greedy_on_the_dequantized_cache(name: str) -> None:
+    model = build(name)
+    for ids, mask in requests():
+        dense = cache_for(model)
+        expected = generate(model, ids, dense, attention_mask=mask)
+        assert dense.report().materialized == 3 * 23, "without fibkv.attention each step decodes each layer"
+        paged = cache_for(model)
+        with fibkv.attention(model):
+            actual = generate(model, ids, paged, attention_mask=mask)
+        assert torch.equal(actual, expected)
+        assert paged.report().materialized == 0
+        assert all(layer.pages >= 6 for layer in paged.report().layers)
+
+
+def dense_float32_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: object
+) -> tuple[Tensor, None]:
+    """Attention on the dequantized dense cache in float32, rounded once: what pages compute, made the plain way."""
+    if not isinstance(key, Handle):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    key, value = key.source.view.decode(torch.float32)
+    out, _ = sdpa_attention_forward(module, query.float(), key, value, attention_mask, **kwargs)
+    return out.to(query.dtype), None
+
+
+tf.AttentionInterface.register("dense_float32", dense_float32_attention)
+AttentionMaskInterface.register("dense_float32", sdpa_mask)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_in_bfloat16(name: str) -> None:
+    """As above in bfloat16, where a last-bit difference in rounding decides near-ties of random weights.
+
+    So tokens are compared with a dense attention that rounds where attention on pages rounds, and the logits with
+    those of transformers' own attention on the dense cache, along the same tokens, within bfloat16's rounding.
+    """
+    model = build(name, torch.bfloat16)
+    for ids, mask in requests():
+        model.set_attn_implementation("dense_float32")
+        expected = generate(model, ids, cache_for(model), attention_mask=mask)
+        model.set_attn_implementation("sdpa")
+        paged = cache_for(model)
+        with fibkv.attention(model):
+            actual = generate(model, ids, paged, attention_mask=mask)
+        assert torch.equal(actual, expected)
+        assert paged.report().materialized == 0
+    chunks = expected[:1, :116].split([100] + [1] * 16, 1)
+    with torch.no_grad():
+        dense_cache, paged_cache = cache_for(model), cache_for(model)
+        dense = [model(chunk, past_key_values=dense_cache).logits[:, -1] for chunk in chunks]
+        with fibkv.attention(model):
+            pages = [model(chunk, past_key_values=paged_cache).logits[:, -1] for chunk in chunks]
+    difference = (torch.cat(pages) - torch.cat(dense)).float()
+    assert difference.square().mean().sqrt() < 0.03 * torch.cat(dense).float().std()
+
+
+def test_the_comparison_can_fail() -> None:
+    """At 1 bit the tokens differ from those of the exact cache: equality above is not trivial."""
+    model = build("llama")
+    exact = generate(model, prompt(), tf.DynamicCache(config=model.config))
+    with fibkv.attention(model):
+        coarse = generate(model, prompt(), cache_for(model, "fib1"))
+        raw = generate(model, prompt(), cache_for(model, "raw"))
+    assert not torch.equal(coarse, exact)
+    assert torch.equal(raw, exact)
+
+
+def test_left_padding_does_not_change_a_row() -> None:
+    """With raw pages: a padded row gives the tokens that it gives alone."""
+    model = build("llama")
+    alone = prompt(1, 63, seed=3)
+    padded = torch.cat([torch.zeros(1, 37, dtype=torch.long), alone], 1)
+    both = torch.cat([prompt(), padded])
+    with fibkv.attention(model):
+        expected = generate(model, alone, cache_for(model, "raw"))[0, 63:]
+        mask = (both != 0).long()
+        actual = generate(model, both, cache_for(model, "raw"), attention_mask=mask)[1, 100:]
+    assert torch.equal(actual, expected)
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Records the most elements of any floating tensor that an operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def _largest_in_a_step(model: tf.PreTrainedModel, tokens: int, context: object) -> int:
+    cache = fibkv.Cache(model, profile="fib4")
+    with torch.no_grad(), context(model):
+        for chunk in prompt(1, tokens).split(2048, 1):
+            model(chunk, past_key_values=cache, logits_to_keep=1)
+        with _LargestTensor() as largest:
+            model(prompt(1, 1), past_key_values=cache, logits_to_keep=1)
+    return largest.elements
+
+
+def test_a_decode_step_makes_no_tensor_that_grows_with_the_context() -> None:
+    model = build("llama")
+    short, long = (_largest_in_a_step(model, tokens, fibkv.attention) for tokens in (4096, 16384))
+    assert long <= short
+    # A tile of 1024 tokens, 2 KV heads and head_dim 32 is the largest.
+    assert long <= 1024 * 2 * 32
+
+
+def test_prefill_is_exact_and_later_chunks_read_the_past_as_stored() -> None:
+    model = build("llama")
+    ids = prompt(1, 120)
+    with torch.no_grad(), fibkv.attention(model):
+        exact = model(ids).logits
+        cache = cache_for(model)
+        first = model(ids[:, :80], past_key_values=cache).logits
+        second = model(ids[:, 80:], past_key_values=cache).logits
+    torch.testing.assert_close(first, exact[:, :80], rtol=1e-4, atol=1e-4)
+    moved = (second - exact[:, 80:]).abs().max()
+    assert 1e-3 < moved
+    with torch.no_grad():
+        dense = cache_for(model)
+        model(ids[:, :80], past_key_values=dense)
+        expected = model(ids[:, 80:], past_key_values=dense).logits
+    torch.testing.assert_close(second, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_chunked_prefill_and_a_second_turn() -> None:
+    model = build("qwen2")
+    expected_cache, cache = cache_for(model), cache_for(model)
+    expected = generate(model, prompt(), expected_cache, prefill_chunk_size=33)
+    with fibkv.attention(model):
+        actual = generate(model, prompt(), cache, prefill_chunk_size=33)
+    assert torch.equal(actual, expected)
+    turn = torch.cat([actual, prompt(1, 20, seed=9)], 1)
+    expected = generate(model, turn, expected_cache)
+    with fibkv.attention(model):
+        assert torch.equal(generate(model, turn, cache), expected)
+    assert cache.report().materialized == 0
+
+
+def test_beams() -> None:
+    model = build("llama")
+    expected = generate(model, prompt(2), cache_for(model), num_beams=3)
+    with fibkv.attention(model):
+        cache = cache_for(model)
+        actual = generate(model, prompt(2), cache, num_beams=3)
+    assert torch.equal(actual, expected)
+    assert cache.report().materialized == 0
+
+
+def test_prompt_lookup_decoding_crops_the_cache() -> None:
+    model = build("llama")
+    ids = prompt(1, 20).repeat(1, 5)
+    plain = generate(model, ids, cache_for(model, "raw"))
+    with fibkv.attention(model):
+        cache = cache_for(model, "raw")
+        assert torch.equal(generate(model, ids, cache, prompt_lookup_num_tokens=4), plain)
+    assert cache.get_seq_length() == ids.shape[1] + 23
+
+
+def test_copies_of_a_cache_diverge_and_share_pages() -> None:
+    model = build("llama")
+    with torch.no_grad(), fibkv.attention(model):
+        cache = cache_for(model)
+        model(prompt(), past_key_values=cache)
+        fork = copy.deepcopy(cache)
+        shared = [a is b for a, b in zip(cache.layers[0].store.pages(), fork.layers[0].store.pages(), strict=True)]
+        assert all(shared)
+        assert len(shared) == 5
+        model(prompt(1, 30, seed=4), past_key_values=fork)
+        expected = model(prompt(1, 1, seed=5), past_key_values=copy.deepcopy(cache)).logits
+        actual = model(prompt(1, 1, seed=5), past_key_values=cache).logits
+    assert torch.equal(actual, expected)
+
+
+def test_repeat_select_and_reset() -> None:
+    model = build("llama")
+    with torch.no_grad(), fibkv.attention(model):
+        cache = cache_for(model)
+        model(prompt(2), past_key_values=cache)
+        token = prompt(2, 1, seed=5)
+        expected = model(token, past_key_values=copy.deepcopy(cache)).logits
+        repeated = copy.deepcopy(cache)
+        repeated.batch_repeat_interleave(3)
+        actual = model(token.repeat_interleave(3, 0), past_key_values=repeated).logits
+        torch.testing.assert_close(actual, expected.repeat_interleave(3, 0), rtol=1e-4, atol=1e-3)
+        cache.batch_select_indices(torch.tensor([1]))
+        torch.testing.assert_close(
+            model(token[1:], past_key_values=cache).logits, expected[1:], rtol=1e-4, atol=1e-3
+        )
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        model(prompt(2), past_key_values=cache)
+        assert cache.get_seq_length() == 100
+
+
+def test_poison() -> None:
+    """Damage one page in memory and the logits change; restore it and they are exactly what they were."""
+    model = build("llama")
+    for profile in ("raw", "int8", "fp8", "fib4", "fib2"):
+        with torch.no_grad(), fibkv.attention(model):
+            cache = cache_for(model, profile)
+            model(prompt(), past_key_values=cache)
+
+            def logits(held: fibkv.Cache = cache) -> Tensor:
+                return model(prompt(1, 1, seed=5), past_key_values=copy.deepcopy(held)).logits
+
+            before = logits()
+            with cache.corrupt_page(layer=1, row=0, page=2):
+                assert not torch.equal(logits(), before), profile
+            assert torch.equal(logits(), before), profile
+
+
+def test_counted_bits_at_8k_tokens() -> None:
+    """4-bit FibQuant at d = 128 with 8-bit norms, tail and sinks included: under 4.4."""
+    config = tf.LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=128,
+        max_position_embeddings=8192,
+    )
+    cache = fibkv.Cache(config, bits=4)
+    keys = torch.randn(1, 4, 8192, 128, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    for layer in range(2):
+        cache.update(keys, keys.flip(2), layer)
+    report = cache.report()
+    assert report.elements == 2 * 2 * 4 * 8192 * 128
+    held = sum(
+        tensor.numel() * tensor.element_size()
+        for layer in cache.layers
+        for page in layer.store.pages()
+        for segment in (*page.keys, *page.values)
+        for _, tensor in segment.codes.named()
+    )
+    tail = sum(t.numel() * 2 for layer in cache.layers for t in (layer.store.tail.keys, layer.store.tail.values))
+    pages = 2 * (8192 - 64) // 64
+    assert report.nbytes == held + tail + 64 * pages + report.tables_nbytes
+    assert 4.0625 < report.bits_per_element < 4.4
