@@ -32,7 +32,7 @@ class LayerCache:
         self.quarantine = quarantine
         self._rows: list[tuple[Page, ...]] = [()] * keys.shape[0]
         self._capacity = settings.tokens_per_page + settings.last_tokens_raw
-        self._tail = Tail(keys[:, :, :0], values[:, :, :0], 0).kept(0, 0, self._capacity)
+        self._tail = self._tail_of(Tail(keys, values, 0), 0, 0)
         self._length = 0
 
     @property
@@ -90,7 +90,7 @@ class LayerCache:
         keep = max(0, length - tail_start)
         if length < tail_start:
             self._rows = [_cropped(row, length) for row in self._rows]
-        self._tail = self._tail.kept(0, keep, max(self._capacity, keep))
+        self._tail = self._tail_of(self._tail, 0, keep)
         self._length = length
 
     def select(self, indices: Sequence[int]) -> None:
@@ -167,10 +167,14 @@ class LayerCache:
         sealed = seal(self.settings, recent, length, spans)
         done = spans[-1][1] if spans else 0
         self._rows = [(*row, *pages) for row, pages in zip(self._rows, sealed, strict=True)]
-        rest = recent.length - done
-        has_room = done == 0 and rest < recent.keys.shape[2]
-        self._tail = recent if has_room else recent.kept(done, recent.length, max(self._capacity, rest + 1))
+        has_room = done == 0 and recent.length < recent.keys.shape[2]
+        self._tail = recent if has_room else self._tail_of(recent, done, recent.length)
         self._length = length
+
+    def _tail_of(self, tail: Tail, start: int, stop: int) -> Tail:
+        """Tokens ``start:stop`` of a tail with room to fill a page; an empty tail takes no memory."""
+        tokens = stop - start
+        return tail.kept(start, stop, max(self._capacity, tokens + 1) if tokens else 0)
 
 
 def _name(page: Page) -> str:

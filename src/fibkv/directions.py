@@ -62,8 +62,8 @@ def roberts_kronecker(block_dim: int, size: int) -> Array:
     powers = roberts_root(block_dim) ** -np.arange(1.0, block_dim + 1)
     uniforms = np.modf((np.arange(size)[:, None] + 0.5) * powers)[0]
     gaussians: Array = special.ndtri(uniforms)
-    lengths: Array = np.sqrt((gaussians**2).sum(1, keepdims=True))
-    return gaussians / lengths
+    points: Array = gaussians / np.linalg.norm(gaussians, axis=1, keepdims=True)
+    return points
 
 
 def roberts_root(block_dim: int) -> float:
@@ -73,7 +73,7 @@ def roberts_root(block_dim: int) -> float:
 
 
 def _golden_angles(size: int) -> Array:
-    return 2 * math.pi * (1 - 1 / GOLDEN_RATIO) * np.arange(1, size + 1)
+    return 2 * math.pi * (1 - 1 / GOLDEN_RATIO) * np.arange(1.0, size + 1)
 
 
 def _coprime_stride(size: int) -> int:

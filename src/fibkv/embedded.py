@@ -69,3 +69,15 @@ def load_directory(directory: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{directory}: transformers cannot load a causal language model from it: {error}") from error
     return model.eval(), tokenizer
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8.
+
+    Raises:
+        ModelError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: expected a text file in UTF-8: {error}") from error

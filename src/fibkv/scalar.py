@@ -69,7 +69,8 @@ def lloyd_max_scalar(head_dim: int, size: int) -> ScalarCode:
         cells = _cells(head_dim, levels)
         step = linalg.solve_banded((1, 1), _jacobian(head_dim, cells), levels - cells.centroids)
         # Symmetry holds only up to rounding, unless it is imposed.
-        levels = levels - (step - step[::-1]) / 2
+        levels = levels - step
+        levels = (levels - levels[::-1]) / 2
         if np.abs(step).max() < _TOLERANCE * np.diff(levels).min():
             cells = _cells(head_dim, levels)
             # E(x - c)^2 summed over d coordinates, of which E x^2 = 1/d each.

@@ -92,9 +92,9 @@ def default_settings(block_dim: int) -> TrainingSettings:
 def shipped_settings(size: int) -> TrainingSettings:
     """The budget of the package's codebooks: more restarts and samples than a first use has patience for."""
     return TrainingSettings(
-        samples_per_codeword=max(8000, 2**20 // size),
-        restarts=12,
-        max_iterations=400,
+        samples_per_codeword=max(4000, 2**20 // size),
+        restarts=8,
+        max_iterations=300,
         holdout_samples=2**20,
         head_dim=SOURCE_DIM,
     )

@@ -95,7 +95,7 @@ def distortion(trellis: Trellis, vectors: Tensor) -> float:
     return float((vectors - trellis.decode(trellis.encode(vectors))).square().double().mean())
 
 
-def train(bits: int, *, dim: int = 128, count: int = 2000, passes: int = 25, seed: int = 0) -> Trellis:
+def train(bits: int, *, dim: int = 128, count: int = 1500, passes: int = 40, seed: int = 0) -> Trellis:
     """A trellis whose table was trained: shuffled Gaussian quantiles, then centroids of the windows, again and again."""
     generator = torch.Generator().manual_seed(seed)
     size = 1 << WINDOW

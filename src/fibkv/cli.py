@@ -1,0 +1,106 @@
+"""The command line: options -> one call of the library -> print -> exit code."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import fibkv
+from fibkv import codebook, embedded
+from fibkv.errors import FibkvError
+from fibkv.progress import terminal_progress
+
+app = typer.Typer(help=fibkv.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+codebooks = typer.Typer(help="FibQuant codebooks: those that are shipped, and how they were made.", no_args_is_help=True)
+app.add_typer(codebooks, name="codebooks")
+
+
+def main() -> None:
+    """Runs the command; an error of fibkv becomes one line on stderr and exit code 1."""
+    try:
+        app()
+    except FibkvError as error:
+        Console(stderr=True).print(f"fibkv: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if version:
+        print(fibkv.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    model: Annotated[Path | None, typer.Option(help="Model directory of transformers; default: the embedded model.")] = None,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text that the model was not trained on; goes with --model.")] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of text.")] = 6,
+    window_tokens: Annotated[int, typer.Option(min=2, help="Tokens per window and prompt.")] = 1024,
+    prompts: Annotated[int, typer.Option(min=1, help="Needle prompts.")] = 12,
+    json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot of KL over counted bits to this file.")] = None,
+) -> None:
+    """Compare compressed caches with the dense one: quality, needles, speed, counted bits, poison test.
+
+    Exit code 1 if a cache was not really read: the poison test failed, or dense copies were made.
+    """
+    # Here, so that `fibkv --help` does not wait for transformers, and `fibkv codebooks` does not need it.
+    from fibkv.demo import DemoSettings, run_demo, standard_variants  # noqa: PLC0415
+    from fibkv.demo_view import progress_bar, render, save_plot  # noqa: PLC0415
+    from fibkv.files import write_text  # noqa: PLC0415
+
+    if (model is None) != (text is None):
+        raise typer.BadParameter("--model and --text go together")
+    console = Console()
+    with progress_bar(Console(stderr=True)) as progress:
+        directory = model or embedded.model_dir()
+        loaded, tokenizer = embedded.load_directory(directory, torch.float32)
+        result = run_demo(
+            loaded,
+            tokenizer,
+            embedded.heldout_text() if text is None else embedded.read_text(text),
+            name="embedded reference model" if model is None else str(model),
+            variants=standard_variants(),
+            settings=DemoSettings(num_windows=windows, window_tokens=window_tokens, num_prompts=prompts),
+            caveats=embedded.CAVEATS if model is None else (),
+            progress=progress,
+        )
+    console.print(render(result))
+    if json is not None:
+        write_text(json, result.to_json())
+    if plot is not None:
+        save_plot(result, plot)
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+@codebooks.command("list")
+def list_codebooks() -> None:
+    """The shipped codebooks with their training and held-out distortion."""
+    table = Table(title="shipped codebooks: relative mean squared error of unit vectors, norm exact, no gain")
+    for heading in ("k", "N", "bits", "train", "held out d=64", "held out d=128", "digest"):
+        table.add_column(heading, justify="right")
+    for block_dim, size in codebook.SHIPPED:
+        report = codebook.load(block_dim, size).report
+        bits = (size - 1).bit_length() / block_dim
+        figures = (report.train_distortion, report.held_out_at(64), report.held_out_at(128))
+        table.add_row(
+            str(block_dim), str(size), f"{bits:g}", *(f"{figure:.5f}" for figure in figures), report.codebook_digest[:19]
+        )
+    Console().print(table)
+
+
+@codebooks.command("build")
+def build_codebooks(directory: Annotated[Path, typer.Argument(help="Where to write them.")]) -> None:
+    """Rebuild the shipped codebooks from nothing (about ten minutes on 2 cores)."""
+    from fibkv.training import build_shipped  # noqa: PLC0415 - imports scipy
+
+    with terminal_progress("building codebooks") as progress:
+        build_shipped(directory, progress=progress)

@@ -1,0 +1,158 @@
+"""Rotations: orthogonal, the same on every machine, and T13: no input is worse than a Gaussian one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from fibkv import codebook
+from fibkv.errors import ContractError
+from fibkv.parameters import Rotation as Kind
+from fibkv.rotation import HADAMARD_ROUNDS, hadamard_signs, rotation
+from tests.maths.measure import distortion, quantise
+
+GOLDEN: list[tuple[Kind, int, int, str]] = []
+BOOKS = ((1, 2), (1, 4), (1, 16), (2, 16), (2, 64), (2, 256))
+
+
+def _inputs(dim: int) -> dict[str, Tensor]:
+    one_hot = torch.zeros(dim, dtype=torch.float64)
+    one_hot[7] = 1
+    huge = torch.randn(dim, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    huge[5] *= 100
+    pair = torch.zeros(dim, dtype=torch.float64)
+    pair[[3, dim // 2 + 8]] = 1
+    inputs = {"one-hot": one_hot, "huge channel": huge, "constant": torch.ones(dim, dtype=torch.float64), "pair": pair}
+    return {name: vector / vector.norm() for name, vector in inputs.items()}
+
+
+def _rotated(kind: Kind, dim: int, vector: Tensor, seeds: int) -> Tensor:
+    # Not through the process-wide cache: it keeps few, and these are used once.
+    make = rotation.__wrapped__
+    return torch.stack([make(kind, dim, seed).apply(vector) for seed in range(seeds)]).double()
+
+
+@pytest.mark.parametrize(("kind", "dim", "seed", "digest"), GOLDEN)
+def test_digests_never_change(kind: Kind, dim: int, seed: int, digest: str) -> None:
+    """On any machine: pages are bound to these digests."""
+    assert rotation(kind, dim, seed).digest == digest
+
+
+@pytest.mark.parametrize(("kind", "dim"), [("hadamard", 2), ("hadamard", 64), ("hadamard", 256), ("hadamard", 1024)])
+def test_hadamard_is_orthogonal(kind: Kind, dim: int) -> None:
+    matrix = rotation(kind, dim, 3).matrix.double()
+    deviation = (matrix @ matrix.T - torch.eye(dim)).abs().max()
+    assert deviation == 0 if dim <= 256 else deviation < 1e-7
+
+
+@pytest.mark.parametrize("dim", [2, 3, 64, 80, 96, 112, 128, 192])
+def test_haar_is_orthogonal(dim: int) -> None:
+    made = rotation("haar", dim, 3)
+    matrix = made.matrix.double()
+    assert made.matrix.dtype == torch.float32
+    assert (matrix @ matrix.T - torch.eye(dim)).abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "haar"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_apply_and_invert(kind: Kind, dtype: torch.dtype) -> None:
+    made = rotation(kind, 64, 1)
+    vectors = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    turned = made.apply(vectors)
+    assert turned.dtype == torch.float32
+    assert torch.equal(turned[1, 2], made.matrix @ vectors[1, 2].float()) or torch.allclose(
+        turned[1, 2], made.matrix @ vectors[1, 2].float(), atol=1e-5
+    )
+    assert torch.allclose(turned.norm(dim=-1), vectors.float().norm(dim=-1), rtol=1e-5)
+    assert torch.allclose(made.invert(turned), vectors.float(), atol=1e-5)
+
+
+def test_signs_and_transforms_make_the_matrix() -> None:
+    dim, seed = 32, 9
+    signs = hadamard_signs(dim, seed)
+    assert signs.dtype == torch.int8
+    assert signs.shape == (HADAMARD_ROUNDS, dim)
+    sylvester = torch.ones(1, 1, dtype=torch.float64)
+    while len(sylvester) < dim:
+        sylvester = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), sylvester)
+    product = torch.eye(dim, dtype=torch.float64)
+    for row in signs:
+        product = sylvester @ (row.double()[:, None] * product) / dim**0.5
+    assert torch.allclose(product, rotation("hadamard", dim, seed).matrix.double(), atol=1e-12)
+
+
+def test_signs_are_fair() -> None:
+    signs = torch.stack([hadamard_signs(64, seed) for seed in range(200)]).double()
+    assert set(signs.unique().tolist()) == {-1.0, 1.0}
+    # 76,800 signs: five standard deviations of their mean, and of the mean of a single place.
+    assert abs(float(signs.mean())) < 0.018
+    assert float(signs.mean(0).abs().max()) < 0.36
+
+
+def test_haar_entries_follow_the_spherical_law_and_determinants_both_signs() -> None:
+    dim, seeds = 8, 400
+    matrices = torch.stack([rotation.__wrapped__("haar", dim, seed).matrix.double() for seed in range(seeds)])
+    law = stats.beta(1 / 2, (dim - 1) / 2)
+    for row, column in ((0, 0), (7, 7), (0, 7)):
+        assert stats.kstest(matrices[:, row, column].square().numpy(), law.cdf).pvalue > 1e-3
+        # Without a fixed sign of R's diagonal the diagonal of Q would lean to one side.
+        assert abs(float(matrices[:, row, column].sign().mean())) < 5 / seeds**0.5
+    assert abs(float(torch.linalg.det(matrices).mean())) < 5 / seeds**0.5
+
+
+def test_cached_by_kind_dim_and_seed() -> None:
+    assert rotation("haar", 16, 4) is rotation("haar", 16, 4)
+    digests = {rotation(kind, 16, seed).digest for kind in ("haar", "hadamard") for seed in (0, 1, 2**64 - 1)}
+    assert len(digests) == 6
+
+
+def test_refusals() -> None:
+    with pytest.raises(ContractError, match=r"rotation\.dim: expected a power of two for a hadamard rotation, got 80"):
+        rotation("hadamard", 80, 0)
+    with pytest.raises(ContractError, match=r"rotation\.dim: expected at least 2, got 1"):
+        rotation("haar", 1, 0)
+    with pytest.raises(ContractError, match=r"rotation\.seed: expected an unsigned 64-bit number, got -1"):
+        rotation("haar", 4, -1)
+    with pytest.raises(ContractError, match=r"rotation\.kind: expected hadamard or haar, got 'householder'"):
+        rotation("householder", 4, 0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "haar"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_no_input_is_worse_than_a_gaussian_one(kind: Kind, dim: int) -> None:
+    """T13. Averaged over seeds each fixed input has the codebook's distortion."""
+    seeds = 500 if kind == "hadamard" else 250
+    for name, vector in _inputs(dim).items():
+        rotated = _rotated(kind, dim, vector, seeds)
+        for block_dim, size in BOOKS:
+            book = codebook.load(block_dim, size)
+            ratio = distortion(rotated, quantise(rotated, book.codewords)) / book.report.held_out_at(dim)
+            # 16,000 or more coordinates: the distortion scatters by about 1.2 %.
+            assert ratio == pytest.approx(1, abs=0.04), f"{name}, k={block_dim}, N={size}"
+
+
+@pytest.mark.parametrize(("size", "expected"), [(2, 0.040), (4, 0.255)])
+def test_one_round_fails_on_a_one_hot_vector(size: int, expected: float) -> None:
+    # All coordinates are +-1/sqrt(d): a point mass, not a Gaussian. Here D should be .361 and .116.
+    signs = hadamard_signs(128, 0)[0].double() / 128**0.5
+    rotated = signs[None]
+    assert distortion(rotated, quantise(rotated, codebook.load(1, size).codewords)) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize(("rounds", "name", "excess"), [(2, "one-hot", 1.3), (3, "pair", 1.05)])
+def test_few_rounds_leave_a_grid(rounds: int, name: str, excess: float) -> None:
+    """Why there are more than three: at d = 64 the grid of the coordinates shows at 4 bits."""
+    dim, seeds = 64, 500
+    hadamard = rotation("hadamard", dim, 0).matrix.double()
+    sylvester = torch.ones(1, 1, dtype=torch.float64)
+    while len(sylvester) < dim:
+        sylvester = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), sylvester)
+    assert hadamard.shape == sylvester.shape
+    rotated = _inputs(dim)[name].repeat(seeds, 1)
+    for index in range(rounds):
+        signs = torch.stack([hadamard_signs(dim, seed)[index] for seed in range(seeds)]).double()
+        rotated = (rotated * signs) @ sylvester / dim**0.5
+    book = codebook.load(1, 16)
+    assert distortion(rotated, quantise(rotated, book.codewords)) > excess * book.report.held_out_at(dim)

@@ -1,0 +1,77 @@
+"""The command line: what it prints, what it refuses, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fibkv
+from fibkv import codebook
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fibkv", *arguments], capture_output=True, text=True, check=False, timeout=600
+    )
+
+
+def test_version_and_help() -> None:
+    assert run("--version").stdout.strip() == fibkv.__version__
+    shown = run("--help")
+    assert shown.returncode == 0
+    assert "demo" in shown.stdout
+    assert "codebooks" in shown.stdout
+
+
+def test_codebooks_list_shows_every_shipped_book() -> None:
+    shown = run("codebooks", "list")
+    assert shown.returncode == 0, shown.stderr
+    for block_dim, size in codebook.SHIPPED:
+        assert codebook.load(block_dim, size).digest[:10] in shown.stdout
+
+
+def test_demo_on_the_embedded_model(tmp_path: Path) -> None:
+    """The whole command at a small size: every row is there, passes the poison test, and reads its pages."""
+    figures, plot = tmp_path / "out" / "demo.json", tmp_path / "demo.png"
+    options = ("--windows", "1", "--prompts", "1", "--window-tokens", "512", "--json", str(figures), "--plot", str(plot))
+    shown = run("demo", *options)
+    assert shown.returncode == 0, shown.stderr
+    for title in ("dense", "raw pages", "int8", "fp8 e4m3", "4-bit FibQuant", "2-bit FibQuant"):
+        assert title in shown.stdout
+    assert "Loading weights" not in shown.stdout
+    result = json.loads(figures.read_text())
+    bits = [row["bits_per_element"] for row in result["variants"]]
+    assert bits == sorted(bits, reverse=True)
+    kl = [row["quality"]["kl_mean"] for row in result["variants"]]
+    assert kl[0] < 1e-3 < kl[3] < kl[4]
+    assert all(row["poison"]["moved"] > 0 and row["poison"]["restored"] for row in result["variants"])
+    assert all(row["materialized"] == 0 for row in result["variants"])
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "match"),
+    [
+        (("--model", "nowhere"), 2, "--model and --text go together"),
+        (("--model", "nowhere", "--text", __file__), 1, "fibkv: nowhere: expected a model directory of transformers"),
+        (("--windows", "0"), 2, "x>=1"),
+        (("--window-tokens", "100000"), 1, "window_tokens: expected at most"),
+    ],
+)
+def test_demo_refusals(options: tuple[str, ...], code: int, match: str) -> None:
+    shown = run("demo", *options)
+    assert shown.returncode == code, shown.stderr
+    assert match in " ".join(shown.stderr.split())
+    assert "Traceback" not in shown.stderr
+
+
+def test_a_missing_text_is_one_line(tmp_path: Path) -> None:
+    model = Path(fibkv.__file__).parent / "data" / "reference_lm"
+    shown = run("demo", "--model", str(model), "--text", str(tmp_path / "absent.txt"))
+    assert shown.returncode == 1
+    assert "absent.txt: expected a text file in UTF-8" in " ".join(shown.stderr.split())
+    assert "Traceback" not in shown.stderr

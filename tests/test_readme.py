@@ -1,0 +1,35 @@
+"""README's promises: its commands are those of the check, its example runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_check_runs_the_commands_of_the_readme() -> None:
+    _, test = (block.strip() for block in _blocks("sh")[:2])
+    install, check = test.split(" && ")
+    script = (ROOT / ".ci" / "run").read_text()
+    assert install.replace("pip install", "pip install --quiet") in script
+    assert f"\n{check}\n" in script
+
+
+def test_both_installs_use_the_constraints() -> None:
+    for block in _blocks("sh")[:2]:
+        assert "-c constraints.txt" in block
+
+
+def test_the_examples_run(capsys) -> None:  # type: ignore[no-untyped-def]
+    scope: dict[str, object] = {}
+    for block in _blocks("python"):
+        exec(compile(block, "README.md", "exec"), scope)
+    printed = capsys.readouterr().out
+    assert "bits per element" in printed
+    assert "0 dense fall-backs" in printed
