@@ -139,16 +139,17 @@ class Sequences:
     def recall(self, length: int) -> Tensor:
         """A recall prompt with a stretch of the text as filler, int64 [length].
 
-        The filler is a little too long, and its first tokens are cut off, so that the questions end the sequence.
+        The filler is a little too short, because tokens at the seams with the planted lines may split; more of the
+        text goes before it, so that the questions end the sequence.
         """
         wanted = self._rng.randint(3, 14)
         needles = draw_needles(self._rng, wanted, filler="")
         around = plant(self._rng, needles, filler="").text
-        filler_ids = self.plain(length - len(self._tokenizer(around).input_ids) + 24)
+        filler_ids = self.plain(max(1, length - len(self._tokenizer(around).input_ids) - 16))
         filler = self._tokenizer.decode(filler_ids, skip_special_tokens=True)
         prompt = plant(self._rng, needles, filler=filler)
         ids = torch.tensor(self._tokenizer(prompt.text).input_ids, dtype=torch.int64)[-length:]
-        return torch.cat([self.plain(length - len(ids)), ids]) if len(ids) < length else ids
+        return torch.cat([self.plain(length - len(ids)), ids])
 
     def batch(self, num_sequences: int, length: int) -> Tensor:
         """Plain windows and recall prompts in the stated shares, int64 [num_sequences, length]."""

@@ -84,11 +84,12 @@ def _build(block_dim: int, size: int, progress: Progress | None) -> Codebook:
     from fibkv.training import build, default_settings  # noqa: PLC0415
 
     logger.info("building codebook k=%d, N=%d", block_dim, size)
+    settings = default_settings(block_dim, size)
     if progress is None:
         with terminal_progress(f"building codebook k={block_dim}, N={size}") as bar:
-            book = build(block_dim, size, default_settings(block_dim), progress=bar)
+            book = build(block_dim, size, settings, progress=bar)
     else:
-        book = build(block_dim, size, default_settings(block_dim), progress=progress)
+        book = build(block_dim, size, settings, progress=progress)
     path = cache_dir() / file_name(block_dim, size)
     try:
         write(path, book)

@@ -1,11 +1,12 @@
 """The demonstration: one model, dense against compressed caches, on text and on the needle task (rank 6).
 
-`run_demo` measures and returns a `DemoResult`, plain data with a JSON form; `fibkv.demo_view` shows it.
+`run_demo` measures and returns a `fibkv.demo_result.DemoResult`; `fibkv.demo_view` shows it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from statistics import median
 from time import perf_counter
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fibkv.contract import Contract, Count
+from fibkv.demo_result import DemoResult, DemoSettings, DenseRow, VariantRow
 from fibkv.errors import ContractError
 from fibkv.hf import Cache, attention
 from fibkv.prompts import NeedlePrompt, bos_prefix, needle_prompts, spread_windows
@@ -22,7 +23,6 @@ from fibkv.quality import (
     CacheVariant,
     CausalLM,
     PoisonOutcome,
-    Quality,
     TokenScores,
     cached_logits,
     count_recalled,
@@ -39,109 +39,6 @@ ProgressCallback = Callable[[str, int, int], None]
 
 DENSE = "dense"
 """Name of the row that the others are compared with."""
-
-
-class DemoSettings(Contract):
-    """How much is measured.
-
-    Attributes:
-        num_windows: windows of text, spread evenly.
-        window_tokens: tokens of a window, of a needle prompt and of the prompt before decoding.
-        chunk_tokens: tokens per forward pass of the read-through evaluation.
-        num_prompts: needle prompts.
-        num_needles: planted values per prompt.
-        new_tokens: tokens decoded per speed measurement.
-        rounds: speed measurements per row, interleaved.
-        seed: of the needle prompts.
-    """
-
-    num_windows: Count = 6
-    window_tokens: Count = 1024
-    chunk_tokens: Count = 128
-    num_prompts: Count = 12
-    num_needles: Count = 8
-    new_tokens: Count = 48
-    rounds: Count = 3
-    seed: int = 0
-
-
-class DenseRow(Contract):
-    """The dense model's figures.
-
-    Attributes:
-        bits_per_element: of the dtype that its cache holds, which is the model's.
-        nbytes: of its cache at one window of tokens.
-        perplexity: on the windows.
-        recalled: planted values recalled.
-        tokens_per_second: greedy decoding after a prompt of one window.
-    """
-
-    bits_per_element: float
-    nbytes: int
-    perplexity: float
-    recalled: int
-    tokens_per_second: float
-
-
-class VariantRow(Contract):
-    """One compressed cache's figures.
-
-    Attributes:
-        name: the variant's short name.
-        title: what a reader of the table sees.
-        bits_per_element: all counted bytes times 8 over elements, at one window of tokens.
-        nbytes: all counted bytes at one window of tokens.
-        quality: against dense, read-through.
-        recalled: planted values recalled.
-        tokens_per_second: greedy decoding after a prompt of one window.
-        materialized: dense copies that attention had to make; 0 when it always read the pages.
-        poison: outcome of the poison test.
-    """
-
-    name: str
-    title: str
-    bits_per_element: float
-    nbytes: int
-    quality: Quality
-    recalled: int
-    tokens_per_second: float
-    materialized: int
-    poison: PoisonOutcome
-
-
-class DemoResult(Contract):
-    """All figures of one run, and the conditions that they were taken under.
-
-    Attributes:
-        model: name of the model.
-        num_parameters: weights of the model.
-        dtype: of the model while it ran.
-        device: that the model ran on, and its threads if it is a CPU.
-        bos: whether each window starts with a beginning-of-sequence token.
-        settings: how much was measured.
-        needles_planted: values to recall in all prompts together.
-        caveats: what has to be said of this model.
-        dense: the yardstick.
-        variants: one row per compressed cache.
-        seconds: duration of the run.
-    """
-
-    model: str
-    num_parameters: int
-    dtype: str
-    device: str
-    bos: bool
-    settings: DemoSettings
-    needles_planted: int
-    caveats: tuple[str, ...]
-    dense: DenseRow
-    variants: tuple[VariantRow, ...]
-    seconds: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether every compressed cache passed the poison test and was read without dense copies."""
-        return all(row.poison.passed and row.materialized == 0 for row in self.variants)
 
 
 def standard_variants() -> tuple[CacheVariant, ...]:
@@ -191,10 +88,7 @@ def run_demo(
         ModelError: the model or its tokenizer cannot be served.
     """
     started = perf_counter()
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", settings.window_tokens)
-    if settings.window_tokens + settings.new_tokens > limit:
-        expected = f"at most {limit - settings.new_tokens}, the model's positions less the decoded tokens"
-        raise ContractError("window_tokens", expected, settings.window_tokens)
+    _check_positions(model, settings)
     windows = spread_windows(tokenizer, text, num_windows=settings.num_windows, window_tokens=settings.window_tokens)
     prompts = needle_prompts(
         tokenizer,
@@ -205,52 +99,49 @@ def run_demo(
         seed=settings.seed,
     )
     run = _Run(model, variants, settings, progress)
-    # First, because the figures of a cache that is not read mean nothing.
-    poisoned = run.poison_outcomes(windows[0])
-    scores = run.window_scores(windows)
-    recalled = run.recalled(prompts)
-    speeds = run.speeds(windows[0])
+    with _threads(settings.num_threads):
+        dense, rows = run.rows(windows, prompts)
     return DemoResult(
         model=name,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         dtype=str(model.dtype).removeprefix("torch."),
-        device=f"{torch.get_num_threads()} CPU threads" if model.device.type == "cpu" else str(model.device),
+        device=f"CPU, threads: {settings.num_threads}" if model.device.type == "cpu" else str(model.device),
         bos=bool(bos_prefix(tokenizer)),
         settings=settings,
         needles_planted=sum(len(prompt.answers) for prompt in prompts),
         caveats=caveats,
-        dense=_dense_row(model, windows[0], scores[DENSE], recalled[DENSE], speeds[DENSE]),
-        variants=tuple(
-            VariantRow(
-                name=variant.name,
-                title=variant.title,
-                # The first report is that of a cache that holds exactly one window.
-                bits_per_element=run.reports[variant.name][0].bits_per_element,
-                nbytes=run.reports[variant.name][0].nbytes,
-                quality=summarize(scores[variant.name]),
-                recalled=recalled[variant.name],
-                tokens_per_second=speeds[variant.name],
-                materialized=sum(report.materialized for report in run.reports[variant.name]),
-                poison=poisoned[variant.name],
-            )
-            for variant in variants
-        ),
+        dense=dense,
+        variants=rows,
         seconds=perf_counter() - started,
     )
 
 
-class _Run:
-    """The measurements of one run; each method gives figures by name of the row, dense first.
+def _check_positions(model: CausalLM, settings: DemoSettings) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and settings.window_tokens + settings.new_tokens > limit:
+        expected = f"at most {limit - settings.new_tokens}, the model's positions less the decoded tokens"
+        raise ContractError("window_tokens", expected, settings.window_tokens)
 
-    Attributes:
-        reports: by name of the variant, the report of every cache that was read, in order.
-    """
+
+@contextmanager
+def _threads(num_threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Run:
+    """The measurements of one run; the methods behind `rows` give figures by name of the row."""
 
     def __init__(
         self, model: CausalLM, variants: Sequence[CacheVariant], settings: DemoSettings, progress: ProgressCallback
     ) -> None:
-        self.reports: dict[str, list[CacheReport]] = {variant.name: [] for variant in variants}
-        if len(self.reports) < len(variants) or DENSE in self.reports:
+        # Of every cache that was read; the first holds exactly one window.
+        self._reports: dict[str, list[CacheReport]] = {variant.name: [] for variant in variants}
+        if len(self._reports) < len(variants) or DENSE in self._reports:
             raise ContractError("variants", f"different names, none of them {DENSE!r}", [v.name for v in variants])
         self._model = model
         self._variants = variants
@@ -260,14 +151,39 @@ class _Run:
         per_row = settings.num_windows + settings.num_prompts + settings.rounds
         self._steps = len(variants) + (1 + len(variants)) * per_row
 
-    def poison_outcomes(self, ids: Tensor) -> dict[str, PoisonOutcome]:
+    def rows(
+        self, windows: Sequence[Tensor], prompts: Sequence[NeedlePrompt]
+    ) -> tuple[DenseRow, tuple[VariantRow, ...]]:
+        """Measure everything; sizes and decoding are those of the first window."""
+        # First, because the figures of a cache that is not read mean nothing.
+        poisoned = self._poison_outcomes(windows[0])
+        scores = self._window_scores(windows)
+        recalled = self._recalled(prompts)
+        speeds = self._speeds(windows[0])
+        dense = _dense_row(self._model, windows[0], scores[DENSE], recalled[DENSE], speeds[DENSE])
+        return dense, tuple(
+            VariantRow(
+                name=variant.name,
+                title=variant.title,
+                bits_per_element=reports[0].bits_per_element,
+                nbytes=reports[0].nbytes,
+                quality=summarize(scores[variant.name]),
+                recalled=recalled[variant.name],
+                tokens_per_second=speeds[variant.name],
+                materialized=sum(report.materialized for report in reports),
+                poison=poisoned[variant.name],
+            )
+            for variant, reports in zip(self._variants, self._reports.values(), strict=True)
+        )
+
+    def _poison_outcomes(self, ids: Tensor) -> dict[str, PoisonOutcome]:
         outcomes = {}
         for variant in self._variants:
             self._step(f"poison test: {variant.title}")
             outcomes[variant.name] = poison(self._model, variant, ids, chunk_tokens=self._settings.chunk_tokens)
         return outcomes
 
-    def window_scores(self, windows: Sequence[Tensor]) -> dict[str, list[TokenScores]]:
+    def _window_scores(self, windows: Sequence[Tensor]) -> dict[str, list[TokenScores]]:
         scores: dict[str, list[TokenScores]] = {DENSE: [], **{variant.name: [] for variant in self._variants}}
         # One window at a time, so that the dense logits of one window only are held.
         for ids in windows:
@@ -279,8 +195,8 @@ class _Run:
                 scores[variant.name].append(score_tokens(dense, self._read_through(variant, ids), ids))
         return scores
 
-    def recalled(self, prompts: Sequence[NeedlePrompt]) -> dict[str, int]:
-        counts = dict.fromkeys([DENSE, *self.reports], 0)
+    def _recalled(self, prompts: Sequence[NeedlePrompt]) -> dict[str, int]:
+        counts = dict.fromkeys([DENSE, *self._reports], 0)
         for prompt in prompts:
             self._step("needles: dense")
             counts[DENSE] += count_recalled(dense_logits(self._model, prompt.ids), prompt)
@@ -289,7 +205,7 @@ class _Run:
                 counts[variant.name] += count_recalled(self._read_through(variant, prompt.ids), prompt)
         return counts
 
-    def speeds(self, ids: Tensor) -> dict[str, float]:
+    def _speeds(self, ids: Tensor) -> dict[str, float]:
         """Medians over rounds; the rows take turns, so that a busy moment of the machine meets all of them."""
         rounds: dict[str, list[float]] = {DENSE: [], **{variant.name: [] for variant in self._variants}}
         for _ in range(self._settings.rounds):
@@ -300,7 +216,7 @@ class _Run:
                 cache = variant.make_cache(self._model, read_through=False)
                 with variant.attention(self._model):
                     rounds[variant.name].append(self._speed(ids, cache))
-                self.reports[variant.name].append(cache.report())
+                self._reports[variant.name].append(cache.report())
         return {name: median(speeds) for name, speeds in rounds.items()}
 
     def _speed(self, ids: Tensor, cache: object | None) -> float:
@@ -310,7 +226,7 @@ class _Run:
         cache = variant.make_cache(self._model, read_through=True)
         with variant.attention(self._model):
             logits = cached_logits(self._model, ids, cache, chunk_tokens=self._settings.chunk_tokens)
-        self.reports[variant.name].append(cache.report())
+        self._reports[variant.name].append(cache.report())
         return logits
 
     def _step(self, label: str) -> None:
@@ -323,7 +239,8 @@ def _dense_row(
     model: CausalLM, ids: Tensor, scores: list[TokenScores], recalled: int, tokens_per_second: float
 ) -> DenseRow:
     layers = model(input_ids=ids[None].to(model.device), use_cache=True).past_key_values.layers
-    held = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+    slots = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    held = [tensor for tensor in slots if isinstance(tensor, Tensor)]  # recurrent layers have neither
     nbytes = sum(tensor.nbytes for tensor in held)
     return DenseRow(
         bits_per_element=8 * nbytes / sum(tensor.numel() for tensor in held),

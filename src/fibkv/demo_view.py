@@ -11,7 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from fibkv.demo import DemoResult, ProgressCallback, VariantRow
+from fibkv.demo import ProgressCallback
+from fibkv.demo_result import DemoResult, VariantRow
 from fibkv.errors import FibkvError
 from fibkv.quality import PoisonOutcome
 
@@ -37,7 +38,8 @@ def notes(result: DemoResult) -> list[str]:
         f"Needles: {used.num_prompts} prompts of {used.window_tokens} tokens, {result.needles_planted} values in all, "
         "read-through and teacher-forced; a value counts if each of its tokens is the arg max. Dense is the yardstick.",
         f"Tokens/s: greedy decoding of {used.new_tokens} tokens after {used.window_tokens}, batch 1, median of "
-        f"{used.rounds} interleaved rounds, {result.device}; dense is transformers' default attention.",
+        f"{used.rounds} interleaved rounds, {result.device}. Caches with their default policy (sinks and newest raw); "
+        "dense is transformers' default attention.",
         "Poison test: the key codes of one page are damaged in memory, the next token's logits must move, and be "
         "exactly equal once it is restored.",
         f"Dense copies made instead of attending to pages: {dense_copies}.",
@@ -125,7 +127,8 @@ def save_plot(result: DemoResult, path: Path) -> None:
     for row in result.variants:
         point = (row.bits_per_element, row.quality.kl_mean)
         axes.plot(*point, "o", color="tab:blue")
-        axes.annotate(row.title, point, xytext=(4, 4), textcoords="offset points")
+        axes.annotate(row.title, point, xytext=(0, 6), textcoords="offset points", ha="center")
+    axes.margins(0.15)
     axes.set(yscale="log", xlabel="counted bits per element", ylabel="mean KL(dense || row), nats")
     axes.set_title(f"{result.model}, read-through")
     figure.savefig(path)

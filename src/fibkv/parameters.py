@@ -21,6 +21,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**64)]
 
 _MAX_CODEBOOK_ELEMENTS = 67_108_864
 _RATE_TOLERANCE = 1e-12
+# Below, sign changes and Hadamard transforms leave coordinates on too coarse a grid (`fibkv.rotation`).
+_MIN_HADAMARD = 32
 
 
 class _ScalarParameters(MarkedContract):
@@ -132,7 +134,7 @@ class FibParameters(MarkedContract):
             head_dim: dimension d of the vectors.
             block_dim: coordinates k per codeword, a divisor of d below it.
             codebook_size: number N of codewords.
-            rotation: by default ``hadamard`` where d is a power of two, else ``haar``.
+            rotation: by default ``hadamard`` where d is a power of two from 32 upwards, else ``haar``.
             rotation_seed: seed of the rotation.
             norm_format: how a vector's norm is stored.
             gain_corrected: whether the stored norm makes up for the shrinking of a centroid code.
@@ -146,7 +148,7 @@ class FibParameters(MarkedContract):
             codebook_size=codebook_size,
             # Where no rates exist any will do: the bounds of the fields are checked before the rates.
             **_rates(max(block_dim, 1), max(codebook_size, 1)),
-            rotation=rotation or ("hadamard" if _is_power_of_two(head_dim) else "haar"),
+            rotation=rotation or ("hadamard" if _is_power_of_two(head_dim) and head_dim >= _MIN_HADAMARD else "haar"),
             rotation_seed=rotation_seed,
             norm_format=norm_format,
             gain_corrected=gain_corrected,

@@ -83,17 +83,25 @@ def build_shipped(directory: Path, *, progress: Progress = silent) -> None:
         write(directory / file_name(block_dim, size), build(block_dim, size, shipped_settings(size), progress=progress))
 
 
-def default_settings(block_dim: int) -> TrainingSettings:
-    """The budget of a codebook that is built on first use."""
-    # The source needs d > k; at d = 2k and beyond the shape of the density hardly depends on d.
-    return TrainingSettings(head_dim=max(SOURCE_DIM, 2 * block_dim))
+def default_settings(block_dim: int, size: int) -> TrainingSettings:
+    """The budget of a codebook that is built on first use: seconds at N = 16, a minute or so of one core at N = 256."""
+    # An iteration then takes seconds. The thrift costs about half a percent of distortion (measured at k = 4, N = 256).
+    large = size > 1024
+    return TrainingSettings(
+        samples_per_codeword=1000 if large else 2000,
+        # Few codewords have few and very different optima, and restarts that cost next to nothing.
+        restarts=2 if large else max(4, 256 // size),
+        relative_tolerance=1e-5 if large else 1e-6,
+        # A source needs d > k, and vectors of these blocks have at least 2k coordinates.
+        head_dim=max(SOURCE_DIM, 2 * block_dim),
+    )
 
 
 def shipped_settings(size: int) -> TrainingSettings:
     """The budget of the package's codebooks: more restarts and samples than a first use has patience for."""
     return TrainingSettings(
         samples_per_codeword=max(4000, 2**20 // size),
-        restarts=8,
+        restarts=max(8, 512 // size),
         max_iterations=300,
         holdout_samples=2**20,
         head_dim=SOURCE_DIM,

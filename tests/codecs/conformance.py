@@ -44,8 +44,11 @@ class CodecConformance:
     axis = "per_token"
     # E |x - y|^2 / E |x|^2 on Gaussian vectors: the codec's own figure, within 10 %.
     distortion: float
-    # Largest E |x - y|^2 / E |x|^2 on hard vectors (one-hot, constant, one huge channel).
+    # Largest E |x - y|^2 / E |x|^2 on hard vectors (one-hot, constant, one huge channel). The last two are one direction
+    # under one rotation, a single draw: fib codecs allow 1.4 times their distortion.
     hard_distortion: float
+    # Powers of ten over which magnitude is kept.
+    exponents = (-4, -2, 0, 2, 4)
     # Per vector and per group of vectors, written out by hand: not computed by what is under test.
     vector_nbytes: int
     group_nbytes: int
@@ -70,8 +73,8 @@ class CodecConformance:
         for rows in (one_hot, constant, huge):
             assert relative_mse(rows, codec.decode(codec.encode(rows))) <= self.hard_distortion
 
-    def test_magnitude_is_kept_over_eight_orders(self, codec: Codec) -> None:
-        for exponent in (-4, -2, 0, 2, 4):
+    def test_magnitude_is_kept(self, codec: Codec) -> None:
+        for exponent in self.exponents:
             rows = gaussian(1, 32, self.dim) * 10.0**exponent
             measured = relative_mse(rows, codec.decode(codec.encode(rows)))
             assert measured <= max(1.1 * self.distortion, 1e-3), exponent

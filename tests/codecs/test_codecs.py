@@ -49,31 +49,32 @@ class TestInt8PerChannel(CodecConformance):
 
 class TestFib4(CodecConformance):
     name, parameters = "fib4_d128", FibParameters.of(128, 2, 256)
-    distortion, hard_distortion = 0.00751, 0.0085
+    distortion, hard_distortion = 0.00751, 0.0105
     vector_nbytes, group_nbytes = 65, 4
 
 
 class TestFib4HalfNorm(CodecConformance):
     name, parameters = "fib4_d64_f16", FibParameters.of(64, 2, 256, norm_format="f16", gain_corrected=False)
-    distortion, hard_distortion = 0.00754, 0.0085
+    distortion, hard_distortion = 0.00754, 0.0105
+    exponents = (-4, -2, 0, 2, 3)  # a norm of 8e4 is beyond float16
     vector_nbytes, group_nbytes = 34, 0
 
 
 class TestFib3(CodecConformance):
     name, parameters = "fib3_d64", FibParameters.of(64, 2, 64)
-    distortion, hard_distortion = 0.0282, 0.031
+    distortion, hard_distortion = 0.0282, 0.0395
     vector_nbytes, group_nbytes = 25, 4
 
 
 class TestFib2(CodecConformance):
     name, parameters = "fib2_d128", FibParameters.of(128, 4, 256)
-    distortion, hard_distortion = 0.0948, 0.105
+    distortion, hard_distortion = 0.0948, 0.133
     vector_nbytes, group_nbytes = 33, 4
 
 
 class TestFib2PerChannel(CodecConformance):
     name, parameters, axis = "fib2_d64_per_channel", FibParameters.of(64, 4, 256), "per_channel"
-    distortion, hard_distortion = 0.0935, 0.105
+    distortion, hard_distortion = 0.0935, 0.2  # one channel holds nearly all energy
     vector_nbytes, group_nbytes = 17, 4 + 128
 
 
@@ -81,7 +82,7 @@ class TestScalar3Haar(CodecConformance):
     """TurboQuant's scalar case at a head_dim that is no power of two."""
 
     name, parameters = "scalar3_d80", FibParameters.of(80, 1, 8)
-    distortion, hard_distortion = 0.0329, 0.036
+    distortion, hard_distortion = 0.0329, 0.046
     vector_nbytes, group_nbytes = 31, 4
 
 
@@ -148,6 +149,17 @@ def test_gain_lowers_the_error_of_every_vector() -> None:
     # Up to the rounding of the float16 norm.
     assert (errors[1] <= errors[0] * (1 + 1e-3) + 1e-6 * rows.square().sum(-1)).all()
     assert errors[1].mean() < errors[0].mean() * 0.985
+
+
+@pytest.mark.parametrize("book", [(1, 16), (2, 256), (4, 256)])
+def test_hadamard_is_as_good_as_haar_on_gaussian_vectors(book: tuple[int, int]) -> None:
+    """T12: less than 1 % apart."""
+    rows = gaussian(16, 512, 64)
+    errors = []
+    for kind in ("hadamard", "haar"):
+        codec = codec_for(FibParameters.of(64, *book, rotation=kind))
+        errors.append(relative_mse(rows, codec.decode(codec.encode(rows))))
+    assert errors[0] == pytest.approx(errors[1], rel=0.01)
 
 
 @pytest.mark.parametrize("size", [5, 100, 300, 1000])

@@ -17,7 +17,8 @@ def quantise(vectors: Tensor, codewords: Tensor) -> Tensor:
     words = codewords.to(vectors.dtype) / vectors.shape[1] ** 0.5
     blocks = vectors.reshape(-1, words.shape[1])
     nearest = [
-        torch.addmm(words.square().sum(1) / 2, tile, words.T, beta=-1).argmax(1) for tile in blocks.split(2**19 // len(words))
+        torch.addmm(words.square().sum(1) / 2, tile, words.T, beta=-1).argmax(1)
+        for tile in blocks.split(2**19 // len(words))
     ]
     return words[torch.cat(nearest)].reshape(vectors.shape)
 

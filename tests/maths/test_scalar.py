@@ -45,7 +45,9 @@ POSITIVE_LEVELS = {
 }
 
 
-@pytest.mark.parametrize(("dim", "bits"), [(dim, bits + 1) for dim, row in DISTORTIONS.items() for bits in range(len(row))])
+@pytest.mark.parametrize(
+    ("dim", "bits"), [(dim, bits + 1) for dim, row in DISTORTIONS.items() for bits in range(len(row))]
+)
 def test_distortion(dim: int, bits: int) -> None:
     # The tables give six decimals.
     assert lloyd_max_scalar(dim, 2**bits).distortion == pytest.approx(DISTORTIONS[dim][bits - 1], rel=1e-4, abs=6e-7)
@@ -70,7 +72,9 @@ def test_levels_are_centroids_by_quadrature(size: int) -> None:
     centroids = np.bincount(cell, weights * fine) / np.bincount(cell, weights)
     # The grid resolves a cell to about 1/80 at 4096 levels.
     assert centroids == pytest.approx(levels, abs=2e-6)
-    assert dim * (weights * (fine - levels[cell]) ** 2).sum() / weights.sum() == pytest.approx(code.distortion, rel=1e-3)
+    assert dim * (weights * (fine - levels[cell]) ** 2).sum() / weights.sum() == pytest.approx(
+        code.distortion, rel=1e-3
+    )
 
 
 def test_dimension_three_is_the_uniform_law() -> None:

@@ -49,13 +49,10 @@ def _blocks(dim: int, block_dim: int, count: int, seed: int) -> Tensor:
 
 @lru_cache
 def _trained(block_dim: int, size: int) -> Codebook:
-    """A shipped codebook, or one trained with less patience than the default."""
+    """A shipped codebook, or one as it is built on first use."""
     if (block_dim, size) in codebook.SHIPPED:
         return codebook.load(block_dim, size)
-    settings = TrainingSettings(
-        samples_per_codeword=1000, restarts=3, relative_tolerance=1e-5, holdout_samples=100_000, head_dim=96
-    )
-    return build(block_dim, size, settings)
+    return build(block_dim, size, default_settings(block_dim, size))
 
 
 def _fresh_distortion(block_dim: int, size: int, dim: int) -> float:
@@ -69,7 +66,7 @@ def test_converged_distortion(block_dim: int, size: int, at_64: float, at_128: f
 
 
 def _paper_training(block_dim: int, size: int, seed: int) -> tuple[float, float]:
-    """Training and true distortion by the paper's recipe: 30 N samples, 4 turned starts, 25 iterations, no held-out set."""
+    """Training and true distortion by the paper's recipe: 30 N samples, 4 turned starts, 25 iterations."""
     samples = _blocks(128, block_dim, 30 * size, seed)
     random = np.random.default_rng(seed)
     start = initial_codewords(128, block_dim, size) * math.sqrt(128)
@@ -97,7 +94,9 @@ def test_paper_settings_overfit(block_dim: int, size: int, expected: float) -> N
     assert _fresh_distortion(block_dim, size, 128) < 0.95 * true
 
 
-@pytest.mark.parametrize(("block_dim", "size"), [(2, 4), (2, 8), (2, 16), (3, 64), (4, 16), (4, 64), (8, 16), (2, 256), (4, 256)])
+@pytest.mark.parametrize(
+    ("block_dim", "size"), [(2, 4), (2, 8), (2, 16), (3, 64), (4, 16), (4, 64), (8, 16), (2, 256), (4, 256)]
+)
 def test_training_improves_on_the_initial_codebook(block_dim: int, size: int) -> None:
     start = torch.from_numpy(initial_codewords(128, block_dim, size) * math.sqrt(128)).float()
     initial = assign(_blocks(128, block_dim, 200_000, seed=103), start).distortion
@@ -135,7 +134,9 @@ def test_report_of_a_build() -> None:
     assert report.codebook_digest == book.digest
     assert report.held_out_at(128) == pytest.approx(0.19924, rel=0.02)
     assert report.gap == pytest.approx(1 - report.train_distortion / report.held_out_at(96))
-    with pytest.raises(CodebookError, match=r"k=2, N=8: no held-out distortion at head_dim 32, only at \[64, 96, 128\]"):
+    with pytest.raises(
+        CodebookError, match=r"k=2, N=8: no held-out distortion at head_dim 32, only at \[64, 96, 128\]"
+    ):
         report.held_out_at(32)
     done, totals, notes = zip(*seen, strict=True)
     assert list(done) == sorted(done)
@@ -145,14 +146,23 @@ def test_report_of_a_build() -> None:
 
 
 def test_builds_repeat_and_seeds_differ() -> None:
-    settings = TrainingSettings(samples_per_codeword=1000, restarts=1, max_iterations=5, holdout_samples=1000, head_dim=96)
+    settings = TrainingSettings(
+        samples_per_codeword=1000, restarts=1, max_iterations=5, holdout_samples=1000, head_dim=96
+    )
     first, again, other = (build(2, 8, settings, seed=seed).digest for seed in (0, 0, 1))
     assert first == again != other
 
 
 def test_bounds_of_a_build() -> None:
     with pytest.raises(ContractError, match=r"build\.block_dim: expected between 1 and head_dim 96 - 1, got 96"):
-        build(96, 4, default_settings(2))
+        build(96, 4, default_settings(2, 4))
     with pytest.raises(ContractError, match=r"build\.size: expected at least 2, got 1"):
-        build(2, 1, default_settings(2))
-    assert default_settings(256).head_dim == 512
+        build(2, 1, default_settings(2, 4))
+
+
+def test_default_budget() -> None:
+    assert default_settings(2, 256).restarts == 4
+    assert default_settings(2, 4).restarts == 64
+    assert default_settings(4, 4096).restarts == 2
+    assert default_settings(2, 4).samples_per_codeword >= 1000
+    assert default_settings(256, 4).head_dim == 512

@@ -96,7 +96,7 @@ def distortion(trellis: Trellis, vectors: Tensor) -> float:
 
 
 def train(bits: int, *, dim: int = 128, count: int = 1500, passes: int = 40, seed: int = 0) -> Trellis:
-    """A trellis whose table was trained: shuffled Gaussian quantiles, then centroids of the windows, again and again."""
+    """A trellis with a trained table: shuffled Gaussian quantiles, then encoding and averaging per window, repeated."""
     generator = torch.Generator().manual_seed(seed)
     size = 1 << WINDOW
     quantiles = torch.special.ndtri((torch.arange(size, dtype=torch.float64) + 0.5) / size).float()
