@@ -37,9 +37,21 @@ def test_codebooks_list_shows_every_shipped_book() -> None:
 def test_demo_on_the_embedded_model(tmp_path: Path) -> None:
     """The whole command at a small size: every row is there, passes the poison test, and reads its pages."""
     figures, plot = tmp_path / "out" / "demo.json", tmp_path / "demo.png"
-    options = ("--windows", "1", "--prompts", "1", "--window-tokens", "512", "--json", str(figures), "--plot", str(plot))
+    options = (
+        "--windows",
+        "1",
+        "--prompts",
+        "1",
+        "--window-tokens",
+        "512",
+        "--json",
+        str(figures),
+        "--plot",
+        str(plot),
+    )
     shown = run("demo", *options)
     assert shown.returncode == 0, shown.stderr
+    assert max(map(len, shown.stdout.splitlines())) <= 80
     for title in ("dense", "raw pages", "int8", "fp8 e4m3", "4-bit FibQuant", "2-bit FibQuant"):
         assert title in shown.stdout
     assert "Loading weights" not in shown.stdout
@@ -58,7 +70,7 @@ def test_demo_on_the_embedded_model(tmp_path: Path) -> None:
     [
         (("--model", "nowhere"), 2, "--model and --text go together"),
         (("--model", "nowhere", "--text", __file__), 1, "fibkv: nowhere: expected a model directory of transformers"),
-        (("--windows", "0"), 2, "x>=1"),
+        (("--windows", "0"), 2, "Invalid value for '--windows'"),
         (("--window-tokens", "100000"), 1, "window_tokens: expected at most"),
     ],
 )

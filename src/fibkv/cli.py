@@ -14,10 +14,19 @@ from rich.table import Table
 import fibkv
 from fibkv import codebook, embedded
 from fibkv.errors import FibkvError
+from fibkv.files import write_text
 from fibkv.progress import terminal_progress
 
-app = typer.Typer(help=fibkv.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-codebooks = typer.Typer(help="FibQuant codebooks: those that are shipped, and how they were made.", no_args_is_help=True)
+app = typer.Typer(
+    help=fibkv.__doc__,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+codebooks = typer.Typer(
+    help="FibQuant codebooks: those that are shipped, and how they were made.", no_args_is_help=True
+)
 app.add_typer(codebooks, name="codebooks")
 
 
@@ -39,11 +48,18 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command()
 def demo(
-    model: Annotated[Path | None, typer.Option(help="Model directory of transformers; default: the embedded model.")] = None,
-    text: Annotated[Path | None, typer.Option(help="UTF-8 text that the model was not trained on; goes with --model.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Model directory of transformers; default: the embedded model.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text that the model was not trained on; goes with --model.")
+    ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of text.")] = 6,
     window_tokens: Annotated[int, typer.Option(min=2, help="Tokens per window and prompt.")] = 1024,
     prompts: Annotated[int, typer.Option(min=1, help="Needle prompts.")] = 12,
+    threads: Annotated[
+        int, typer.Option(min=1, help="CPU threads of torch; a model as small as ours is no faster with more.")
+    ] = 1,
     json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot of KL over counted bits to this file.")] = None,
 ) -> None:
@@ -51,10 +67,10 @@ def demo(
 
     Exit code 1 if a cache was not really read: the poison test failed, or dense copies were made.
     """
-    # Here, so that `fibkv --help` does not wait for transformers, and `fibkv codebooks` does not need it.
-    from fibkv.demo import DemoSettings, run_demo, standard_variants  # noqa: PLC0415
+    # Here, so that `fibkv --help` does not wait for transformers and `fibkv codebooks` does not need it.
+    from fibkv.demo import run_demo, standard_variants  # noqa: PLC0415
+    from fibkv.demo_result import DemoSettings  # noqa: PLC0415
     from fibkv.demo_view import progress_bar, render, save_plot  # noqa: PLC0415
-    from fibkv.files import write_text  # noqa: PLC0415
 
     if (model is None) != (text is None):
         raise typer.BadParameter("--model and --text go together")
@@ -68,7 +84,9 @@ def demo(
             embedded.heldout_text() if text is None else embedded.read_text(text),
             name="embedded reference model" if model is None else str(model),
             variants=standard_variants(),
-            settings=DemoSettings(num_windows=windows, window_tokens=window_tokens, num_prompts=prompts),
+            settings=DemoSettings(
+                num_windows=windows, window_tokens=window_tokens, num_prompts=prompts, num_threads=threads
+            ),
             caveats=embedded.CAVEATS if model is None else (),
             progress=progress,
         )
@@ -92,7 +110,11 @@ def list_codebooks() -> None:
         bits = (size - 1).bit_length() / block_dim
         figures = (report.train_distortion, report.held_out_at(64), report.held_out_at(128))
         table.add_row(
-            str(block_dim), str(size), f"{bits:g}", *(f"{figure:.5f}" for figure in figures), report.codebook_digest[:19]
+            str(block_dim),
+            str(size),
+            f"{bits:g}",
+            *(f"{figure:.5f}" for figure in figures),
+            report.codebook_digest[:19],
         )
     Console().print(table)
 

@@ -113,7 +113,7 @@ class ChannelCodes(Codes):
     """Codes of vectors whose channels were first divided by one scale per channel and group of tokens.
 
     Attributes:
-        channel_scales: ``[..., d]`` bfloat16, > 0.
+        channel_scales: ``[..., d]`` bfloat16, >= 0; 0 where the channel is zero in every token of the group.
         inner: codes of vectors / channel_scales.
     """
 

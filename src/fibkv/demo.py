@@ -51,7 +51,7 @@ def standard_variants() -> tuple[CacheVariant, ...]:
             attention=attention,
         )
         for profile, title in (
-            ("raw", "raw pages, bf16"),
+            ("raw", "raw bf16"),
             ("int8", "int8"),
             ("fp8", "fp8 e4m3"),
             ("fib4", "4-bit FibQuant"),

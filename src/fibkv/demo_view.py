@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -18,8 +19,8 @@ from fibkv.quality import PoisonOutcome
 
 
 def render(result: DemoResult) -> RenderableType:
-    """The table of a run with its notes under it."""
-    return Group(_table(result), *(Text(f"· {note}", style="dim") for note in notes(result)))
+    """The figures of a run, the outcomes of its poison tests, and the notes; 80 columns are enough."""
+    return Group(_figures(result), _poison_tests(result), *(Text(f"· {note}", style="dim") for note in notes(result)))
 
 
 def notes(result: DemoResult) -> list[str]:
@@ -29,12 +30,12 @@ def notes(result: DemoResult) -> list[str]:
     dense_copies = sum(row.materialized for row in result.variants)
     return [
         f"Text: {used.num_windows} windows of {used.window_tokens} tokens, spread evenly over the text ({start}); "
-        "KL is KL(dense || row) per predicted token in nats, in float64.",
+        "PPL is perplexity; KL is KL(dense || row) per predicted token in nats, in float64.",
         f"Read-through: tokens are fed in chunks of {used.chunk_tokens}, each is sealed before attention sees it, "
         "so every key and value that attention reads went through the codec, the token's own included. No sinks and "
         "no tail are kept raw. Dense is one plain forward pass.",
-        f"Bits and KiB: every byte held for {used.window_tokens} tokens (codes, norms, scales, tables, slack), "
-        f"over the elements of keys and values; dense holds the model's {result.dtype}.",
+        f"Bits per element and KiB: every byte held for {used.window_tokens} tokens (codes, norms, scales, tables, "
+        f"slack), over the elements of keys and values; dense holds the model's {result.dtype}.",
         f"Needles: {used.num_prompts} prompts of {used.window_tokens} tokens, {result.needles_planted} values in all, "
         "read-through and teacher-forced; a value counts if each of its tokens is the arg max. Dense is the yardstick.",
         f"Tokens/s: greedy decoding of {used.new_tokens} tokens after {used.window_tokens}, batch 1, median of "
@@ -49,12 +50,11 @@ def notes(result: DemoResult) -> list[str]:
     ]
 
 
-def _table(result: DemoResult) -> Table:
-    table = Table(title=f"fibkv demo: {result.model}", title_justify="left")
+def _figures(result: DemoResult) -> Table:
+    table = Table(title=f"fibkv demo: {result.model}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("cache")
-    for heading in ("bits/elem.", "KiB", "perplexity", "KL mean", "KL p99", "top-1", "needles", "tok/s"):
-        table.add_column(heading, justify="right")
-    table.add_column("poison test")
+    for heading in ("bits", "KiB", "PPL", "KL mean", "KL p99", "top-1", "needles", "tok/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
     dense = result.dense
     table.add_row(
         "dense",
@@ -66,7 +66,6 @@ def _table(result: DemoResult) -> Table:
         "-",
         _share(dense.recalled, result),
         f"{dense.tokens_per_second:.0f}",
-        "-",
     )
     for row in result.variants:
         table.add_row(*_cells(row, result))
@@ -84,8 +83,14 @@ def _cells(row: VariantRow, result: DemoResult) -> list[str]:
         f"{row.quality.top1:.1%}",
         _share(row.recalled, result),
         f"{row.tokens_per_second:.0f}",
-        _verdict(row.poison),
     ]
+
+
+def _poison_tests(result: DemoResult) -> Table:
+    table = Table("cache", "poison test", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for row in result.variants:
+        table.add_row(row.title, _verdict(row.poison))
+    return table
 
 
 def _share(recalled: int, result: DemoResult) -> str:

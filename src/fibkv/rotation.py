@@ -141,8 +141,8 @@ def _haar_matrix(dim: int, seed: int) -> npt.NDArray[np.float64]:
 def _orthonormal_rows(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """QR decomposition of a square matrix by rows with a positive diagonal, so that Gaussians give the Haar measure.
 
-    By Gram-Schmidt rather than by LAPACK: two LAPACKs differ in the last bits, by 5e-15 at d = 512, where one matrix in
-    five then differs after rounding to float32, and with it the digest. Here every addition has its place.
+    By Gram-Schmidt rather than by LAPACK: two LAPACKs differ in the last bits, by 5e-15 at d = 512, where one of five
+    matrices then differed after rounding to float32, and with it the digest. Here every addition has its place.
     """
     basis = np.empty_like(rows)
     for i, row in enumerate(rows):

@@ -74,7 +74,7 @@ class TestFib2(CodecConformance):
 
 class TestFib2PerChannel(CodecConformance):
     name, parameters, axis = "fib2_d64_per_channel", FibParameters.of(64, 4, 256), "per_channel"
-    distortion, hard_distortion = 0.0935, 0.2  # one channel holds nearly all energy
+    distortion, hard_distortion = 0.0935, 0.2  # one channel holds the energy of some
     vector_nbytes, group_nbytes = 17, 4 + 128
 
 
@@ -175,7 +175,9 @@ def test_odd_codebook_sizes(size: int, tmp_path: object, monkeypatch: pytest.Mon
     if size != 1000:
         data[-1] |= 0xE0
     with pytest.raises(PageError, match=f"codes inside the codebook of {size} words"):
-        codec.from_bytes(memoryview(bytes(data[: -codec.vector_nbytes + 1]) + b"\xff" * (codec.vector_nbytes - 1)), 2, 16)
+        codec.from_bytes(
+            memoryview(bytes(data[: -codec.vector_nbytes + 1]) + b"\xff" * (codec.vector_nbytes - 1)), 2, 16
+        )
 
 
 class TestRefusedCodes:

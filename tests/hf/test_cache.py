@@ -65,7 +65,9 @@ class TestHandles:
 
 class TestLayers:
     def test_stock_layers_are_left_alone_and_reported(self) -> None:
-        config = tf.Gemma3TextConfig(**COMMON, head_dim=32, sliding_window=16, layer_types=["sliding_attention"] * 2 + ["full_attention"])
+        config = tf.Gemma3TextConfig(
+            **COMMON, head_dim=32, sliding_window=16, layer_types=["sliding_attention"] * 2 + ["full_attention"]
+        )
         model = tf.AutoModelForCausalLM.from_config(config).eval()
         cache = fibkv.Cache(model)
         with fibkv.attention(model):

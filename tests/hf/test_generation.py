@@ -227,9 +227,7 @@ def test_repeat_select_and_reset() -> None:
         actual = model(token.repeat_interleave(3, 0), past_key_values=repeated).logits
         torch.testing.assert_close(actual, expected.repeat_interleave(3, 0), rtol=1e-4, atol=1e-3)
         cache.batch_select_indices(torch.tensor([1]))
-        torch.testing.assert_close(
-            model(token[1:], past_key_values=cache).logits, expected[1:], rtol=1e-4, atol=1e-3
-        )
+        torch.testing.assert_close(model(token[1:], past_key_values=cache).logits, expected[1:], rtol=1e-4, atol=1e-3)
         cache.reset()
         assert cache.get_seq_length() == 0
         model(prompt(2), past_key_values=cache)

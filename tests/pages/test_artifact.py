@@ -82,9 +82,7 @@ def test_round_trip(name: str, dtype: str) -> None:
 @pytest.mark.parametrize("strategy", ["fib_quant_per_channel", "role_aware_kivi_style_baseline", "raw"])
 @pytest.mark.parametrize("role", ["key", "value"])
 def test_strategies(strategy: str, role: str) -> None:
-    policy = Policy(
-        strategy=strategy, protected=ProtectedRegions(), require_calibration=False, allow_raw_fallback=True
-    )
+    policy = Policy(strategy=strategy, protected=ProtectedRegions(), require_calibration=False, allow_raw_fallback=True)
     made = artifact(role=role, name="raw" if strategy == "raw" else "fib4", policy=policy)
     axes = {segment.axis for page in made.header.pages for segment in page.segments}
     per_channel = strategy == "fib_quant_per_channel" or (strategy.startswith("role_aware") and role == "key")

@@ -357,7 +357,9 @@ class TestRefusals:
         with pytest.raises(KernelError, match=r"1 rows and a multiple of 2 heads, got shape \[1, 3, 1, 64\]"):
             attend(gaussian(1, 3, 1, DIM), cache.view(), Scores(scale=1.0))
         mask = torch.ones(1, 1, 1, 19, dtype=torch.bool)
-        with pytest.raises(KernelError, match=r"expected shape \[1, 4, 1, 20\] or 1 in its first two, got \[1, 1, 1, 19\]"):
+        with pytest.raises(
+            KernelError, match=r"expected shape \[1, 4, 1, 20\] or 1 in its first two, got \[1, 1, 1, 19\]"
+        ):
             attend(gaussian(1, 4, 1, DIM), cache.view(), Scores(scale=1.0, mask=mask))
         with pytest.raises(KernelError, match="softcap: expected a positive number"):
             attend(gaussian(1, 4, 1, DIM), cache.view(), Scores(scale=1.0, softcap=0.0))

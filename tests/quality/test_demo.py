@@ -29,7 +29,7 @@ def _run(loaded: tuple[Any, Any], text: str, variants: tuple[CacheVariant, ...],
 
 
 def _shown(result: DemoResult) -> str:
-    console = Console(file=io.StringIO(), width=200)
+    console = Console(file=io.StringIO(), width=80)
     console.print(render(result))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
@@ -77,7 +77,7 @@ def test_result_round_trips_through_json(result: DemoResult) -> None:
 
 def test_the_table_shows_every_figure_with_its_conditions(result: DemoResult) -> None:
     shown = _shown(result)
-    row = next(line for line in shown.splitlines() if "rounded to 2 " in line)
+    row, poisoned = (line for line in shown.splitlines() if "rounded to 2 " in line)
     coarse = result.variants[2]
     for figure in (
         "8.00",
@@ -87,9 +87,10 @@ def test_the_table_shows_every_figure_with_its_conditions(result: DemoResult) ->
         f"{coarse.quality.kl_p99:.4f}",
         f"{coarse.quality.top1:.1%}",
         f"{coarse.recalled / 8:.1%}",
-        f"logits moved by {coarse.poison.moved:.3g}; restored exactly",
+        f"{coarse.tokens_per_second:.0f}",
     ):
         assert figure in row
+    assert f"logits moved by {coarse.poison.moved:.3g}; restored exactly" in poisoned
     said = " ".join(notes(result))
     for words in ("chunks of 128", "the token's own included", "every byte held for 256 tokens", "CPU, threads: 1"):
         assert words in said

@@ -36,8 +36,8 @@ class ChannelCodec(Codec):
         return ChannelCodes(channel_scales=tensors["channel_scales"], inner=self.inner.assemble(rest))
 
     def check(self, codes: Codes) -> None:
-        """Scales are finite and positive; the inner codes as their codec says."""
+        """Scales are finite and not negative; the inner codes as their codec says."""
         assert isinstance(codes, ChannelCodes)
         scales = codes.channel_scales
-        require(torch.isfinite(scales) & (scales > 0), "channel_scales", "finite numbers > 0")
+        require(torch.isfinite(scales) & ~torch.signbit(scales), "channel_scales", "finite numbers >= 0")
         self.inner.check(codes.inner)

@@ -305,8 +305,6 @@ def _encode_channels(rows: Tensor, tables: ChannelTables) -> ChannelCodes:
     # Root mean square over the group's tokens, with the peak taken out so that no square leaves the range.
     spread = (rows / peak.masked_fill(peak == 0, 1.0).unsqueeze(-2)).to(torch.float64).square().mean(-2).sqrt()
     scales = _round_up_bfloat16((peak * spread).to(torch.float32))
-    scales = scales.masked_fill(scales == 0, 1.0)
-    return ChannelCodes(
-        channel_scales=scales,
-        inner=encode(rows / scales.to(torch.float32).unsqueeze(-2), tables.inner),
-    )
+    # A channel that is zero in every token has scale 0: it decodes to zero, whatever the inner code says of it.
+    divisor = scales.to(torch.float32).masked_fill(scales == 0, 1.0)
+    return ChannelCodes(channel_scales=scales, inner=encode(rows / divisor.unsqueeze(-2), tables.inner))
