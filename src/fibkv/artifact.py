@@ -1,4 +1,4 @@
-"""A whole tensor as an artifact: what is archived, shipped, audited. Same policy, codecs and segments as the live cache.
+"""A whole tensor as an artifact: what is archived, shipped, audited. Same policy, codecs, segments as the live cache.
 
 Stored form: the marker line, the header's length as u64 little endian, the header as canonical JSON, and behind it
 the codes of all pages in order, nothing else. Decoding is strict: everything that can be recomputed is recomputed

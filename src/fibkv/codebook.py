@@ -10,9 +10,10 @@ from pathlib import Path
 
 from platformdirs import user_cache_dir
 
-from fibkv.codebook_file import SHIPPED, Codebook, CodebookReport, file_name, read, write
+from fibkv.codebook_file import Codebook, CodebookReport, file_name, read, write
 from fibkv.errors import CodebookError, ContractError
 from fibkv.progress import Progress, terminal_progress
+from fibkv.training_settings import SHIPPED, default_settings
 
 __all__ = ["SHIPPED", "Codebook", "CodebookReport", "cache_dir", "load", "shipped_dir"]
 
@@ -81,7 +82,7 @@ def _cached(block_dim: int, size: int) -> Codebook | None:
 
 def _build(block_dim: int, size: int, progress: Progress | None) -> Codebook:
     # Here, because training imports scipy, which nobody needs to load a codebook that exists.
-    from fibkv.training import build, default_settings  # noqa: PLC0415
+    from fibkv.training import build  # noqa: PLC0415
 
     logger.info("building codebook k=%d, N=%d", block_dim, size)
     settings = default_settings(block_dim, size)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from uuid import uuid4
 
 import torch
 from pydantic import NonNegativeFloat
@@ -20,23 +19,9 @@ from torch import Tensor
 from fibkv.contract import Contract, Count, Index, MarkedContract, Total
 from fibkv.digest import Digest, digest_bytes
 from fibkv.errors import CodebookError, ContractError
-from fibkv.parameters import Seed, TrainingSettings
-
-SHIPPED: tuple[tuple[int, int], ...] = (
-    (1, 2),
-    (1, 4),
-    (1, 8),
-    (1, 16),
-    (2, 16),
-    (2, 64),
-    (2, 256),
-    (4, 16),
-    (4, 64),
-    (4, 256),
-    (8, 256),
-    (16, 256),
-)
-"""The (block dim, size) of the codebooks that come with the package."""
+from fibkv.files import write_bytes
+from fibkv.parameters import Seed
+from fibkv.training_settings import TrainingSettings
 
 CODEBOOK_DOMAIN = "fibkv_codebook_v1"
 """Domain of a codebook's digest."""
@@ -155,11 +140,4 @@ def write(path: Path, book: Codebook) -> None:
     Raises:
         OSError: the directory cannot be made or written to.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = save({"codewords": book.codewords}, metadata={"report": book.report.to_json()})
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes(path, save({"codewords": book.codewords}, metadata={"report": book.report.to_json()}))

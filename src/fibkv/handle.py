@@ -62,7 +62,7 @@ class Handle(Tensor):
         """Runs any operation on the dense tensors."""
         return func(*tree_map(_plain, args), **tree_map(_plain, kwargs or {}))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch leaves it untyped
         return f"Handle({self.role}, shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:

@@ -46,7 +46,7 @@ class CompressedLayer(CacheLayerMixin):
     is_compileable = False
 
     def __init__(self, index: int, settings: CacheSettings, quarantine: Quarantine) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.index = index
         self.settings = settings
         self.quarantine = quarantine

@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from fibkv.contract import Contract, Count, Index, MarkedContract
+from fibkv.contract import Count, MarkedContract
 from fibkv.errors import ContractError
 from fibkv.shape import Dtype
+from fibkv.training_settings import TrainingSettings, training_settings
 
 Rotation = Literal["hadamard", "haar"]
 NormFormat = Literal["f16", "log8"]
@@ -55,22 +56,6 @@ class Fp8Parameters(_ScalarParameters):
     schema_version: Literal["fibkv_fp8_parameters_v1"] = "fibkv_fp8_parameters_v1"
     codec: Literal["fp8"] = "fp8"
     head_dim: Count
-
-
-class TrainingSettings(Contract):
-    """How a codebook was refined (FibQuant, arXiv 2605.11478, appendix A), so that it can be rebuilt.
-
-    The paper trains with 30 samples per codeword and keeps the restart that is best on those samples,
-    which picks the most overfitted one. The defaults train until convergence and choose on samples held out.
-    """
-
-    samples_per_codeword: Count = 2000
-    restarts: Count = 4
-    max_iterations: Index = 200
-    relative_tolerance: Annotated[float, Field(ge=0, lt=1)] = 1e-6
-    holdout_samples: Count = 200_000
-    head_dim: Annotated[int, Field(ge=2, le=4096)]
-    """Dimension of the unit vectors whose blocks were the training source."""
 
 
 class FibParameters(MarkedContract):
@@ -128,7 +113,7 @@ class FibParameters(MarkedContract):
         norm_format: NormFormat = "log8",
         gain_corrected: bool = True,
     ) -> FibParameters:
-        """Parameters with the rates computed and the codebook trained for ``head_dim`` by default settings.
+        """Parameters with the rates computed, of the codebook that fibkv ships or builds for (k, N).
 
         Args:
             head_dim: dimension d of the vectors.
@@ -154,7 +139,7 @@ class FibParameters(MarkedContract):
             gain_corrected=gain_corrected,
             codebook_seed=0,
             codebook_version=1,
-            training=TrainingSettings(head_dim=head_dim),
+            training=training_settings(max(block_dim, 1), max(codebook_size, 1)),
         )
 
 

@@ -18,17 +18,13 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from fibkv.codebook_file import SHIPPED, Codebook, CodebookReport, HeldOut, codebook_digest, file_name, write
+from fibkv.codebook_file import Codebook, CodebookReport, HeldOut, codebook_digest, file_name, write
 from fibkv.errors import ContractError
 from fibkv.lloyd import Refined, assign, refine
-from fibkv.parameters import TrainingSettings
 from fibkv.progress import Progress, silent
 from fibkv.scalar import lloyd_max_scalar
 from fibkv.spherical import initial_codewords, sample_blocks
-
-SOURCE_DIM = 96
-"""Dimension that codebooks are trained at by default. Scaled to other dimensions they lose little against books trained
-there: below .1 % of the distortion from d = 64 to 256 at 4 bits, .8 % at d = 32. (At 128: .11 % at 64, 1 % at 32.)"""
+from fibkv.training_settings import SHIPPED, TrainingSettings, shipped_settings
 
 REPORTED_DIMS = (64, 128)
 """Dimensions at which every report gives the held-out distortion, beside the training dimension."""
@@ -81,31 +77,6 @@ def build_shipped(directory: Path, *, progress: Progress = silent) -> None:
     """
     for block_dim, size in SHIPPED:
         write(directory / file_name(block_dim, size), build(block_dim, size, shipped_settings(size), progress=progress))
-
-
-def default_settings(block_dim: int, size: int) -> TrainingSettings:
-    """The budget of a codebook that is built on first use: seconds at N = 16, a minute or so of one core at N = 256."""
-    # An iteration then takes seconds. The thrift costs about half a percent of distortion (measured at k = 4, N = 256).
-    large = size > 1024
-    return TrainingSettings(
-        samples_per_codeword=1000 if large else 2000,
-        # Few codewords have few and very different optima, and restarts that cost next to nothing.
-        restarts=2 if large else max(4, 256 // size),
-        relative_tolerance=1e-5 if large else 1e-6,
-        # A source needs d > k, and vectors of these blocks have at least 2k coordinates.
-        head_dim=max(SOURCE_DIM, 2 * block_dim),
-    )
-
-
-def shipped_settings(size: int) -> TrainingSettings:
-    """The budget of the package's codebooks: more restarts and samples than a first use has patience for."""
-    return TrainingSettings(
-        samples_per_codeword=max(4000, 2**20 // size),
-        restarts=max(8, 512 // size),
-        max_iterations=300,
-        holdout_samples=2**20,
-        head_dim=SOURCE_DIM,
-    )
 
 
 def _best_restart(

@@ -44,8 +44,8 @@ class CodecConformance:
     axis = "per_token"
     # E |x - y|^2 / E |x|^2 on Gaussian vectors: the codec's own figure, within 10 %.
     distortion: float
-    # Largest E |x - y|^2 / E |x|^2 on hard vectors (one-hot, constant, one huge channel). The last two are one direction
-    # under one rotation, a single draw: fib codecs allow 1.4 times their distortion.
+    # Largest E |x - y|^2 / E |x|^2 on hard vectors (one-hot, constant, one huge channel). The last two are one
+    # direction under one rotation, a single draw: fib codecs allow 1.4 times their distortion.
     hard_distortion: float
     # Powers of ten over which magnitude is kept.
     exponents = (-4, -2, 0, 2, 4)

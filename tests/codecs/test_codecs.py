@@ -125,7 +125,7 @@ def test_norms_beyond_float32_are_refused() -> None:
 
 
 def test_raw_overflow_is_refused() -> None:
-    with pytest.raises(EncodingError, match="exceed torch.float16: largest magnitude 7e"):
+    with pytest.raises(EncodingError, match=r"exceed torch\.float16: largest magnitude 7e"):
         codec_for(RawParameters(head_dim=64, dtype="f16")).encode(torch.full((1, 1, 64), 7e4))
 
 

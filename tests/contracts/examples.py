@@ -1,7 +1,7 @@
 """One valid instance of every contract of rank 0, and what the tests share."""
 
 from fibkv.contract import Contract
-from fibkv.parameters import FibParameters, Fp8Parameters, Int8Parameters, RawParameters, TrainingSettings
+from fibkv.parameters import FibParameters, Fp8Parameters, Int8Parameters, RawParameters
 from fibkv.policy import Decision, Plan, Policy, Run
 from fibkv.pressure import PressureConfig, PressureState
 from fibkv.profile import Profile
@@ -9,6 +9,7 @@ from fibkv.quarantine import Admission, QuarantineRecord
 from fibkv.receipt import Receipt
 from fibkv.regions import FallbackSettings, PageGeometry, ProtectedRegions, QualityBudget
 from fibkv.shape import KVShape
+from fibkv.training_settings import TrainingSettings
 
 DIGEST = "blake3:" + "0123456789abcdef" * 4
 OTHER_DIGEST = "blake3:" + "fedcba9876543210" * 4

@@ -9,9 +9,9 @@ from fibkv.parameters import (
     Fp8Parameters,
     Int8Parameters,
     RawParameters,
-    TrainingSettings,
     named_parameters,
 )
+from fibkv.training_settings import TrainingSettings
 
 from .examples import FIB
 

@@ -1,4 +1,4 @@
-"""Small models with random weights, one per architecture, with logits far enough apart that greedy tokens are stable."""
+"""Small models with random weights, one per architecture."""
 
 from __future__ import annotations
 

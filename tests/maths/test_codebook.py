@@ -16,7 +16,7 @@ import torch
 from fibkv import codebook, training
 from fibkv.codebook_file import CodebookReport, codebook_digest, file_name, read, write
 from fibkv.errors import CodebookError, ContractError
-from fibkv.parameters import TrainingSettings
+from fibkv.training_settings import TrainingSettings
 
 QUICK = TrainingSettings(samples_per_codeword=200, restarts=1, max_iterations=3, holdout_samples=500, head_dim=16)
 
@@ -26,7 +26,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache directory, nothing loaded in this process yet, and builds that take no time."""
     monkeypatch.setenv("FIBKV_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(codebook, "_loaded", {})
-    monkeypatch.setattr(training, "default_settings", lambda block_dim, size: QUICK)
+    monkeypatch.setattr(codebook, "default_settings", lambda block_dim, size: QUICK)
     return tmp_path / "codebooks"
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fibkv import codebook
-from fibkv.parameters import TrainingSettings
 from fibkv.training import build, shipped_settings
+from fibkv.training_settings import TrainingSettings
 from tests.maths.measure import distortion, quantise, unit_vectors, with_gain
 
 BOUNDS = {  # at d = 128, float16 norm, no gain

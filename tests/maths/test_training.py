@@ -15,10 +15,10 @@ from fibkv import codebook
 from fibkv.codebook_file import Codebook
 from fibkv.errors import CodebookError, ContractError
 from fibkv.lloyd import assign, refine
-from fibkv.parameters import TrainingSettings
 from fibkv.scalar import lloyd_max_scalar
 from fibkv.spherical import initial_codewords, sample_blocks
-from fibkv.training import build, default_settings
+from fibkv.training import build
+from fibkv.training_settings import TrainingSettings, default_settings
 
 CONVERGED = [  # k, N, D at d = 64 and 128
     (2, 4, 0.35838, 0.36078),

@@ -295,7 +295,7 @@ class TestStoredForm:
                 decode_tensor(Artifact.from_bytes(data[:length]))
 
     def test_trailing_bytes_are_refused(self, data: bytes) -> None:
-        with pytest.raises(PageError, match="trailing bytes, expected .* bytes, got"):
+        with pytest.raises(PageError, match=r"trailing bytes, expected .* bytes, got"):
             Artifact.from_bytes(data + b"\0")
 
     def test_wrong_marker_is_refused(self, data: bytes) -> None:

@@ -274,7 +274,7 @@ class TestFallback:
         # Rows that differ in form are still read together.
         query = gaussian(2, 4, 1, DIM, seed=5)
         mask = torch.ones(2, 1, 1, 32, dtype=torch.bool)
-        out, _ = attend(query[:1], View0(cache), Scores(scale=0.2))
+        out, _ = attend(query[:1], first_row(cache), Scores(scale=0.2))
         expected = dense_attention(query[:1], dense_keys[:1], dense_values[:1], 0.2, mask[:1])
         torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=2e-5)
         both, _ = attend(query, cache.view(), Scores(scale=0.2))
@@ -305,7 +305,7 @@ class TestFallback:
         assert cache.length == 40
 
 
-def View0(cache: LayerCache) -> object:
+def first_row(cache: LayerCache) -> object:
     """The view of the first row alone."""
     alone = copy.deepcopy(cache)
     alone.select([0])

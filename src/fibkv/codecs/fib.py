@@ -14,11 +14,14 @@ from torch import Tensor
 from fibkv import codebook
 from fibkv.codecs.base import Codec, Field, require
 from fibkv.codes import Codes, FibCodes
-from fibkv.errors import PageError
+from fibkv.errors import ContractError, PageError
 from fibkv.packing import packed_nbytes, stray_bits, unpack
 from fibkv.parameters import FibParameters
 from fibkv.rotation import rotation
 from fibkv.tables import FibTables
+
+# Of the way in which codebooks are trained: a new one gives old parameters another meaning.
+CODEBOOK_VERSION = 1
 
 
 class FibCodec(Codec):
@@ -29,6 +32,7 @@ class FibCodec(Codec):
     def __init__(self, parameters: FibParameters) -> None:
         self.parameters = parameters
         book = codebook.load(parameters.block_dim, parameters.codebook_size)
+        _check_book(parameters, book.report)
         turn = rotation(parameters.rotation, parameters.head_dim, parameters.rotation_seed)
         self.tables = FibTables(
             codewords=book.codewords / sqrt(parameters.head_dim),
@@ -69,3 +73,14 @@ class FibCodec(Codec):
         # 2**128 is the first norm beyond float32.
         require(torch.isfinite(low) & (low + 254 * step < 129), "norm_range", "norms within float32")
         require(step > 0, "norm_range", "a positive step")
+
+
+def _check_book(parameters: FibParameters, report: codebook.CodebookReport) -> None:
+    """Refuses parameters that speak of another codebook than the one of their (k, N)."""
+    if parameters.training != report.training:
+        raise ContractError("FibParameters.training", f"{report.training!r} of the codebook", parameters.training)
+    if (parameters.codebook_seed, parameters.codebook_version) != (report.seed, CODEBOOK_VERSION):
+        expected = f"seed {report.seed} and version {CODEBOOK_VERSION} of the codebook"
+        raise ContractError(
+            "FibParameters.codebook_seed", expected, (parameters.codebook_seed, parameters.codebook_version)
+        )
