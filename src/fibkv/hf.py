@@ -90,12 +90,14 @@ class CompressedLayer(CacheLayerMixin):
         """-1: no maximum."""
         return -1
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Removes the newest ``-tokens_to_remove`` tokens (0 or negative, as transformers calls it)."""
-        if tokens_to_remove > 0:
-            raise ModelError(f"crop: expected 0 or minus the number of tokens to remove, got {tokens_to_remove}")
+        # Assisted decoding of older releases counts in a tensor.
+        remove = int(tokens_to_remove)
+        if remove > 0:
+            raise ModelError(f"crop: expected 0 or minus the number of tokens to remove, got {remove}")
         if self.store is not None:
-            self.store.crop(max(0, self.store.length + tokens_to_remove))
+            self.store.crop(max(0, self.store.length + remove))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row ``i`` becomes row ``beam_idx[i]``."""
