@@ -254,7 +254,7 @@ def _check_values(shape: KVShape, values: Tensor) -> None:
 
 
 def _bound_coder(shape: KVShape, profile: Profile, policy: Policy) -> RoleCoder:
-    coder = RoleCoder(profile=profile, policy=policy, raw_dtype=shape.dtype)
+    coder = RoleCoder(profile, policy, shape.dtype, profile.codec.block_dim)
     codec = coder.compressing
     profile.check_binding(
         shape,

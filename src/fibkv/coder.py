@@ -28,12 +28,15 @@ class RoleCoder:
         profile: bound to a shape; for a live cache its fixed part.
         policy: asked for every page; protects what the profile protects.
         raw_dtype: in which protected vectors and fallbacks are kept.
+        block_dim: that the policy is asked about: the codec's, or that of a codec which the shape cannot carry and
+            which the profile's raw codec stands in for.
         implementation: of the kernels.
     """
 
     profile: Profile
     policy: Policy
     raw_dtype: Dtype
+    block_dim: int
     implementation: str = "auto"
 
     def __post_init__(self) -> None:
@@ -42,7 +45,7 @@ class RoleCoder:
 
     def plan(self, shape: KVShape) -> Plan:
         """The policy's decisions for a tensor of that shape: the only place where a coder learns what to compress."""
-        return plan(self.policy, shape, self.has_calibration, self.profile.codec.block_dim)
+        return plan(self.policy, shape, self.has_calibration, self.block_dim)
 
     @cached_property
     def raw(self) -> Codec:
@@ -173,6 +176,7 @@ def bind_coder(
     profile_id: str,
     tokens_per_page: int,
     raw_dtype: Dtype,
+    block_dim: int | None = None,
     implementation: str = "auto",
 ) -> RoleCoder:
     """A coder whose profile is bound to a shape, to the codec's tables and to a policy.
@@ -184,14 +188,17 @@ def bind_coder(
         profile_id: the operator's name.
         tokens_per_page: tokens of a full page.
         raw_dtype: of vectors that are kept raw.
+        block_dim: see `RoleCoder`; default: the codec's.
         implementation: of the kernels.
 
     Raises:
+        DecisionError: the shape does not carry the block dim and the policy forbids raw fallback.
         ContractError: the parameters do not fit the shape.
     """
-    # Asked without protection, the policy says on which axis it compresses this role.
+    wanted = parameters.block_dim if block_dim is None else block_dim
+    # Asked without protection, the policy says on which axis it compresses this role, if it can.
     bare = policy.model_copy(update={"protected": ProtectedRegions()})
-    axis = decide(bare, shape, 0, 0, 0, has_calibration=True).axis
+    axis = decide(bare, shape, 0, 0, 0, has_calibration=True, block_dim=wanted).axis
     codec = codec_for(parameters, axis)
     profile = Profile.bind(
         shape,
@@ -203,4 +210,4 @@ def bind_coder(
         codebook_digest=codec.codebook_digest,
         protected=policy.protected,
     )
-    return RoleCoder(profile=profile, policy=policy, raw_dtype=raw_dtype, implementation=implementation)
+    return RoleCoder(profile, policy, raw_dtype, wanted, implementation)

@@ -161,6 +161,11 @@ def decide(
     return rule.at(layer, head, token)
 
 
+def carries(shape: KVShape, block_dim: int) -> bool:
+    """Whether vectors of a shape split into whole blocks, more than one."""
+    return 0 < block_dim < shape.head_dim and shape.head_dim % block_dim == 0
+
+
 def plan(policy: Policy, shape: KVShape, has_calibration: bool, block_dim: int | None = None) -> Plan:
     """The decisions for all vectors of a tensor; equal to :func:`decide` at every index.
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from fibkv import kernels
 from fibkv.coder import RoleCoder, bind_coder
 from fibkv.errors import ContractError, ModelError
-from fibkv.parameters import CodecParameters, named_parameters
-from fibkv.policy import Policy
+from fibkv.parameters import FIB_SETTINGS, CodecParameters, RawParameters, named_parameters
+from fibkv.policy import Policy, carries
 from fibkv.regions import ProtectedRegions
 from fibkv.sealing import LayerSettings
 from fibkv.shape import AttentionKind, Dtype, KVShape, Role
@@ -137,29 +137,33 @@ class CacheSettings:
 
     def _role(self, role: Role, tensor: Tensor, choice: Choice) -> tuple[KVShape, RoleCoder]:
         raw_dtype = self.raw_dtype or DTYPE_NAMES[tensor.dtype]
-        parameters = _parameters(choice, tensor.shape[3], raw_dtype)
-        policy = self._policy(parameters)
+        policy = self._policy(choice)
         protected = policy.protected
         shape = self._shape(role, tensor).fixed_part(
             # The fixed part must hold the protected tokens, whatever the page size.
             max(self.tokens_per_page, protected.first_tokens_raw, protected.last_tokens_raw)
         )
+        block_dim = _block_dim(choice)
+        # Where the shape cannot carry the choice, the raw codec stands in, if the policy allows that.
+        fitting = choice if carries(shape, block_dim) else "raw"
         coder = bind_coder(
             shape,
-            parameters,
+            _parameters(fitting, shape.head_dim, raw_dtype),
             policy,
             profile_id=f"{role}:{choice if isinstance(choice, str) else choice.codec}",
             tokens_per_page=self.tokens_per_page,
             raw_dtype=raw_dtype,
+            block_dim=block_dim,
             implementation=self.implementation,
         )
         return shape, coder
 
-    def _policy(self, parameters: CodecParameters) -> Policy:
+    def _policy(self, choice: Choice) -> Policy:
         protected = ProtectedRegions() if self.read_through else DEFAULT_PROTECTED
         policy = self.policy or Policy.per_token(protected)
         # A role that is chosen raw is raw by strategy; it keeps the other role's protected rectangles.
-        return policy.model_copy(update={"strategy": "raw"}) if parameters.codec == "raw" else policy
+        is_raw = choice == "raw" or isinstance(choice, RawParameters)
+        return policy.model_copy(update={"strategy": "raw"}) if is_raw else policy
 
     def _shape(self, role: Role, tensor: Tensor) -> KVShape:
         heads = tensor.shape[1]
@@ -191,3 +195,9 @@ def _parameters(choice: Choice, head_dim: int, raw_dtype: Dtype) -> CodecParamet
     if isinstance(choice, str):
         return named_parameters(choice, head_dim, raw_dtype)
     return choice
+
+
+def _block_dim(choice: Choice) -> int:
+    if isinstance(choice, str):
+        return FIB_SETTINGS[choice][0] if choice in FIB_SETTINGS else 1
+    return choice.block_dim

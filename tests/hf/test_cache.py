@@ -12,7 +12,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import fibkv
-from fibkv.errors import ContractError, KernelError, ModelError, PageError
+from fibkv.errors import ContractError, DecisionError, KernelError, ModelError, PageError
 from fibkv.handle import Handle
 from fibkv.hf import ATTENTION_NAME, CompressedLayer, attention_forward
 from fibkv.parameters import FibParameters
@@ -207,6 +207,16 @@ class TestSettings:
     def test_a_codec_that_does_not_fit_the_head_dim_is_refused(self) -> None:
         with pytest.raises(ContractError, match=r"Profile\.codec\.head_dim: expected 32 of the shape, got 64"):
             filled(profile=FibParameters.of(64, 2, 16))
+
+    def test_a_shape_that_the_codec_cannot_carry_is_kept_raw_and_said_so(self) -> None:
+        config = tf.LlamaConfig(**{**COMMON, "head_dim": 36, "pad_token_id": None})
+        keys = torch.randn(1, 2, 128, 36, generator=torch.Generator().manual_seed(0))
+        cache = fibkv.Cache(config, bits=1)
+        cache.update(keys, keys, 0)
+        assert dict(cache.report().layers[0].raw_vectors) == {"protected_region": 16, "unsupported_shape": 2 * 2 * 60}
+        strict = fibkv.Policy.per_token().model_copy(update={"allow_raw_fallback": False})
+        with pytest.raises(DecisionError, match="cannot carry head_dim 36 in blocks of 8"):
+            fibkv.Cache(config, bits=1, policy=strict).update(keys, keys, 0)
 
     def test_raw_layers_and_heads(self) -> None:
         regions = fibkv.ProtectedRegions(raw_layers=(0,), raw_heads=(1,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -283,7 +284,7 @@ class TestFallback:
     def test_fail_closed_refuses_and_changes_nothing(self) -> None:
         base = layer_settings()
         closed = base.values.profile.model_copy(update={"fallback": FallbackSettings(mode="fail_closed")})
-        closed_values = type(base.values)(profile=closed, policy=base.values.policy, raw_dtype="f32")
+        closed_values = replace(base.values, profile=closed)
         cache = make(
             LayerSettings(
                 layer=1,
@@ -367,7 +368,7 @@ class TestRefusals:
     def test_policy_and_profile_must_protect_the_same(self) -> None:
         good = coder("key")
         with pytest.raises(Exception, match=r"Profile.protected: expected ProtectedRegions\(first_tokens_raw=3"):
-            type(good)(profile=good.profile, policy=protecting(first_tokens_raw=3), raw_dtype="f32")
+            replace(good, policy=protecting(first_tokens_raw=3))
 
     def test_a_missing_calibration_is_refused(self) -> None:
         needs = Policy(
