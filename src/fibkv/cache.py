@@ -7,7 +7,7 @@ Positions are cache slots: all rows have one length, as transformers' masks dema
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -89,7 +89,7 @@ class LayerCache:
         tail_start = self._length - self._tail.length
         keep = max(0, length - tail_start)
         if length < tail_start:
-            self._rows = [_cropped(row, length) for row in self._rows]
+            self._map_pages(lambda page: page.cut(length - page.start))
         self._tail = self._tail_of(self._tail, 0, keep)
         self._length = length
 
@@ -101,7 +101,7 @@ class LayerCache:
 
     def to(self, device: torch.device) -> None:
         """Moves everything to a device."""
-        self._rows = [tuple(page.to(device) for page in row) for row in self._rows]
+        self._map_pages(lambda page: page.to(device))
         self._tail = self._tail.map(lambda tensor: tensor.to(device))
 
     def pages(self) -> Iterator[Page]:
@@ -171,6 +171,11 @@ class LayerCache:
         self._tail = recent if has_room else self._tail_of(recent, done, recent.length)
         self._length = length
 
+    def _map_pages(self, function: Callable[[Page], Page | None]) -> None:
+        """Replaces every distinct page once, so that rows go on sharing it; None removes it."""
+        changed = {id(page): function(page) for page in self.pages()}
+        self._rows = [tuple(new for page in row if (new := changed[id(page)]) is not None) for row in self._rows]
+
     def _tail_of(self, tail: Tail, start: int, stop: int) -> Tail:
         """Tokens ``start:stop`` of a tail with room to fill a page; an empty tail takes no memory."""
         tokens = stop - start
@@ -179,13 +184,6 @@ class LayerCache:
 
 def _name(page: Page) -> str:
     return f"layer {page.layer}, tokens {page.start}..{page.start + page.tokens - 1}, {page.digest}"
-
-
-def _cropped(row: tuple[Page, ...], length: int) -> tuple[Page, ...]:
-    kept = [page for page in row if page.start < length]
-    if kept and kept[-1].start + kept[-1].tokens > length:
-        kept[-1] = kept[-1].cut(length - kept[-1].start)
-    return tuple(kept)
 
 
 def _reverse_tokens(segment: Segment) -> None:

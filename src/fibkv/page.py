@@ -191,14 +191,17 @@ class Page:
         """Bytes of codes and metadata."""
         return METADATA_NBYTES + sum(segment.codes.nbytes for segment in (*self.keys, *self.values))
 
-    def cut(self, tokens: int) -> Page:
-        """The page's first ``tokens`` tokens as a page of its own; the kept codes are the same, bit for bit."""
-        return replace(
-            self,
-            tokens=tokens,
-            keys=tuple(s for s in (segment.cut(tokens) for segment in self.keys) if s is not None),
-            values=tuple(s for s in (segment.cut(tokens) for segment in self.values) if s is not None),
+    def cut(self, tokens: int) -> Page | None:
+        """The page's first ``tokens`` tokens: itself, a shorter page with the same codes bit for bit, or nothing."""
+        if tokens <= 0:
+            return None
+        if tokens >= self.tokens:
+            return self
+        keys, values = (
+            tuple(cut for segment in side if (cut := segment.cut(tokens)) is not None)
+            for side in (self.keys, self.values)
         )
+        return replace(self, tokens=tokens, keys=keys, values=values)
 
     def to(self, device: torch.device) -> Page:
         """The page with its codes on a device; the same object if they are there already."""

@@ -218,6 +218,14 @@ def test_a_crop_through_a_page_keeps_its_codes() -> None:
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=2e-5)
 
 
+def test_rows_go_on_sharing_pages_after_a_crop() -> None:
+    cache = make()
+    fill(cache, 48)
+    cache.select([0, 0])
+    cache.crop(21)
+    assert all(a is b for a, b in zip(*cache.rows, strict=True))
+
+
 def test_copies_share_pages_and_diverge() -> None:
     cache = make()
     fill(cache, 40)
