@@ -17,19 +17,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fibkv import codebook
 from fibkv.codecs.raw import TORCH_DTYPES
 from fibkv.coder import RoleCoder
 from fibkv.contract import Contract, MarkedContract, Total
 from fibkv.digest import Digest, require_digest, tensor_digest
-from fibkv.errors import ContractError, EncodingError, PageError
+from fibkv.errors import CodebookError, ContractError, EncodingError, PageError
 from fibkv.page import Segment, SegmentHeader, segment_from_bytes, segments_digest
+from fibkv.parameters import FibParameters
 from fibkv.policy import Plan, Policy, Run
 from fibkv.profile import Profile
 from fibkv.receipt import Receipt
 from fibkv.shape import KVShape
 
 MAGIC = b"fibkv tensor artifact 1\n"
-# Longest header that is read: 64 bytes of JSON for each byte of a small page would be a lie, not an artifact.
+# Bounds the memory that parsing a header may take.
 MAX_HEADER_NBYTES = 1 << 30
 
 
@@ -82,7 +84,7 @@ class Artifact:
         return self.header.receipt
 
     def to_bytes(self) -> bytes:
-        """The stored form."""
+        """The stored form. The receipt in it says how long the encoding took; all else depends on the tensor alone."""
         text = self.header.to_json().encode()
         return b"".join([MAGIC, len(text).to_bytes(8, "little"), text, *self.payloads])
 
@@ -133,6 +135,7 @@ def encode_tensor(shape: KVShape, profile: Profile, policy: Policy, values: Tens
     """
     began = perf_counter()
     _check_values(shape, values)
+    profile.check_shape(shape)
     coder = _bound_coder(shape, profile, policy)
     source = tensor_digest(values.detach().cpu().to(torch.float32).numpy())
     plan = coder.plan(shape)
@@ -155,7 +158,7 @@ def encode_tensor(shape: KVShape, profile: Profile, policy: Policy, values: Tens
         num_pages=len(digests),
         compressed_vectors=counts.compressed,
         raw_vectors=counts.raw,
-        raw_nbytes=shape.element_count * values.element_size(),
+        raw_nbytes=_raw_nbytes(shape),
         encoded_nbytes=counts.nbytes,
         raw_reasons=counts.reasons,
         seconds=perf_counter() - began,
@@ -173,15 +176,15 @@ def decode_tensor(artifact: Artifact) -> tuple[Tensor, Receipt]:
 
     Raises:
         PageError, DigestMismatch, ContractError: anything that is not as its digests, counts and geometry say.
+        CodebookError: its codebook is not on this machine; none is built on behalf of a file.
+        DecisionError: its policy can neither compress nor keep raw.
     """
     began = perf_counter()
-    shape = artifact.header.shape
     values = decode_slice(artifact)
     decoded = tensor_digest(values.numpy())
     receipt = artifact.receipt.model_copy(
         update={"operation": "decode", "decoded_digest": decoded, "seconds": perf_counter() - began}
     )
-    assert values.shape == (shape.batch, shape.layers, shape.kv_heads, shape.tokens, shape.head_dim)
     return values, receipt
 
 
@@ -204,20 +207,24 @@ def decode_slice(
         ``[batch, layers, heads, tokens, head_dim]`` float32, equal to that slice of the full decode.
 
     Raises:
-        PageError, DigestMismatch, ContractError: see `decode_tensor`; a range outside the shape.
+        PageError, DigestMismatch, CodebookError, DecisionError: see `decode_tensor`.
+        ContractError: likewise, or a range outside the shape.
     """
     header = artifact.header
     shape = header.shape
+    header.profile.check_shape(shape)
+    _require_codebook(header.profile)
     layers = _range("layers", layers, shape.layers)
     heads = _range("heads", heads, shape.kv_heads)
     tokens = _range("tokens", tokens, shape.tokens)
     coder = _bound_coder(shape, header.profile, header.policy)
     _check_header(header, coder)
+    _check_payloads(artifact)
     out = torch.empty(shape.batch, layers[1] - layers[0], heads[1] - heads[0], tokens[1] - tokens[0], shape.head_dim)
     plan = coder.plan(shape)
-    for entry, payload, digest in zip(header.pages, artifact.payloads, header.receipt.page_digests, strict=True):
+    for entry, payload in zip(header.pages, artifact.payloads, strict=True):
         if entry.start < tokens[1] and entry.start + entry.tokens > tokens[0]:
-            dense = _decode_page(coder, plan, shape, entry, payload, digest, layers)
+            dense = _decode_page(coder, plan, header, entry, payload, layers)
             first, stop = max(tokens[0], entry.start), min(tokens[1], entry.start + entry.tokens)
             span = dense[:, :, heads[0] : heads[1], first - entry.start : stop - entry.start]
             out[:, :, :, first - tokens[0] : stop - tokens[0]] = span
@@ -265,9 +272,24 @@ def _bound_coder(shape: KVShape, profile: Profile, policy: Policy) -> RoleCoder:
     return coder
 
 
+def _require_codebook(profile: Profile) -> None:
+    """Refuses a codebook that would have to be built: hours of work on the word of a file."""
+    codec = profile.codec
+    if isinstance(codec, FibParameters) and not codebook.is_available(codec.block_dim, codec.codebook_size):
+        raise CodebookError(
+            f"codebook k={codec.block_dim}, N={codec.codebook_size}: expected a shipped or cached one to decode with, "
+            "found none; fibkv.codebook.load builds it"
+        )
+
+
+def _raw_nbytes(shape: KVShape) -> int:
+    return shape.element_count * TORCH_DTYPES[shape.dtype].itemsize
+
+
 def _page_spans(profile: Profile, shape: KVShape) -> list[tuple[int, int]]:
     size = profile.geometry.tokens_per_page
-    return [(start, min(start + size, shape.tokens)) for start in range(0, shape.tokens, size)]
+    starts = (page_id * size for page_id in range(profile.geometry.num_pages(shape.tokens)))
+    return [(start, min(start + size, shape.tokens)) for start in starts]
 
 
 def _runs(plan: Plan, layer: int, start: int, stop: int) -> tuple[Run, ...]:
@@ -297,22 +319,40 @@ def _entry(
 def _check_header(header: ArtifactHeader, coder: RoleCoder) -> None:
     """Everything about an artifact that needs no code: digests, geometry, order, rectangles, counts."""
     receipt, profile = header.receipt, header.profile
-    require_digest("Receipt.shape_digest", receipt.shape_digest, header.shape.digest())
-    require_digest("Receipt.profile_digest", receipt.profile_digest, coder.profile_digest)
-    require_digest("Receipt.codebook_digest", receipt.codebook_digest, profile.codebook_digest)
-    require_digest("Receipt.rotation_digest", receipt.rotation_digest, profile.rotation_digest)
-    spans = _page_spans(profile, header.shape)
+    receipt.check_bindings(
+        shape_digest=header.shape.digest(),
+        profile_digest=coder.profile_digest,
+        codebook_digest=profile.codebook_digest,
+        rotation_digest=profile.rotation_digest,
+    )
+    if receipt.operation != "compress":
+        raise PageError(f"receipt operation: expected compress, got {receipt.operation}")
+    num_pages = profile.geometry.num_pages(header.shape.tokens)
     for name, count in (("header", len(header.pages)), ("receipt", receipt.num_pages)):
-        if count != len(spans):
-            raise PageError(f"artifact {name}: expected {len(spans)} pages by the geometry, got {count}")
+        # Before any list of that length is made: the shape may lie.
+        if count != num_pages:
+            raise PageError(f"artifact {name}: expected {num_pages} pages by the geometry, got {count}")
+    spans = _page_spans(profile, header.shape)
     plan = coder.plan(header.shape)
     for page_id, (entry, (start, stop)) in enumerate(zip(header.pages, spans, strict=True)):
         _check_entry(header, coder, plan, entry, (page_id, start, stop - start))
     counts = _Counts.of(header.pages)
-    realised = (counts.compressed, counts.raw, counts.nbytes, counts.reasons)
-    stated = (receipt.compressed_vectors, receipt.raw_vectors, receipt.encoded_nbytes, receipt.raw_reasons)
+    realised = (counts.compressed, counts.raw, _raw_nbytes(header.shape), counts.nbytes, counts.reasons)
+    stated = (
+        receipt.compressed_vectors,
+        receipt.raw_vectors,
+        receipt.raw_nbytes,
+        receipt.encoded_nbytes,
+        receipt.raw_reasons,
+    )
     if realised != stated:
         raise PageError(f"receipt: expected counts, bytes and reasons {realised} of the pages, got {stated}")
+
+
+def _check_payloads(artifact: Artifact) -> None:
+    actual, expected = [len(payload) for payload in artifact.payloads], [page.nbytes for page in artifact.header.pages]
+    if actual != expected:
+        raise PageError(f"artifact payloads: expected pages of {expected} bytes, got {actual}")
 
 
 def _check_entry(
@@ -326,6 +366,10 @@ def _check_entry(
     require_digest(f"page {entry.page_id} source_digest", header.receipt.source_digest, entry.source_digest)
     require_digest(f"page {entry.page_id} profile_digest", coder.profile_digest, entry.profile_digest)
     start, stop = entry.start, entry.start + entry.tokens
+    least = header.shape.layers * header.shape.batch
+    if len(entry.segments) < least:
+        # Before any list of that length is made: the shape may lie.
+        raise PageError(f"page {entry.page_id}: expected at least {least} segments, got {len(entry.segments)}")
     runs = [run for layer in range(header.shape.layers) for run in _runs(plan, layer, start, stop)]
     expected = runs * header.shape.batch
     if len(entry.segments) != len(expected):
@@ -337,24 +381,22 @@ def _check_entry(
 def _decode_page(
     coder: RoleCoder,
     plan: Plan,
-    shape: KVShape,
+    header: ArtifactHeader,
     entry: PageEntry,
     payload: bytes,
-    digest: str,
     layers: tuple[int, int],
 ) -> Tensor:
     """Checks one page against its digest and decodes some of its layers: ``[batch, layers, heads, tokens, d]``."""
+    shape = header.shape
     start, stop = entry.start, entry.start + entry.tokens
     runs = [(layer, run) for layer in range(shape.layers) for run in _runs(plan, layer, start, stop)]
     placed = [(row, layer, run) for row in range(shape.batch) for layer, run in runs]
     view, segments, offset = memoryview(payload), [], 0
-    for header, (_, _, run) in zip(entry.segments, placed, strict=True):
-        codec = coder.codec_of_segment(header, run.decision)
-        segments.append(segment_from_bytes(header, run.decision, codec, view[offset : offset + header.nbytes]))
-        offset += header.nbytes
-    if offset != len(payload):
-        raise PageError(f"page {entry.page_id}: expected {offset} bytes of codes, got {len(payload)}")
-    require_digest(f"page {entry.page_id}", digest, segments_digest(entry, segments))
+    for stored, (_, _, run) in zip(entry.segments, placed, strict=True):
+        codec = coder.codec_of_segment(stored, run.decision)
+        segments.append(segment_from_bytes(stored, run.decision, codec, view[offset : offset + stored.nbytes]))
+        offset += stored.nbytes
+    header.receipt.check_page(entry.page_id, segments_digest(entry, segments))
     dense = torch.empty(shape.batch, layers[1] - layers[0], shape.kv_heads, entry.tokens, shape.head_dim)
     for segment, (row, layer, _) in zip(segments, placed, strict=True):
         if layers[0] <= layer < layers[1]:

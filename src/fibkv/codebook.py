@@ -49,6 +49,12 @@ def load(block_dim: int, size: int, *, progress: Progress | None = None) -> Code
     return _loaded[key]
 
 
+def is_available(block_dim: int, size: int) -> bool:
+    """Whether `load` would find the codebook without building it."""
+    key = (block_dim, size)
+    return key in SHIPPED or key in _loaded or (cache_dir() / file_name(*key)).exists()
+
+
 def shipped_dir() -> Path:
     """Directory of the codebooks that come with the package."""
     return Path(str(files("fibkv") / "data" / "codebooks"))

@@ -15,7 +15,7 @@ from fibkv.errors import ContractError, DecisionError, EncodingError, PageError
 from fibkv.page import NOT_ENCODABLE, Segment, SegmentHeader
 from fibkv.parameters import CodecParameters, RawParameters
 from fibkv.policy import Decision, Plan, Policy, Run, decide, plan
-from fibkv.profile import MISSING_CALIBRATION, Profile
+from fibkv.profile import Profile
 from fibkv.regions import PageGeometry, ProtectedRegions
 from fibkv.shape import Dtype, KVShape
 
@@ -45,7 +45,7 @@ class RoleCoder:
 
     def plan(self, shape: KVShape) -> Plan:
         """The policy's decisions for a tensor of that shape: the only place where a coder learns what to compress."""
-        return plan(self.policy, shape, self.has_calibration, self.block_dim)
+        return plan(self.policy, shape, self.profile.is_calibrated, self.block_dim)
 
     @cached_property
     def raw(self) -> Codec:
@@ -63,11 +63,6 @@ class RoleCoder:
         if self.profile.axis == "role_aware_kivi_style":
             return "per_channel" if self.profile.role == "key" else "per_token"
         return self.profile.axis
-
-    @property
-    def has_calibration(self) -> bool:
-        """Whether the profile is bound to a calibration."""
-        return self.profile.calibration_digest != MISSING_CALIBRATION
 
     @cached_property
     def profile_digest(self) -> str:

@@ -200,6 +200,7 @@ class Cache(StockCache):
             read_through=read_through,
             implementation=implementation,
             layers=len(stock),
+            kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
             query_heads=text.num_attention_heads,
         )
         self.quarantine = Quarantine()
@@ -215,13 +216,14 @@ class Cache(StockCache):
     def report(self) -> CacheReport:
         """Bytes counted, per layer: what is compressed, what is left raw and why."""
         compressed = list(self._compressed())
-        tables = {id(t): t.nbytes for layer in compressed if layer.store for t in layer.store.settings.tables()}
+        tables = (table for layer in compressed if layer.store for table in layer.store.settings.tables())
+        shared = {id(tensor): tensor.nbytes for table in tables for tensor in table.tensors}
         return CacheReport(
             layers=tuple(
                 layer.report() if isinstance(layer, CompressedLayer) else _empty_report(index, layer)
                 for index, layer in enumerate(self.layers)
             ),
-            tables_nbytes=sum(tables.values()),
+            tables_nbytes=sum(shared.values()),
             materialized=sum(layer.materialized for layer in compressed),
         )
 

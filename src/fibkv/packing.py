@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MAX_BITS = 20
-
 
 def packed_nbytes(count: int, bits: int) -> int:
     """Bytes that ``count`` indices of ``bits`` bits take: ceil(count * bits / 8)."""

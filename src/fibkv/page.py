@@ -8,7 +8,7 @@ else is a segment of the profile's codec, or raw too where the codec cannot repr
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -144,12 +144,35 @@ class Page:
     values: tuple[Segment, ...]
     key_profile: str
     value_profile: str
-    digest: str = field(init=False)
+    digest: str
 
     def __post_init__(self) -> None:
         if [(s.heads, s.tokens) for s in self.keys] != [(s.heads, s.tokens) for s in self.values]:
             raise PageError(f"page of layer {self.layer} at token {self.start}: keys and values differ in segments")
-        object.__setattr__(self, "digest", self.compute_digest())
+
+    @classmethod
+    def seal(
+        cls,
+        layer: int,
+        span: tuple[int, int],
+        keys: tuple[Segment, ...],
+        values: tuple[Segment, ...],
+        profiles: tuple[str, str],
+    ) -> Page:
+        """A page with the digest of what it holds now.
+
+        Args:
+            layer: layer index.
+            span: half-open range of tokens.
+            keys: segments of the keys.
+            values: segments of the values.
+            profiles: digests of the keys' and the values' bound profiles.
+
+        Raises:
+            PageError: keys and values differ in segments.
+        """
+        unsealed = cls(layer, span[0], span[1] - span[0], keys, values, *profiles, digest="")
+        return replace(unsealed, digest=unsealed.compute_digest())
 
     def __deepcopy__(self, memo: dict[int, object]) -> Page:
         return self  # immutable: copies of a cache share their pages
@@ -184,7 +207,7 @@ class Page:
         segments = (*self.keys, *self.values)
         whole = all(segment.tokens == (0, self.tokens) for segment in segments)
         rectangles = tuple((s.heads, s.tokens, id(s.codec)) for s in segments)
-        return (self.tokens, -1 if whole else self.start, rectangles)
+        return (self.tokens, None if whole else self.start, rectangles)
 
     @property
     def nbytes(self) -> int:
@@ -192,16 +215,22 @@ class Page:
         return METADATA_NBYTES + sum(segment.codes.nbytes for segment in (*self.keys, *self.values))
 
     def cut(self, tokens: int) -> Page | None:
-        """The page's first ``tokens`` tokens: itself, a shorter page with the same codes bit for bit, or nothing."""
+        """The page's first ``tokens`` tokens: itself, a shorter page with the same codes bit for bit, or nothing.
+
+        Raises:
+            DigestMismatch: the page was damaged after sealing, and must not get a new digest.
+        """
         if tokens <= 0:
             return None
         if tokens >= self.tokens:
             return self
+        self.verify()
         keys, values = (
             tuple(cut for segment in side if (cut := segment.cut(tokens)) is not None)
             for side in (self.keys, self.values)
         )
-        return replace(self, tokens=tokens, keys=keys, values=values)
+        profiles = (self.key_profile, self.value_profile)
+        return Page.seal(self.layer, (self.start, self.start + tokens), keys, values, profiles)
 
     def to(self, device: torch.device) -> Page:
         """The page with its codes on a device; the same object if they are there already."""

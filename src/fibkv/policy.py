@@ -221,7 +221,7 @@ class _Rule:
             return _decision(action, "raw", "calibration_missing")
         if policy.strategy == "raw":
             return _decision("keep_raw", "raw", "raw_strategy")
-        if not self._shape_is_supported():
+        if self.block_dim is not None and not carries(self.shape, self.block_dim):
             if policy.allow_raw_fallback:
                 return _decision("keep_raw", "raw", "unsupported_shape")
             raise DecisionError(
@@ -229,11 +229,6 @@ class _Rule:
                 f"{self.block_dim}: expected a divisor of head_dim below it, or a policy that allows raw fallback"
             )
         return _compress(policy.strategy, self.shape.role)
-
-    def _shape_is_supported(self) -> bool:
-        if self.block_dim is None:
-            return True
-        return 0 < self.block_dim < self.shape.head_dim and self.shape.head_dim % self.block_dim == 0
 
 
 def _compress(strategy: Strategy, role: Role) -> Decision:
@@ -265,5 +260,5 @@ def _merge(boundaries: Sequence[int], content_at: Callable[[int], Content]) -> M
 
 
 def _require_index(field: str, index: int, count: int) -> None:
-    if not 0 <= index < count:
+    if type(index) is not int or not 0 <= index < count:
         raise ContractError(field, f"an index from 0 to {count - 1}", index)

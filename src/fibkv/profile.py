@@ -139,6 +139,19 @@ class Profile(MarkedContract):
             DigestMismatch: a digest differs from the profile's.
             ContractError: role, head_dim, geometry or protected regions do not fit the shape.
         """
+        self.check_shape(shape)
+        require_digest("Profile.rotation_digest", self.rotation_digest, rotation_digest)
+        require_digest("Profile.codebook_digest", self.codebook_digest, codebook_digest)
+        self.geometry.validate_for(shape, vector_nbytes)
+        self.protected.validate_for(shape)
+
+    def check_shape(self, shape: KVShape) -> None:
+        """The checks of `check_binding` that need no codec: they come before one is made.
+
+        Raises:
+            DigestMismatch: the shape's or the parameters' digest differs from the profile's.
+            ContractError: block dim, role or head_dim do not fit the shape.
+        """
         shape.validate_block_dim(self.block_dim)
         require_digest("Profile.shape_digest", self.shape_digest, shape.digest())
         if self.role != shape.role:
@@ -146,7 +159,3 @@ class Profile(MarkedContract):
         if self.codec.head_dim != shape.head_dim:
             raise ContractError("Profile.codec.head_dim", f"{shape.head_dim} of the shape", self.codec.head_dim)
         require_digest("Profile.codec_digest", self.codec_digest, self.codec.digest())
-        require_digest("Profile.rotation_digest", self.rotation_digest, rotation_digest)
-        require_digest("Profile.codebook_digest", self.codebook_digest, codebook_digest)
-        self.geometry.validate_for(shape, vector_nbytes)
-        self.protected.validate_for(shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
@@ -63,33 +62,29 @@ class Receipt(MarkedContract):
             raise ContractError("Receipt.raw_reasons", f"counts that add up to raw_vectors {self.raw_vectors}", counted)
         return self
 
-    def check(
-        self,
-        *,
-        shape_digest: str,
-        profile_digest: str,
-        codebook_digest: str,
-        rotation_digest: str,
-        page_digests: Sequence[str],
+    def check_bindings(
+        self, *, shape_digest: str, profile_digest: str, codebook_digest: str, rotation_digest: str
     ) -> None:
-        """Check that the receipt speaks of these objects and pages.
+        """Check that the receipt speaks of these objects.
 
         Args:
             shape_digest: recomputed from the shape.
             profile_digest: recomputed from the profile.
             codebook_digest: of the codebook in use, or ``none:<codec>``.
             rotation_digest: of the rotation in use, or ``none:<codec>``.
-            page_digests: recomputed from the pages, in order.
 
         Raises:
-            DigestMismatch: a digest differs; a page's is named by its index.
-            ContractError: there are more or fewer pages than the receipt counts.
+            DigestMismatch: a digest differs.
         """
         require_digest("Receipt.shape_digest", self.shape_digest, shape_digest)
         require_digest("Receipt.profile_digest", self.profile_digest, profile_digest)
         require_digest("Receipt.codebook_digest", self.codebook_digest, codebook_digest)
         require_digest("Receipt.rotation_digest", self.rotation_digest, rotation_digest)
-        if len(page_digests) != self.num_pages:
-            raise ContractError("Receipt.num_pages", f"{self.num_pages} pages", len(page_digests))
-        for index, (recorded, actual) in enumerate(zip(self.page_digests, page_digests, strict=True)):
-            require_digest(f"Receipt.page_digests[{index}]", recorded, actual)
+
+    def check_page(self, index: int, page_digest: str) -> None:
+        """Check that the receipt speaks of a page, by its recomputed digest.
+
+        Raises:
+            DigestMismatch: the digest differs.
+        """
+        require_digest(f"Receipt.page_digests[{index}]", self.page_digests[index], page_digest)

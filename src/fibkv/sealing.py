@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fibkv.coder import RoleCoder
-from fibkv.page import Page, Segment
+from fibkv.page import Page
 from fibkv.policy import Run
 from fibkv.shape import KVShape
 from fibkv.tables import Tables
@@ -94,14 +94,17 @@ def seal(settings: LayerSettings, tail: Tail, length: int, spans: Sequence[Span]
         return rows
     start = length - tail.length
     plans = _Plans(settings, length)
+    profiles = (settings.keys.profile_digest, settings.values.profile_digest)
     # Pages of equal length under equal decisions are encoded together: one call for a whole prefill.
     for (key_runs, value_runs), group in groupby(spans, key=lambda s: plans.runs(start + s[0], start + s[1])):
         same = list(group)
         keys = settings.keys.seal(_pages_of(tail.keys, same), key_runs)
         values = settings.values.seal(_pages_of(tail.values, same), value_runs)
+        # `_pages_of` puts the pages of row 0 first, then those of row 1, and so on.
         for index, (key, value) in enumerate(zip(keys, values, strict=True)):
             first, stop = same[index % len(same)]
-            rows[index // len(same)].append(_page(settings, start + first, stop - first, key, value))
+            page = Page.seal(settings.layer, (start + first, start + stop), key, value, profiles)
+            rows[index // len(same)].append(page)
     return rows
 
 
@@ -122,17 +125,3 @@ class _Plans:
 def _pages_of(tensor: Tensor, spans: Sequence[Span]) -> Tensor:
     """``[B, H, tokens, d]`` to ``[B * P, H, T, d]``, row by row, for spans of equal length."""
     return torch.stack([tensor[:, :, start:stop] for start, stop in spans], 1).flatten(0, 1)
-
-
-def _page(
-    settings: LayerSettings, start: int, tokens: int, keys: tuple[Segment, ...], values: tuple[Segment, ...]
-) -> Page:
-    return Page(
-        layer=settings.layer,
-        start=start,
-        tokens=tokens,
-        keys=keys,
-        values=values,
-        key_profile=settings.keys.profile_digest,
-        value_profile=settings.values.profile_digest,
-    )

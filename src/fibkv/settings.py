@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self, get_args
+from typing import Any, Self, get_args
 
 from torch import Tensor
 
 from fibkv import kernels
 from fibkv.coder import RoleCoder, bind_coder
 from fibkv.errors import ContractError, ModelError
-from fibkv.parameters import FIB_SETTINGS, CodecParameters, RawParameters, named_parameters
+from fibkv.parameters import (
+    FIB_SETTINGS,
+    CodecParameters,
+    FibParameters,
+    Fp8Parameters,
+    Int8Parameters,
+    RawParameters,
+    named_parameters,
+)
 from fibkv.policy import Policy, carries
 from fibkv.regions import ProtectedRegions
 from fibkv.sealing import LayerSettings
@@ -62,6 +70,7 @@ class CacheSettings:
         read_through: bool,
         implementation: str,
         layers: int,
+        kv_heads: int,
         query_heads: int,
     ) -> Self:
         """Settings from what `fibkv.Cache` takes.
@@ -72,20 +81,15 @@ class CacheSettings:
         """
         if bits is not None and profile is not None:
             raise ContractError("Cache.profile", "either bits or profile", profile)
-        chosen: Choice | tuple[Choice, Choice]
-        chosen = profile if profile is not None else _named(4 if bits is None else bits)
-        keys, values = chosen if isinstance(chosen, tuple) else (chosen, chosen)
-        for choice in (keys, values):
-            # Any head_dim will do to refuse an unknown name before a token has been seen.
-            _parameters(choice, 64, "f16")
+        if profile is None:
+            keys, values = (_named(choice) for choice in _pair("Cache.bits", 4 if bits is None else bits))
+        else:
+            keys, values = (_known(choice) for choice in _pair("Cache.profile", profile))
         if raw_dtype is not None and raw_dtype not in get_args(Dtype):
             raise ContractError("Cache.raw_dtype", f"one of {', '.join(get_args(Dtype))}", raw_dtype)
-        if not tokens_per_page > 0:
+        if not isinstance(tokens_per_page, int) or tokens_per_page <= 0:
             raise ContractError("Cache.tokens_per_page", "a positive number", tokens_per_page)
-        if policy is not None and any(layer >= layers for layer in policy.protected.raw_layers):
-            raise ContractError(
-                "Cache.policy.protected.raw_layers", f"layers below {layers}", policy.protected.raw_layers
-            )
+        _check_policy(policy, layers, kv_heads)
         kernels.resolve(implementation)
         return cls(
             keys=keys,
@@ -121,8 +125,9 @@ class CacheSettings:
             ModelError: a dtype that cannot be kept.
             ContractError: the codec does not fit the head_dim, or the policy does not fit the heads.
         """
-        if keys.dtype not in DTYPE_NAMES:
-            raise ModelError(f"layer {layer}: expected keys in float16, bfloat16 or float32, got {keys.dtype}")
+        if keys.dtype not in DTYPE_NAMES or values.dtype not in DTYPE_NAMES:
+            got = f"{keys.dtype} and {values.dtype}"
+            raise ModelError(f"layer {layer}: expected keys and values in float16, bfloat16 or float32, got {got}")
         key_shape, key_coder = self._role("key", keys, self.keys)
         value_shape, value_coder = self._role("value", values, self.values)
         return LayerSettings(
@@ -145,7 +150,7 @@ class CacheSettings:
         )
         block_dim = _block_dim(choice)
         # Where the shape cannot carry the choice, the raw codec stands in, if the policy allows that.
-        fitting = choice if carries(shape, block_dim) else "raw"
+        fitting = choice if carries(shape, block_dim) and policy.strategy != "raw" else "raw"
         coder = bind_coder(
             shape,
             _parameters(fitting, shape.head_dim, raw_dtype),
@@ -183,12 +188,35 @@ class CacheSettings:
         )
 
 
-def _named(bits: int | tuple[int, int]) -> str | tuple[str, str]:
-    keys, values = bits if isinstance(bits, tuple) else (bits, bits)
-    for choice in (keys, values):
-        if choice not in NAMES_BY_BITS:
-            raise ContractError("Cache.bits", f"one of {', '.join(map(str, NAMES_BY_BITS))}, or a pair", choice)
-    return NAMES_BY_BITS[keys], NAMES_BY_BITS[values]
+def _pair(field: str, given: Any) -> tuple[Any, Any]:
+    """Keys' and values' choice from one for both, or a pair."""
+    if not isinstance(given, tuple | list):
+        return given, given
+    if len(given) != 2:
+        raise ContractError(field, "one choice, or a pair for keys and values", given)
+    return given[0], given[1]
+
+
+def _named(bits: Any) -> str:
+    if type(bits) is not int or bits not in NAMES_BY_BITS:
+        raise ContractError("Cache.bits", f"one of {', '.join(map(str, NAMES_BY_BITS))}, or a pair", bits)
+    return NAMES_BY_BITS[bits]
+
+
+def _known(choice: Any) -> Choice:
+    if not isinstance(choice, str | RawParameters | Int8Parameters | Fp8Parameters | FibParameters):
+        raise ContractError("Cache.profile", "a name or codec parameters, or a pair", choice)
+    # Any head_dim will do to refuse an unknown name before a token has been seen.
+    _parameters(choice, 64, "f16")
+    return choice
+
+
+def _check_policy(policy: Policy | None, layers: int, kv_heads: int) -> None:
+    """Refuses protected layers and heads that the model does not have, before its first token."""
+    for name, count in (("raw_layers", layers), ("raw_heads", kv_heads)):
+        listed = () if policy is None else getattr(policy.protected, name)
+        if any(index >= count for index in listed):
+            raise ContractError(f"Cache.policy.protected.{name}", f"indices below {count}", listed)
 
 
 def _parameters(choice: Choice, head_dim: int, raw_dtype: Dtype) -> CodecParameters:

@@ -21,7 +21,7 @@ class RawTables:
     dtype: torch.dtype
     head_dim: int
 
-    nbytes: ClassVar[int] = 0
+    tensors: ClassVar[tuple[Tensor, ...]] = ()
     rotation: ClassVar[None] = None
 
 
@@ -33,7 +33,7 @@ class ScaledTables:
     limit: float
     head_dim: int
 
-    nbytes: ClassVar[int] = 0
+    tensors: ClassVar[tuple[Tensor, ...]] = ()
     rotation: ClassVar[None] = None
 
 
@@ -63,9 +63,9 @@ class FibTables:
         return self.head_dim // self.codewords.shape[1]
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the codebook and of the rotation's matrix, once per process."""
-        return 4 * (self.codewords.numel() + self.rotation.matrix.numel())
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What takes memory; tables of other codecs may share some of it."""
+        return self.codewords, self.rotation.matrix
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,9 +85,9 @@ class ChannelTables:
         return self.inner.head_dim
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the inner tables."""
-        return self.inner.nbytes
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those of the inner tables."""
+        return self.inner.tensors
 
 
 Tables = RawTables | ScaledTables | FibTables | ChannelTables

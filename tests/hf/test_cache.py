@@ -186,6 +186,10 @@ class TestSettings:
             ({"bits": 5}, ContractError, r"Cache\.bits: expected one of 1, 2, 3, 4, 8, 16, or a pair, got 5"),
             ({"bits": 4, "profile": "fib4"}, ContractError, "either bits or profile"),
             ({"profile": "fib9"}, ContractError, "one of raw, int8, fp8, fib4"),
+            ({"bits": (4, 2, 1)}, ContractError, "Cache.bits: expected one choice, or a pair for keys and values"),
+            ({"bits": "4"}, ContractError, "Cache.bits: expected one of"),
+            ({"profile": 4}, ContractError, "Cache.profile: expected a name or codec parameters, or a pair, got 4"),
+            ({"tokens_per_page": "a"}, ContractError, "Cache.tokens_per_page: expected a positive number, got 'a'"),
             ({"tokens_per_page": 0}, ContractError, r"Cache\.tokens_per_page: expected a positive number, got 0"),
             ({"raw_dtype": "f64"}, ContractError, r"Cache\.raw_dtype: expected one of f16, bf16, f32, got 'f64'"),
             ({"implementation": "cuda"}, KernelError, "expected one of auto, reference, got 'cuda'"),
@@ -197,8 +201,21 @@ class TestSettings:
 
     def test_policy_beyond_the_model_is_refused(self) -> None:
         regions = fibkv.ProtectedRegions(raw_layers=(3,))
-        with pytest.raises(ContractError, match="raw_layers: expected layers below 3"):
+        with pytest.raises(ContractError, match="raw_layers: expected indices below 3"):
             fibkv.Cache(build("llama"), policy=fibkv.Policy.per_token(regions))
+
+        heads = fibkv.ProtectedRegions(raw_heads=(2,))
+        with pytest.raises(ContractError, match="raw_heads: expected indices below 2"):
+            fibkv.Cache(build("llama"), policy=fibkv.Policy.per_token(heads))
+
+    def test_the_raw_policy_keeps_everything_raw(self) -> None:
+        _, cache = filled(policy=fibkv.Policy.raw())
+        assert dict(cache.report().layers[0].raw_vectors) == {"raw_strategy": 2 * 2 * 96}
+
+    def test_tables_that_two_codecs_share_are_counted_once(self) -> None:
+        _, both = filled(bits=(4, 2))
+        # Two codebooks, and one rotation of 32 x 32.
+        assert both.report().tables_nbytes == 4 * (256 * 2 + 256 * 4 + 32 * 32)
 
     def test_encoder_decoder_models_are_refused(self) -> None:
         with pytest.raises(ModelError, match="T5Config: encoder-decoder models are not supported"):

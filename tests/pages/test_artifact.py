@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from fibkv.artifact import Artifact, decode_slice, decode_tensor, encode_tensor
 from fibkv.coder import bind_coder
 from fibkv.errors import ContractError, DecisionError, DigestMismatch, EncodingError, FibkvError, PageError
-from fibkv.parameters import named_parameters
+from fibkv.parameters import FibParameters, named_parameters
 from fibkv.policy import Policy, decide
 from fibkv.profile import Profile
 from fibkv.regions import FallbackSettings, ProtectedRegions
@@ -42,6 +43,14 @@ def make(
 
 def artifact(**fields: object) -> Artifact:
     return encode_tensor(*make(**fields))
+
+
+def smallest() -> Artifact:
+    """One vector of each of two heads."""
+    shape = shape_of("key", tokens=1, layers=1)
+    parameters = named_parameters("fib4", DIM, "f32")
+    coder = bind_coder(shape, parameters, Policy.per_token(), profile_id="test", tokens_per_page=1, raw_dtype="f32")
+    return encode_tensor(shape, coder.profile, coder.policy, gaussian(1, 1, HEADS, 1, DIM))
 
 
 @pytest.fixture(name="made", scope="module")
@@ -100,7 +109,7 @@ def test_slices_equal_the_full_decode_and_touch_no_other_page() -> None:
     # The third page is not read: nothing is said of its damage.
     broken = Artifact(made.header, (*made.payloads[:2], bytes(len(made.payloads[2]))))
     assert torch.equal(decode_slice(broken, tokens=(0, 32)), full[:, :, :, :32])
-    with pytest.raises(FibkvError):
+    with pytest.raises(PageError, match=r"codes field 'norm_range'"):
         decode_slice(broken, tokens=(0, 33))
 
 
@@ -216,8 +225,9 @@ class TestStrictDecoding:
     """Every refusal of the contract, each by its own message."""
 
     def refuse(self, made: Artifact, match: str, **header: object) -> None:
+        changed = made.header.model_copy(update=header)
         with pytest.raises(FibkvError, match=match):
-            decode_tensor(Artifact(made.header.model_copy(update=header), made.payloads))
+            decode_tensor(Artifact(changed, made.payloads))
 
     def receipt(self, made: Artifact, **fields: object) -> dict[str, object]:
         return {"receipt": made.receipt.model_copy(update=fields)}
@@ -248,7 +258,7 @@ class TestStrictDecoding:
 
     def test_page_digest_of_the_receipt(self, made: Artifact) -> None:
         digests = (made.receipt.page_digests[1], *made.receipt.page_digests[1:])
-        self.refuse(made, "page 0: digest mismatch", **self.receipt(made, page_digests=digests))
+        self.refuse(made, r"Receipt.page_digests\[0\]: digest mismatch", **self.receipt(made, page_digests=digests))
 
     def test_page_bytes(self, made: Artifact) -> None:
         for page in range(3):
@@ -256,13 +266,14 @@ class TestStrictDecoding:
             damaged[len(damaged) // 2] ^= 1
             payloads = list(made.payloads)
             payloads[page] = bytes(damaged)
-            with pytest.raises(FibkvError):
+            with pytest.raises(FibkvError, match=rf"Receipt.page_digests\[{page}\]: digest mismatch|codes field"):
                 decode_tensor(Artifact(made.header, tuple(payloads)))
 
     def test_counts_and_reasons(self, made: Artifact) -> None:
         count = made.receipt.raw_vectors
         for fields in (
             {"compressed_vectors": made.receipt.compressed_vectors + 1},
+            {"raw_nbytes": 1},
             {"encoded_nbytes": made.receipt.encoded_nbytes + 1},
             {"raw_reasons": (("raw_strategy", count),)},
         ):
@@ -286,13 +297,41 @@ class TestStrictDecoding:
         short = first.model_copy(update={"segments": first.segments[1:]})
         self.refuse(made, "page 0: expected .* segments, got", pages=(short, *rest))
 
+    def test_operation_of_the_receipt(self, made: Artifact) -> None:
+        fields = {"operation": "eval", "decoded_digest": made.receipt.source_digest}
+        self.refuse(made, "receipt operation: expected compress, got eval", **self.receipt(made, **fields))
+
+    def test_missing_payloads(self, made: Artifact) -> None:
+        with pytest.raises(PageError, match=r"artifact payloads: expected pages of \[.*\] bytes, got \[\d+, \d+\]"):
+            decode_tensor(Artifact(made.header, made.payloads[:2]))
+
+    def test_a_lying_shape_costs_nothing(self, made: Artifact) -> None:
+        """2^31 layers with consistent digests: refused before anything of that length is made."""
+        shape = made.header.shape.model_copy(update={"layers": 2**31, "batch": 1})
+        profile = made.header.profile.model_copy(update={"shape_digest": shape.digest()})
+        receipt = made.receipt.model_copy(update={"shape_digest": shape.digest(), "profile_digest": profile.digest()})
+        pages = tuple(page.model_copy(update={"profile_digest": profile.digest()}) for page in made.header.pages)
+        header = {"shape": shape, "profile": profile, "receipt": receipt, "pages": pages}
+        self.refuse(made, "page 0: expected at least 2147483648 segments", **header)
+
+    def test_a_codebook_is_never_built_for_a_file(
+        self, made: Artifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setenv("FIBKV_CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr("fibkv.codebook._build", lambda *arguments: pytest.fail("a codebook was built"))
+        codec = FibParameters.of(DIM, 2, 4096)
+        profile = made.header.profile.model_copy(update={"codec": codec})
+        self.refuse(made, "Profile.codec_digest: digest mismatch", profile=profile)
+        profile = profile.model_copy(update={"codec_digest": codec.digest()})
+        self.refuse(made, "codebook k=2, N=4096: expected a shipped or cached one", profile=profile)
+
 
 class TestStoredForm:
-    def test_every_truncation_is_refused(self, data: bytes) -> None:
-        rng = random.Random(0)
-        for length in [0, 1, 20, 31, 32, 33, len(data) - 1, *rng.sample(range(len(data)), 60)]:
-            with pytest.raises(FibkvError):
-                decode_tensor(Artifact.from_bytes(data[:length]))
+    def test_every_truncation_is_refused(self) -> None:
+        data = smallest().to_bytes()
+        for length in range(len(data)):
+            with pytest.raises(PageError, match=r"artifact marker: expected|truncated"):
+                Artifact.from_bytes(data[:length])
 
     def test_trailing_bytes_are_refused(self, data: bytes) -> None:
         with pytest.raises(PageError, match=r"trailing bytes, expected .* bytes, got"):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fibkv.attend import Scores, attend
 from fibkv.cache import LayerCache
-from fibkv.errors import EncodingError, KernelError, PageError
+from fibkv.errors import ContractError, DecisionError, DigestMismatch, EncodingError, KernelError, PageError
 from fibkv.policy import Policy
 from fibkv.quarantine import Quarantine
 from fibkv.regions import FallbackSettings, ProtectedRegions
@@ -289,9 +289,12 @@ class TestFallback:
         both, _ = attend(query, cache.view(), Scores(scale=0.2))
         torch.testing.assert_close(both[0], out[0])
 
-    def test_fail_closed_refuses_and_changes_nothing(self) -> None:
+    @pytest.mark.parametrize(
+        "fallback", [FallbackSettings(mode="fail_closed"), FallbackSettings(mode="keep_raw", raw_available=False)]
+    )
+    def test_fail_closed_refuses_and_changes_nothing(self, fallback: FallbackSettings) -> None:
         base = layer_settings()
-        closed = base.values.profile.model_copy(update={"fallback": FallbackSettings(mode="fail_closed")})
+        closed = base.values.profile.model_copy(update={"fallback": fallback})
         closed_values = replace(base.values, profile=closed)
         cache = make(
             LayerSettings(
@@ -347,6 +350,21 @@ class TestDamage:
         with pytest.raises(PageError, match="quarantine"):
             fill(cache, 1)
 
+    def test_no_move_or_cut_gives_a_damaged_page_a_new_digest(self) -> None:
+        cache = make()
+        fill(cache, 40)
+        damaged = cache.rows[0][1]
+        sealed = damaged.digest
+        with cache.corrupted(row=0, page=1):
+            with pytest.raises(DigestMismatch, match=r"Page\(layer=1, start=16\): digest mismatch"):
+                cache.crop(20)
+            assert cache.length == 40
+            moved = replace(damaged, tokens=damaged.tokens)
+            assert moved.digest == sealed != moved.compute_digest()
+        cache.crop(20)
+        cache.verify()
+        assert not cache.quarantine.records
+
 
 class TestRefusals:
     def test_wrong_tensors(self) -> None:
@@ -375,7 +393,7 @@ class TestRefusals:
 
     def test_policy_and_profile_must_protect_the_same(self) -> None:
         good = coder("key")
-        with pytest.raises(Exception, match=r"Profile.protected: expected ProtectedRegions\(first_tokens_raw=3"):
+        with pytest.raises(ContractError, match=r"Profile.protected: expected ProtectedRegions\(first_tokens_raw=3"):
             replace(good, policy=protecting(first_tokens_raw=3))
 
     def test_a_missing_calibration_is_refused(self) -> None:
@@ -385,5 +403,5 @@ class TestRefusals:
             require_calibration=True,
             allow_raw_fallback=False,
         )
-        with pytest.raises(Exception, match="need_calibration"):
+        with pytest.raises(DecisionError, match="need_calibration"):
             fill(make(layer_settings(policy=needs)), 20)
