@@ -337,7 +337,7 @@ def _check_header(header: ArtifactHeader, coder: RoleCoder) -> None:
     for page_id, (entry, (start, stop)) in enumerate(zip(header.pages, spans, strict=True)):
         _check_entry(header, coder, plan, entry, (page_id, start, stop - start))
     counts = _Counts.of(header.pages)
-    realised = (counts.compressed, counts.raw, _raw_nbytes(header.shape), counts.nbytes, counts.reasons)
+    realized = (counts.compressed, counts.raw, _raw_nbytes(header.shape), counts.nbytes, counts.reasons)
     stated = (
         receipt.compressed_vectors,
         receipt.raw_vectors,
@@ -345,8 +345,8 @@ def _check_header(header: ArtifactHeader, coder: RoleCoder) -> None:
         receipt.encoded_nbytes,
         receipt.raw_reasons,
     )
-    if realised != stated:
-        raise PageError(f"receipt: expected counts, bytes and reasons {realised} of the pages, got {stated}")
+    if realized != stated:
+        raise PageError(f"receipt: expected counts, bytes and reasons {realized} of the pages, got {stated}")
 
 
 def _check_payloads(artifact: Artifact) -> None:

@@ -84,7 +84,7 @@ class Codebook:
     Attributes:
         block_dim: k.
         size: N.
-        codewords: ``[N, k]`` float32 in units in which a coordinate has variance 1: divided by sqrt(d) they quantise
+        codewords: ``[N, k]`` float32 in units in which a coordinate has variance 1: divided by sqrt(d) they quantize
             blocks of unit vectors of R^d. One book serves every d.
         digest: over k, N and the codewords.
         report: how the book was made.

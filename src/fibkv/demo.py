@@ -1,4 +1,4 @@
-"""The demonstration: one model, dense against compressed caches, on text and on the needle task (rank 6).
+"""The demonstration: one model, dense against compressed caches, on text and on the needle task.
 
 `run_demo` measures and returns a `fibkv.demo_result.DemoResult`; `fibkv.demo_view` shows it.
 """

@@ -1,4 +1,4 @@
-"""What a demonstration measures and finds: plain data with a JSON form (rank 6)."""
+"""What a demonstration measures and finds: plain data with a JSON form."""
 
 from __future__ import annotations
 

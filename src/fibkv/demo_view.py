@@ -1,4 +1,4 @@
-"""Shows a demonstration: its table and notes on a console, its progress, and a plot in a file (rank 6)."""
+"""Shows a demonstration: its table and notes on a console, its progress, and a plot in a file."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def fibonacci_sphere(size: int) -> Array:
 
 
 def roberts_kronecker(block_dim: int, size: int) -> Array:
-    """Points ``[size, k]``: xi_nj = frac((n + 1/2) phi_k^-j), n from 0, through the inverse normal CDF, normalised."""
+    """Points ``[size, k]``: xi_nj = frac((n + 1/2) phi_k^-j), n from 0, through the inverse normal CDF, normalized."""
     powers = roberts_root(block_dim) ** -np.arange(1.0, block_dim + 1)
     uniforms = np.modf((np.arange(size)[:, None] + 0.5) * powers)[0]
     gaussians: Array = special.ndtri(uniforms)

@@ -1,4 +1,4 @@
-"""The small language model that comes with fibkv, and model directories in general (rank 6).
+"""The small language model that comes with fibkv, and model directories in general.
 
 The embedded model is described in ``data/reference_lm/MODEL_CARD.md``; ``tools/train_reference_lm.py`` makes
 such a model. Nothing is fetched: models are read from local directories only.

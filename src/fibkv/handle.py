@@ -1,6 +1,6 @@
 """Tensor-like handles: what a cache layer returns in place of dense keys and values.
 
-A handle has the shape, dtype and device of the dense tensor and no data. Attention on pages recognises it and reads
+A handle has the shape, dtype and device of the dense tensor and no data. Attention on pages recognizes it and reads
 the snapshot behind it; any other operation decodes the snapshot first, gives the right result, and is counted.
 """
 

@@ -1,4 +1,4 @@
-"""Lloyd-Max refinement of a codebook (generalised Lloyd, LBG) on samples: nearest assignment, then centroids.
+"""Lloyd-Max refinement of a codebook (generalized Lloyd, LBG) on samples: nearest assignment, then centroids.
 
 Samples and codewords are float32 in units in which a coordinate has variance 1, so that the mean squared error per
 coordinate is the distortion D = E||u - u_hat||^2 of a unit vector.

@@ -1,4 +1,4 @@
-"""What a model is evaluated on: windows of a text, and needle prompts with that text as filler (rank 6).
+"""What a model is evaluated on: windows of a text, and needle prompts with that text as filler.
 
 Tokenizers are those of transformers. Token ids are int64 tensors on the CPU.
 """

@@ -1,4 +1,4 @@
-"""Read-through evaluation of a compressed cache against the dense model (rank 6).
+"""Read-through evaluation of a compressed cache against the dense model.
 
 What makes these figures honest:
 

@@ -29,7 +29,7 @@ HADAMARD_ROUNDS = 6
 One round sends a one-hot vector to d equal magnitudes, at which a 1-bit code errs 9 times too little and a 2-bit code
 twice too much. Two rounds leave coordinates on a grid of 2/d, which is as coarse as the cells of a 4-bit code: 42 % too
 much at d = 64. Three rounds still show it with two equal channels (8 %). Six are within 1 % for every input of the
-tests from d = 32 upwards. The number is even so that the normalisation d^(rounds/2) is a power of two and the
+tests from d = 32 upwards. The number is even so that the normalization d^(rounds/2) is a power of two and the
 matrix is exact, hence exactly orthogonal, in float32 up to d = 256. Below d = 32 the grid stays coarse: take Haar.
 """
 
@@ -120,7 +120,7 @@ def _hadamard_matrix(dim: int, seed: int) -> npt.NDArray[np.float64]:
 
 
 def _walsh_hadamard(columns: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The unnormalised transform in natural (Sylvester) order of each column of ``[d, n]``."""
+    """The unnormalized transform in natural (Sylvester) order of each column of ``[d, n]``."""
     dim = columns.shape[0]
     span = 1
     while span < dim:

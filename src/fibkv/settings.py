@@ -81,6 +81,8 @@ class CacheSettings:
         """
         if bits is not None and profile is not None:
             raise ContractError("Cache.profile", "either bits or profile", profile)
+        keys: Choice
+        values: Choice
         if profile is None:
             keys, values = (_named(choice) for choice in _pair("Cache.bits", 4 if bits is None else bits))
         else:

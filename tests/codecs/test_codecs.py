@@ -151,6 +151,24 @@ def test_gain_lowers_the_error_of_every_vector() -> None:
     assert errors[1].mean() < errors[0].mean() * 0.985
 
 
+BOUNDS = {(1, 4): 0.1162, (2, 16): 0.1068, (4, 256): 0.0962, (2, 64): 0.0296, (2, 256): 0.00772, (8, 256): 0.322}
+
+
+@pytest.mark.parametrize(("block_dim", "size"), [*BOUNDS, (16, 256)])
+def test_distortion_of_the_codec_on_unit_vectors(block_dim: int, size: int) -> None:
+    """At d = 128 with a float16 norm and no gain; the gain lowers it."""
+    bound = {**BOUNDS, (16, 256): 0.581}[block_dim, size]
+    rows = gaussian(4, 2000, 128, seed=99)
+    rows = rows / rows.norm(dim=-1, keepdim=True)
+    plain, gained = (
+        codec_for(FibParameters.of(128, block_dim, size, norm_format="f16", gain_corrected=flag))
+        for flag in (False, True)
+    )
+    measured = relative_mse(rows, plain.decode(plain.encode(rows)))
+    assert measured <= bound
+    assert relative_mse(rows, gained.decode(gained.encode(rows))) < measured
+
+
 @pytest.mark.parametrize("book", [(1, 16), (2, 256), (4, 256)])
 def test_hadamard_is_as_good_as_haar_on_gaussian_vectors(book: tuple[int, int]) -> None:
     """T12: less than 1 % apart."""

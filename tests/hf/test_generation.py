@@ -118,15 +118,15 @@ def test_left_padding_does_not_change_a_row() -> None:
 
 
 class _LargestTensor(TorchDispatchMode):
-    """Records the most elements of any floating tensor that an operation makes."""
+    """Records the most bytes of any tensor, of any dtype, that an operation makes."""
 
-    elements = 0
+    nbytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                self.elements = max(self.elements, tensor.numel())
+            if isinstance(tensor, Tensor):
+                self.nbytes = max(self.nbytes, tensor.nbytes)
         return result
 
 
@@ -137,15 +137,15 @@ def _largest_in_a_step(model: tf.PreTrainedModel, tokens: int, context: object) 
             model(chunk, past_key_values=cache, logits_to_keep=1)
         with _LargestTensor() as largest:
             model(prompt(1, 1), past_key_values=cache, logits_to_keep=1)
-    return largest.elements
+    return largest.nbytes
 
 
 def test_a_decode_step_makes_no_tensor_that_grows_with_the_context() -> None:
     model = build("llama")
     short, long = (_largest_in_a_step(model, tokens, fibkv.attention) for tokens in (4096, 16384))
     assert long <= short
-    # A tile of 1024 tokens, 2 KV heads and head_dim 32 is the largest.
-    assert long <= 1024 * 2 * 32
+    # A tile of 1024 tokens, 2 KV heads and head_dim 32 in float32 is the largest; all keys of a layer would be 2 MiB.
+    assert long <= 1024 * 2 * 32 * 4
 
 
 def test_prefill_is_exact_and_later_chunks_read_the_past_as_stored() -> None:
@@ -190,6 +190,17 @@ def test_beams() -> None:
     assert cache.report().materialized == 0
 
 
+def test_sampling() -> None:
+    model = build("llama")
+    options = {"do_sample": True, "temperature": 1.5, "num_return_sequences": 3}
+    torch.manual_seed(7)
+    expected = generate(model, prompt(), cache_for(model), **options)
+    with fibkv.attention(model):
+        torch.manual_seed(7)
+        assert torch.equal(generate(model, prompt(), cache_for(model), **options), expected)
+    assert len(set(map(tuple, expected.tolist()))) == 3
+
+
 def test_prompt_lookup_decoding_crops_the_cache() -> None:
     model = build("llama")
     ids = prompt(1, 20).repeat(1, 5)
@@ -197,7 +208,11 @@ def test_prompt_lookup_decoding_crops_the_cache() -> None:
     with fibkv.attention(model):
         cache = cache_for(model, "raw")
         assert torch.equal(generate(model, ids, cache, prompt_lookup_num_tokens=4), plain)
-    assert cache.get_seq_length() == ids.shape[1] + 23
+        assert cache.get_seq_length() == ids.shape[1] + 23
+        coarse = cache_for(model)
+        generate(model, ids, coarse, prompt_lookup_num_tokens=4)
+    assert coarse.get_seq_length() == ids.shape[1] + 23
+    assert coarse.report().materialized == 0
 
 
 def test_copies_of_a_cache_diverge_and_share_pages() -> None:

@@ -12,7 +12,7 @@ def unit_vectors(dim: int, count: int, seed: int) -> Tensor:
     return vectors / vectors.norm(dim=1, keepdim=True)
 
 
-def quantise(vectors: Tensor, codewords: Tensor) -> Tensor:
+def quantize(vectors: Tensor, codewords: Tensor) -> Tensor:
     """Each block of ``vectors [V, d]`` replaced by the nearest of ``codewords [N, k]``, given in units of 1/sqrt(d)."""
     words = codewords.to(vectors.dtype) / vectors.shape[1] ** 0.5
     blocks = vectors.reshape(-1, words.shape[1])
@@ -23,10 +23,10 @@ def quantise(vectors: Tensor, codewords: Tensor) -> Tensor:
     return words[torch.cat(nearest)].reshape(vectors.shape)
 
 
-def with_gain(vectors: Tensor, quantised: Tensor) -> Tensor:
-    """``quantised`` times the float16 norm that a gain-corrected code stores: <u, q> / <q, q>."""
-    gain = (vectors * quantised).sum(1) / quantised.square().sum(1)
-    return quantised * gain.to(torch.float16).to(vectors.dtype)[:, None]
+def with_gain(vectors: Tensor, quantized: Tensor) -> Tensor:
+    """``quantized`` times the float16 norm that a gain-corrected code stores: <u, q> / <q, q>."""
+    gain = (vectors * quantized).sum(1) / quantized.square().sum(1)
+    return quantized * gain.to(torch.float16).to(vectors.dtype)[:, None]
 
 
 def distortion(vectors: Tensor, decoded: Tensor) -> float:

@@ -11,7 +11,7 @@ from fibkv import codebook
 from fibkv.errors import ContractError
 from fibkv.parameters import Rotation as Kind
 from fibkv.rotation import HADAMARD_ROUNDS, hadamard_signs, rotation
-from tests.maths.measure import distortion, quantise
+from tests.maths.measure import distortion, quantize
 
 GOLDEN: list[tuple[Kind, int, int, str]] = [
     ("hadamard", 64, 0, "blake3:a11d8a7dc916c086caed4f2bd0320afd68b7798c9cee5361c4aca40891900121"),
@@ -39,7 +39,7 @@ def _inputs(dim: int) -> dict[str, Tensor]:
 
 
 def _sylvester(dim: int) -> Tensor:
-    """The unnormalised Hadamard matrix ``[dim, dim]`` in natural order."""
+    """The unnormalized Hadamard matrix ``[dim, dim]`` in natural order."""
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < dim:
         matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
@@ -143,7 +143,7 @@ def test_no_input_is_worse_than_a_gaussian_one(kind: Kind, dim: int) -> None:
     for name, rotated in _rotated(kind, dim, seeds).items():
         for block_dim, size in BOOKS:
             book = codebook.load(block_dim, size)
-            ratio = distortion(rotated, quantise(rotated, book.codewords)) / book.report.held_out_at(dim)
+            ratio = distortion(rotated, quantize(rotated, book.codewords)) / book.report.held_out_at(dim)
             # 16,000 or more coordinates: the distortion scatters by about 1.2 %.
             assert ratio == pytest.approx(1, abs=0.04), f"{name}, k={block_dim}, N={size}"
 
@@ -153,7 +153,7 @@ def test_one_round_fails_on_a_one_hot_vector(size: int, expected: float) -> None
     # All coordinates are +-1/sqrt(d): a point mass, not a Gaussian. Here D should be .361 and .116.
     signs = torch.stack([hadamard_signs(128, seed)[0] for seed in range(100)]).double()
     rotated = (_inputs(128)["one-hot"] * signs) @ _sylvester(128) / 128**0.5
-    assert distortion(rotated, quantise(rotated, codebook.load(1, size).codewords)) == pytest.approx(expected, rel=0.02)
+    assert distortion(rotated, quantize(rotated, codebook.load(1, size).codewords)) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize(("rounds", "name", "excess"), [(2, "one-hot", 1.3), (3, "pair", 1.05)])
@@ -165,4 +165,4 @@ def test_few_rounds_leave_a_grid(rounds: int, name: str, excess: float) -> None:
         signs = torch.stack([hadamard_signs(dim, seed)[index] for seed in range(seeds)]).double()
         rotated = (rotated * signs) @ _sylvester(dim) / dim**0.5
     book = codebook.load(1, 16)
-    assert distortion(rotated, quantise(rotated, book.codewords)) > excess * book.report.held_out_at(dim)
+    assert distortion(rotated, quantize(rotated, book.codewords)) > excess * book.report.held_out_at(dim)

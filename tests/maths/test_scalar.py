@@ -11,7 +11,7 @@ import torch
 from fibkv import codebook
 from fibkv.errors import CodebookError
 from fibkv.scalar import lloyd_max_scalar
-from tests.maths.measure import distortion, quantise, unit_vectors
+from tests.maths.measure import distortion, quantize, unit_vectors
 
 # So large a dimension is the Gaussian to six digits.
 GAUSSIAN = 1_000_000
@@ -91,14 +91,14 @@ def test_dimension_two_is_refused() -> None:
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_turboquant_on_unit_vectors(bits: int) -> None:
     vectors = unit_vectors(128, 4000, seed=bits)
-    decoded = quantise(vectors, codebook.load(1, 2**bits).codewords)
+    decoded = quantize(vectors, codebook.load(1, 2**bits).codewords)
     assert distortion(vectors, decoded) == pytest.approx(DISTORTIONS[128][bits - 1], rel=0.01)
 
 
 def test_one_bit_slope() -> None:
     # A centroid code shrinks inner products by 1 - D.
     vectors = unit_vectors(128, 4000, seed=11)
-    decoded = quantise(vectors, codebook.load(1, 2).codewords)
+    decoded = quantize(vectors, codebook.load(1, 2).codewords)
     assert float((vectors * decoded).sum(1).mean()) == pytest.approx(0.639, abs=0.001)
 
 
@@ -109,7 +109,7 @@ def test_inner_product_code(bits: int, variance: float) -> None:
     errors = []
     for seed in range(sketches):
         keys, queries = unit_vectors(dim, 4000, seed=2 * seed), unit_vectors(dim, 4000, seed=2 * seed + 1)
-        coded = torch.zeros_like(keys) if bits == 1 else quantise(keys, codebook.load(1, 2 ** (bits - 1)).codewords)
+        coded = torch.zeros_like(keys) if bits == 1 else quantize(keys, codebook.load(1, 2 ** (bits - 1)).codewords)
         rest = keys - coded
         sketch = torch.randn(dim, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         signs = (rest @ sketch.T).sign()
@@ -127,6 +127,6 @@ def test_gaussian_keys(bits: int, expected: float) -> None:
     """OCTOPUS's synthetic check, with vectors of N(0, 1) coordinates that keep their norms."""
     keys = torch.randn(4000, 128, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     norms = keys.norm(dim=1, keepdim=True)
-    decoded = quantise(keys / norms, codebook.load(1, 2**bits).codewords) * norms.half().double()
+    decoded = quantize(keys / norms, codebook.load(1, 2**bits).codewords) * norms.half().double()
     # The expected figures are rounded to four decimals.
     assert distortion(keys, decoded) == pytest.approx(expected, rel=0.005, abs=1e-4)

@@ -8,7 +8,7 @@ import torch
 from fibkv import codebook
 from fibkv.training import build, shipped_settings
 from fibkv.training_settings import TrainingSettings
-from tests.maths.measure import distortion, quantise, unit_vectors, with_gain
+from tests.maths.measure import distortion, quantize, unit_vectors, with_gain
 
 BOUNDS = {  # at d = 128, float16 norm, no gain
     (1, 4): 0.1162,
@@ -58,10 +58,10 @@ def _blocks_of(dim: int, block_dim: int) -> torch.Tensor:
 @pytest.mark.parametrize(("block_dim", "size"), BOUNDS)
 def test_distortion_at_128(block_dim: int, size: int) -> None:
     vectors = _blocks_of(128, block_dim)
-    quantised = quantise(vectors, codebook.load(block_dim, size).codewords)
-    plain = distortion(vectors, quantised)
+    quantized = quantize(vectors, codebook.load(block_dim, size).codewords)
+    plain = distortion(vectors, quantized)
     assert plain <= BOUNDS[block_dim, size]
-    assert distortion(vectors, with_gain(vectors, quantised)) < plain
+    assert distortion(vectors, with_gain(vectors, quantized)) < plain
 
 
 @pytest.mark.parametrize(("block_dim", "size"), TABLE)
@@ -69,14 +69,14 @@ def test_distortion_at_128(block_dim: int, size: int) -> None:
 def test_distortion_of_the_table(block_dim: int, size: int, dim: int) -> None:
     vectors = _blocks_of(dim, block_dim)
     expected = TABLE[block_dim, size][dim // 128]
-    measured = distortion(vectors, quantise(vectors, codebook.load(block_dim, size).codewords))
+    measured = distortion(vectors, quantize(vectors, codebook.load(block_dim, size).codewords))
     assert measured == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("dim", [64, 128])
 def test_better_optimum_than_the_table(dim: int) -> None:
     vectors = _blocks_of(dim, 4)
-    measured = distortion(vectors, quantise(vectors, codebook.load(4, 16).codewords))
+    measured = distortion(vectors, quantize(vectors, codebook.load(4, 16).codewords))
     assert 0.98 * LOOSE_TABLE[4, 16][dim // 128] < measured < 0.995 * LOOSE_TABLE[4, 16][dim // 128]
 
 
@@ -87,7 +87,7 @@ def test_report_is_true(block_dim: int, size: int) -> None:
     for dim in (64, 128):
         vectors = _blocks_of(dim, block_dim)
         assert book.report.held_out_at(dim) == pytest.approx(
-            distortion(vectors, quantise(vectors, book.codewords)), rel=0.01
+            distortion(vectors, quantize(vectors, book.codewords)), rel=0.01
         )
     assert book.report.training == shipped_settings(size)
     assert book.report.training_samples >= (1000 * size if block_dim > 1 else 0)
@@ -97,23 +97,23 @@ def test_report_is_true(block_dim: int, size: int) -> None:
 def test_codewords_are_centroids(block_dim: int, size: int) -> None:
     """E<u, u_hat> = E|u_hat|^2 = 1 - D."""
     vectors = _blocks_of(96, block_dim)
-    quantised = quantise(vectors, codebook.load(block_dim, size).codewords)
-    inner = float((vectors * quantised).sum(1).mean())
-    square = float(quantised.square().sum(1).mean())
+    quantized = quantize(vectors, codebook.load(block_dim, size).codewords)
+    inner = float((vectors * quantized).sum(1).mean())
+    square = float(quantized.square().sum(1).mean())
     # What overfitting is left shows here: at k = 16 the words are half a percent too long.
     tolerance = 0.015 if block_dim == 16 else 0.005
     assert inner == pytest.approx(square, rel=tolerance)
-    assert 1 - distortion(vectors, quantised) == pytest.approx(square, rel=tolerance)
+    assert 1 - distortion(vectors, quantized) == pytest.approx(square, rel=tolerance)
 
 
 @pytest.mark.parametrize(("block_dim", "size"), COSINES)
 def test_cosine(block_dim: int, size: int) -> None:
     """T7: Atlas's row at d = 256 is a floor, sqrt(1 - D) the target."""
     vectors = _blocks_of(256, block_dim)
-    quantised = quantise(vectors, codebook.load(block_dim, size).codewords)
-    cosine = float(torch.cosine_similarity(vectors, quantised).mean())
+    quantized = quantize(vectors, codebook.load(block_dim, size).codewords)
+    cosine = float(torch.cosine_similarity(vectors, quantized).mean())
     assert cosine >= COSINES[block_dim, size]
-    assert cosine == pytest.approx((1 - distortion(vectors, quantised)) ** 0.5, abs=0.001)
+    assert cosine == pytest.approx((1 - distortion(vectors, quantized)) ** 0.5, abs=0.001)
 
 
 def test_cosine_at_two_and_a_half_bits() -> None:
@@ -121,8 +121,8 @@ def test_cosine_at_two_and_a_half_bits() -> None:
         samples_per_codeword=100, restarts=1, max_iterations=15, holdout_samples=1000, head_dim=96
     )
     vectors = unit_vectors(256, 1500, seed=2)
-    quantised = quantise(vectors, build(4, 1024, settings).codewords)
-    assert float(torch.cosine_similarity(vectors, quantised).mean()) >= 0.973
+    quantized = quantize(vectors, build(4, 1024, settings).codewords)
+    assert float(torch.cosine_similarity(vectors, quantized).mean()) >= 0.973
 
 
 @pytest.mark.parametrize(("block_dim", "size"), codebook.SHIPPED)

@@ -1,4 +1,4 @@
-"""T8: the oracle of trellis-coded quantisation, to which a trellis codec can be held."""
+"""T8: the oracle of trellis-coded quantization, to which a trellis codec can be held."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Oracle of trellis-coded quantisation: a tail-biting bitshift trellis, table and all, in plain torch.
+"""Oracle of trellis-coded quantization: a tail-biting bitshift trellis, table and all, in plain torch.
 
 Every coordinate shifts K new bits into a window of L bits, and the window indexes a table of 2^L levels. The window
 wraps around the vector, so that a vector of T coordinates takes exactly K * T bits: there is no start state to store.

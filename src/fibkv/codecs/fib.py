@@ -1,4 +1,4 @@
-"""fib: FibQuant (arXiv 2605.11478). Normalise, rotate, cut into blocks, nearest codeword of one shared codebook.
+"""fib: FibQuant (arXiv 2605.11478). Normalize, rotate, cut into blocks, nearest codeword of one shared codebook.
 
 k = 1 is the scalar case (TurboQuant, arXiv 2504.19874). ceil(log2 N)/k + norm bits/d bits per element, and with
 8-bit log norms 32 bits per group for the range of its norms.

@@ -256,7 +256,7 @@ def _nearest(blocks: Tensor, codewords: Tensor) -> Tensor:
 
 
 def _optimal_gain(unit: Tensor, quantized: Tensor) -> Tensor:
-    """The g that minimises |u - g q|^2: <u, q> / <q, q> (notes in docs/DESIGN.md), ``[...]`` float64."""
+    """The g that minimizes |u - g q|^2: <u, q> / <q, q> (notes in docs/DESIGN.md), ``[...]`` float64."""
     unit, quantized = unit.to(torch.float64), quantized.to(torch.float64)
     energy = quantized.square().sum(-1)
     gain = (unit * quantized).sum(-1) / energy.masked_fill(energy == 0, 1.0)
