@@ -70,6 +70,7 @@ def test_demo_on_the_embedded_model(tmp_path: Path) -> None:
     [
         (("--model", "nowhere"), 2, "--model and --text go together"),
         (("--model", "nowhere", "--text", __file__), 1, "fibkv: nowhere: expected a model directory of transformers"),
+        (("--dtype", "float8"), 1, "dtype: expected one of float32, bfloat16, float16, auto, got 'float8'"),
         (("--windows", "0"), 2, "Invalid value for '--windows'"),
         (("--window-tokens", "100000"), 1, "window_tokens: expected at most"),
     ],
@@ -79,6 +80,15 @@ def test_demo_refusals(options: tuple[str, ...], code: int, match: str) -> None:
     assert shown.returncode == code, shown.stderr
     assert match in " ".join(shown.stderr.split())
     assert "Traceback" not in shown.stderr
+
+
+def test_demo_on_a_model_directory() -> None:
+    model = Path(fibkv.__file__).parent / "data" / "reference_lm"
+    options = ("--windows", "1", "--prompts", "1", "--window-tokens", "256")
+    shown = run("demo", "--model", str(model), "--text", str(model / "heldout.txt"), *options)
+    assert shown.returncode == 0, shown.stderr
+    assert "2-bit FibQuant" in shown.stdout
+    assert "M parameters, bfloat16" in " ".join(shown.stdout.split())
 
 
 def test_a_missing_text_is_one_line(tmp_path: Path) -> None:

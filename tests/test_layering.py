@@ -130,6 +130,7 @@ def test_exported_names() -> None:
         "QualityBudget",
         "Receipt",
         "attention",
+        "bind_profile",
         "decide",
         "decode_slice",
         "decode_tensor",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fibkv.artifact import Artifact, decode_slice, decode_tensor, encode_tensor
+    from fibkv.coder import bind_profile
     from fibkv.errors import FibkvError
     from fibkv.hf import Cache, attention
     from fibkv.policy import Policy, decide, plan
@@ -32,6 +33,7 @@ _HOMES = {
     "QualityBudget": "regions",
     "Receipt": "receipt",
     "attention": "hf",
+    "bind_profile": "coder",
     "decide": "policy",
     "decode_slice": "artifact",
     "decode_tensor": "artifact",
@@ -54,6 +56,7 @@ __all__ = [  # noqa: RUF022 - in the order of the ranks: contracts, tensors, mod
     "decide",
     "plan",
     "Artifact",
+    "bind_profile",
     "decode_slice",
     "decode_tensor",
     "encode_tensor",

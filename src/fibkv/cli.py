@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -57,6 +56,9 @@ def demo(
     windows: Annotated[int, typer.Option(min=1, help="Windows of text.")] = 6,
     window_tokens: Annotated[int, typer.Option(min=2, help="Tokens per window and prompt.")] = 1024,
     prompts: Annotated[int, typer.Option(min=1, help="Needle prompts.")] = 12,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16; default: float32, with --model as it is stored.")
+    ] = None,
     threads: Annotated[
         int, typer.Option(min=1, help="CPU threads of torch; a model as small as ours is no faster with more.")
     ] = 1,
@@ -77,7 +79,8 @@ def demo(
     console = Console()
     with progress_bar(Console(stderr=True)) as progress:
         directory = model or embedded.model_dir()
-        loaded, tokenizer = embedded.load_directory(directory, torch.float32)
+        chosen = dtype or ("float32" if model is None else "auto")
+        loaded, tokenizer = embedded.load_directory(directory, chosen)
         result = run_demo(
             loaded,
             tokenizer,

@@ -13,7 +13,7 @@ from fibkv.codecs import Codec, codec_for
 from fibkv.codes import Codes
 from fibkv.errors import ContractError, DecisionError, EncodingError, PageError
 from fibkv.page import NOT_ENCODABLE, Segment, SegmentHeader
-from fibkv.parameters import CodecParameters, RawParameters
+from fibkv.parameters import CodecParameters, RawParameters, named_parameters
 from fibkv.policy import Decision, Plan, Policy, Run, decide, plan
 from fibkv.profile import Profile
 from fibkv.regions import PageGeometry, ProtectedRegions
@@ -206,3 +206,30 @@ def bind_coder(
         protected=policy.protected,
     )
     return RoleCoder(profile, policy, raw_dtype, wanted, implementation)
+
+
+def bind_profile(
+    shape: KVShape,
+    codec: str | CodecParameters,
+    policy: Policy,
+    *,
+    profile_id: str,
+    tokens_per_page: int = 64,
+) -> Profile:
+    """A profile for `fibkv.encode_tensor`: bound to a shape, to the codec's tables and to a policy.
+
+    Args:
+        shape: of the tensor.
+        codec: a name of `fibkv.parameters.PARAMETER_NAMES`, or codec parameters.
+        policy: its protected regions become the profile's, its strategy decides the axis.
+        profile_id: the operator's name for the profile.
+        tokens_per_page: tokens of a full page; at most those of the shape are taken.
+
+    Raises:
+        ContractError: the codec is unknown or does not fit the shape.
+    """
+    parameters = named_parameters(codec, shape.head_dim, shape.dtype) if isinstance(codec, str) else codec
+    pages = min(tokens_per_page, shape.tokens)
+    return bind_coder(
+        shape, parameters, policy, profile_id=profile_id, tokens_per_page=pages, raw_dtype=shape.dtype
+    ).profile

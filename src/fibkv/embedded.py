@@ -14,6 +14,9 @@ import torch
 
 from fibkv.errors import ModelError
 
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+"""Names of the dtypes that a model can be loaded in."""
+
 CAVEATS = (
     "The embedded model is small (3.5 M parameters) and has no massive key outlier channels as 7B models have.",
     "It recalls planted values well to 1024 tokens and moderately to 2048: dense is the yardstick, not 100 %.",
@@ -43,19 +46,21 @@ def load(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     return load_directory(model_dir(), dtype)
 
 
-def load_directory(directory: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+def load_directory(directory: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer from a local directory, in evaluation mode.
 
     Args:
         directory: what ``save_pretrained`` of transformers has written.
-        dtype: of the weights once loaded.
+        dtype: of the weights once loaded, as a torch dtype or one of `DTYPES`; ``auto`` is the stored one.
 
     Returns:
         The model and the tokenizer (``AutoModelForCausalLM`` and ``AutoTokenizer`` of transformers).
 
     Raises:
-        ModelError: transformers is not installed, or the directory does not hold such a model.
+        ModelError: the dtype is unknown, transformers is not installed, or the directory does not hold such a model.
     """
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise ModelError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     if not (directory / "config.json").is_file():
         raise ModelError(f"{directory}: expected a model directory of transformers, found no config.json there")
     try:

@@ -134,7 +134,7 @@ class CompressedLayer(CacheLayerMixin):
         """What the layer holds."""
         store = self.store
         if store is None:
-            return _empty_report(self.index, self)
+            return _empty_report(self.index, self, "empty")
         elements = sum(t.shape[0] * t.shape[1] * t.shape[3] for t in (store.tail.keys, store.tail.values))
         return LayerReport(
             layer=self.index,
@@ -204,10 +204,11 @@ class Cache(StockCache):
             query_heads=text.num_attention_heads,
         )
         self.quarantine = Quarantine()
-        latent = getattr(text, "kv_lora_rank", None) is not None
+        # Multi-head latent attention keeps (latent, rotary key) in the places of (keys, values).
+        self.latent = getattr(text, "kv_lora_rank", None) is not None
         layers = [
             CompressedLayer(index, self.settings, self.quarantine)
-            if type(layer) is DynamicLayer and not latent
+            if type(layer) is DynamicLayer and not self.latent
             else layer
             for index, layer in enumerate(stock)
         ]
@@ -220,7 +221,7 @@ class Cache(StockCache):
         shared = {id(tensor): tensor.nbytes for table in tables for tensor in table.tensors}
         return CacheReport(
             layers=tuple(
-                layer.report() if isinstance(layer, CompressedLayer) else _empty_report(index, layer)
+                layer.report() if isinstance(layer, CompressedLayer) else _empty_report(index, layer, self._why(layer))
                 for index, layer in enumerate(self.layers)
             ),
             tables_nbytes=sum(shared.values()),
@@ -253,20 +254,25 @@ class Cache(StockCache):
             )
         return held.store.corrupted(row, page)
 
+    def _why(self, layer: Any) -> str:
+        """Why a layer is left to transformers."""
+        if type(layer) is DynamicLayer and self.latent:
+            return "latent attention, left to transformers' DynamicLayer"
+        return f"left to transformers' {type(layer).__name__}"
+
     def _compressed(self) -> Iterator[CompressedLayer]:
         return (layer for layer in self.layers if isinstance(layer, CompressedLayer))
 
 
-def _empty_report(index: int, layer: Any) -> LayerReport:
+def _empty_report(index: int, layer: Any, reason: str) -> LayerReport:
     """The report of a layer that fibkv holds nothing of: stock ones, and compressed ones before their first token."""
     tensors = [value for value in vars(layer).values() if isinstance(value, Tensor)]
     states = [t for name in ("keys", "values") if isinstance(t := getattr(layer, name, None), Tensor)]
-    compressed = isinstance(layer, CompressedLayer)
     return LayerReport(
         layer=index,
         kind=type(layer).__name__,
-        compressed=compressed,
-        reason="empty" if compressed else f"left to transformers' {type(layer).__name__}",
+        compressed=isinstance(layer, CompressedLayer),
+        reason=reason,
         tokens=layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else 0,
         pages=0,
         elements=sum(t.numel() for t in states),

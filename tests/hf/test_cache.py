@@ -87,7 +87,9 @@ class TestLayers:
 
     def test_latent_attention_is_left_alone(self) -> None:
         config = tf.DeepseekV3Config(vocab_size=64, num_hidden_layers=2)
-        assert not any(layer.compressed for layer in fibkv.Cache(config).report().layers)
+        layers = fibkv.Cache(config).report().layers
+        assert not any(layer.compressed for layer in layers)
+        assert layers[0].reason == "latent attention, left to transformers' DynamicLayer"
 
     def test_stock_classes_are_not_replaced(self) -> None:
         assert DYNAMIC_LAYER_TYPE_MAPPING["full_attention"] is DynamicLayer

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fibkv.artifact import Artifact, decode_slice, decode_tensor, encode_tensor
-from fibkv.coder import bind_coder
+from fibkv.coder import bind_coder, bind_profile
 from fibkv.errors import ContractError, DecisionError, DigestMismatch, EncodingError, FibkvError, PageError
 from fibkv.parameters import FibParameters, named_parameters
 from fibkv.policy import Policy, decide
@@ -43,6 +43,17 @@ def make(
 
 def artifact(**fields: object) -> Artifact:
     return encode_tensor(*make(**fields))
+
+
+def test_bind_profile_is_all_that_a_user_needs() -> None:
+    shape = shape_of("value", tokens=TOKENS)
+    policy = Policy.role_aware_baseline()
+    profile = bind_profile(shape, "fib2", policy, profile_id="archive")
+    values = gaussian(1, 3, HEADS, TOKENS, DIM)
+    decoded, receipt = decode_tensor(encode_tensor(shape, profile, policy, values))
+    assert profile.geometry.tokens_per_page == TOKENS
+    assert receipt.raw_vectors == 3 * HEADS
+    assert 0.05 < (decoded - values).square().mean() < 0.15
 
 
 def smallest() -> Artifact:
