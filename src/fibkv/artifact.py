@@ -33,6 +33,8 @@ from fibkv.shape import KVShape
 MAGIC = b"fibkv tensor artifact 1\n"
 # Bounds the memory that parsing a header may take.
 MAX_HEADER_NBYTES = 1 << 30
+# Largest Haar rotation that is made for a file: the work grows with the cube.
+MAX_HAAR_DIM = 1024
 
 
 class PageEntry(Contract):
@@ -213,7 +215,7 @@ def decode_slice(
     header = artifact.header
     shape = header.shape
     header.profile.check_shape(shape)
-    _require_codebook(header.profile)
+    _require_affordable(header.profile)
     layers = _range("layers", layers, shape.layers)
     heads = _range("heads", heads, shape.kv_heads)
     tokens = _range("tokens", tokens, shape.tokens)
@@ -272,10 +274,16 @@ def _bound_coder(shape: KVShape, profile: Profile, policy: Policy) -> RoleCoder:
     return coder
 
 
-def _require_codebook(profile: Profile) -> None:
-    """Refuses a codebook that would have to be built: hours of work on the word of a file."""
+def _require_affordable(profile: Profile) -> None:
+    """Refuses work that a file must not cause on its word alone: hours of training, minutes of orthogonalization."""
     codec = profile.codec
-    if isinstance(codec, FibParameters) and not codebook.is_available(codec.block_dim, codec.codebook_size):
+    if not isinstance(codec, FibParameters):
+        return
+    if codec.rotation == "haar" and codec.head_dim > MAX_HAAR_DIM:
+        raise PageError(
+            f"artifact: expected a Haar rotation of at most {MAX_HAAR_DIM} dimensions, got {codec.head_dim}"
+        )
+    if not codebook.is_available(codec.block_dim, codec.codebook_size):
         raise CodebookError(
             f"codebook k={codec.block_dim}, N={codec.codebook_size}: expected a shipped or cached one to decode with, "
             "found none; fibkv.codebook.load builds it"

@@ -63,10 +63,12 @@ def attend(query: Tensor, view: View, scores: Scores, *, implementation: str = "
         )
     _check_mask(scores.mask, query, view.length)
     step = max(1, LOGITS_LIMIT // (batch * query_heads * min(TILE_TOKENS, view.length)))
-    blocks = [
-        _attend_block(query[:, :, first : first + step], first, length, view, scores, implementation)
-        for first in range(0, length, step)
-    ]
+    # Codes are read in the dtypes they are kept in, and float32 means float32, also inside an autocast region.
+    with torch.autocast(query.device.type, enabled=False):
+        blocks = [
+            _attend_block(query[:, :, first : first + step], first, length, view, scores, implementation)
+            for first in range(0, length, step)
+        ]
     outs, lses = zip(*blocks, strict=True)
     return torch.cat(outs, 2).to(query.dtype), torch.cat(lses, 2)
 
@@ -74,6 +76,8 @@ def attend(query: Tensor, view: View, scores: Scores, *, implementation: str = "
 def _check_mask(mask: Tensor | None, query: Tensor, length: int) -> None:
     if mask is None:
         return
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise KernelError(f"attention mask: expected bool (True = attend) or floating (added), got {mask.dtype}")
     batch, heads, queries = query.shape[:3]
     wanted = (batch, heads, queries, length)
     fits = mask.ndim == 4 and all(size in (1, want) for size, want in zip(mask.shape[:2], wanted[:2], strict=True))

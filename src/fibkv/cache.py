@@ -32,7 +32,8 @@ class LayerCache:
         self.quarantine = quarantine
         self._rows: list[tuple[Page, ...]] = [()] * keys.shape[0]
         self._capacity = settings.tokens_per_page + settings.last_tokens_raw
-        self._tail = self._tail_of(Tail(keys, values, 0), 0, 0)
+        with _plain_tensors(keys):
+            self._tail = self._tail_of(Tail(keys.detach(), values.detach(), 0), 0, 0)
         self._length = 0
 
     @property
@@ -71,10 +72,11 @@ class LayerCache:
         """
         self._check(keys, values)
         self._refuse_quarantined()
-        recent = self._tail.extended(keys.detach(), values.detach())
-        length = self._length + keys.shape[2]
-        before = View(self.rows, recent, length, self.settings.keys.implementation)
-        self._seal(recent, length)
+        with _plain_tensors(keys):
+            recent = self._tail.extended(keys.detach(), values.detach())
+            length = self._length + keys.shape[2]
+            before = View(self.rows, recent, length, self.settings.keys.implementation)
+            self._seal(recent, length)
         return self.view() if self.settings.read_through else before
 
     def view(self) -> View:
@@ -88,16 +90,18 @@ class LayerCache:
             return
         tail_start = self._length - self._tail.length
         keep = max(0, length - tail_start)
-        if length < tail_start:
-            self._map_pages(lambda page: page.cut(length - page.start))
-        self._tail = self._tail_of(self._tail, 0, keep)
+        with _plain_tensors(self._tail.keys):
+            if length < tail_start:
+                self._map_pages(lambda page: page.cut(length - page.start))
+            self._tail = self._tail_of(self._tail, 0, keep)
         self._length = length
 
     def select(self, indices: Sequence[int]) -> None:
         """Makes row ``i`` a copy of row ``indices[i]``: beams, repeats and selections. Pages are shared."""
         self._rows = [self._rows[index] for index in indices]
         where = torch.as_tensor(indices, dtype=torch.long, device=self._tail.keys.device)
-        self._tail = self._tail.map(lambda tensor: tensor.index_select(0, where))
+        with _plain_tensors(where):
+            self._tail = self._tail.map(lambda tensor: tensor.index_select(0, where))
 
     def to(self, device: torch.device) -> None:
         """Moves everything to a device."""
@@ -180,6 +184,13 @@ class LayerCache:
         """Tokens ``start:stop`` of a tail with room to fill a page; an empty tail takes no memory."""
         tokens = stop - start
         return tail.kept(start, stop, max(self._capacity, tokens + 1) if tokens else 0)
+
+
+@contextmanager
+def _plain_tensors(like: Tensor) -> Iterator[None]:
+    """What a cache keeps outlives the mode it was made in: no inference tensors, no gradients, no autocast."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+        yield
 
 
 def _name(page: Page) -> str:

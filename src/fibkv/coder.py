@@ -144,7 +144,9 @@ class RoleCoder:
         if len(values) > 1:
             # One bad page does not make the others raw.
             return [segment for page in values.split(1) for segment in self._seal_run(page, run)]
-        if run.decision.action != "compress" or not self._may_fall_back:
+        if run.decision.action != "compress":
+            raise EncodingError(f"profile {self.profile.profile_id!r}, raw in {self.raw_dtype}: {error}") from error
+        if not self._may_fall_back:
             raise EncodingError(f"profile {self.profile.profile_id!r}: {error}; raw fallback is not allowed") from error
         block = values[:, run.heads[0] : run.heads[1], run.tokens[0] : run.tokens[1]]
         codes = self.raw.encode(block, implementation=self.implementation)

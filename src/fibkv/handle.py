@@ -29,7 +29,8 @@ class Source:
         """Dense keys and values ``[B, H, length, d]``, decoded at the first call and counted then."""
         if self._dense is None:
             self._count()
-            self._dense = self.view.decode(self.dtype)
+            with torch.autocast(self.view.tail.keys.device.type, enabled=False):
+                self._dense = self.view.decode(self.dtype)
         return self._dense
 
 

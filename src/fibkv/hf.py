@@ -30,6 +30,7 @@ from fibkv.policy import Policy
 from fibkv.quarantine import Quarantine
 from fibkv.report import CacheReport, LayerReport
 from fibkv.settings import CacheSettings, Choice
+from fibkv.view import Tail, View
 
 ATTENTION_NAME = "fibkv"
 
@@ -68,7 +69,7 @@ class CompressedLayer(CacheLayerMixin):
         **kwargs: Any,  # noqa: ARG002
     ) -> tuple[Tensor, Tensor]:
         """Adds tokens; returns what attention reads."""
-        if self.store is None:
+        if self.store is None or self.store.length == 0:
             self.lazy_initialization(key_states, value_states)
         assert self.store is not None
         was_empty = self.store.length == 0
@@ -184,12 +185,18 @@ class Cache(StockCache):
         read_through: bool = False,
         implementation: str = "auto",
     ) -> None:
+        if not isinstance(model, PreTrainedModel | PretrainedConfig):
+            raise ModelError(
+                f"Cache: expected a model of transformers or its configuration, got {type(model).__name__}"
+            )
         config = model if isinstance(model, PretrainedConfig) else model.config
         if config.is_encoder_decoder:
             raise ModelError(
                 f"{type(config).__name__}: encoder-decoder models are not supported; use EncoderDecoderCache"
             )
         text = config.get_text_config(decoder=True)
+        if getattr(text, "num_attention_heads", None) is None:
+            raise ModelError(f"{type(text).__name__}: it has no attention heads, so there is nothing to compress")
         stock = DynamicCache(config=config).layers
         self.settings = CacheSettings.of(
             bits=bits,
@@ -206,13 +213,57 @@ class Cache(StockCache):
         self.quarantine = Quarantine()
         # Multi-head latent attention keeps (latent, rotary key) in the places of (keys, values).
         self.latent = getattr(text, "kv_lora_rank", None) is not None
+        # Cross-attention (mllama) reads its layers' tensors directly.
+        crossing = getattr(text, "cross_attention_layers", None) or ()
         layers = [
             CompressedLayer(index, self.settings, self.quarantine)
-            if type(layer) is DynamicLayer and not self.latent
+            if type(layer) is DynamicLayer and not self.latent and index not in crossing
             else layer
             for index, layer in enumerate(stock)
         ]
         super().__init__(layers=layers)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Adds tokens to one layer; returns what attention reads.
+
+        Raises:
+            ModelError: an earlier call failed between two layers, so that they hold different numbers of tokens.
+        """
+        self._check_step(layer_idx, key_states.shape[-2])
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return keys, values
+
+    def _check_step(self, layer_idx: int, tokens: int) -> None:
+        """Layers are filled in turn: the first one leads by `tokens` while the others follow."""
+        filled = [layer for layer in self._compressed() if layer.store is not None]
+        layer = self.layers[layer_idx]
+        if layer not in filled:
+            return
+        ahead = tokens if layer is not filled[0] else 0
+        expected = filled[0].get_seq_length() - ahead
+        behind = filled if not ahead else [layer]
+        for other in behind:
+            if (held := other.get_seq_length()) != expected:
+                least = min(one.get_seq_length() for one in filled)
+                raise ModelError(
+                    f"cache out of step after a failed call: layer {other.index} holds {held} tokens, "
+                    f"expected {expected}; cache.crop_to({least}) mends it"
+                )
+
+    def crop_to(self, length: int) -> None:
+        """Keeps the first ``length`` tokens of every compressed layer, whatever each of them holds.
+
+        Raises:
+            ModelError: a layer that is left to transformers holds tokens too, and cannot be cut alike.
+        """
+        for layer in self.layers:
+            if not isinstance(layer, CompressedLayer) and getattr(layer, "is_initialized", False):
+                raise ModelError(f"crop_to: {type(layer).__name__} cannot be cut to a length; start with a new cache")
+        for compressed in self._compressed():
+            if compressed.store is not None:
+                compressed.store.crop(length)
 
     def report(self) -> CacheReport:
         """Bytes counted, per layer: what is compressed, what is left raw and why."""
@@ -299,10 +350,10 @@ def attention_forward(
         key: handle or tensor ``[B, H, L, d]``.
         value: handle or tensor ``[B, H, L, d_value]``.
         attention_mask: ``[B, 1, Q, L]`` bool or floating, or None.
-        dropout: must be 0 on handles.
+        dropout: must be 0, except on plain tensors without softcap and sinks.
         scaling: factor of the logits; default 1/sqrt(d).
         is_causal: without a mask, whether queries see only their own past; default: what the module says.
-        **kwargs: ``softcap`` is honoured on handles; ``position_bias`` and ``s_aux`` are refused.
+        **kwargs: ``softcap`` and the sinks ``s_aux [Hq]`` are honored, ``position_bias`` is refused.
 
     Returns:
         ``[B, Q, Hq, d_value]`` in the query's dtype, and None for the weights.
@@ -310,24 +361,31 @@ def attention_forward(
     Raises:
         ModelError: an argument that changes the result and is not handled.
     """
-    if not (isinstance(key, Handle) and isinstance(value, Handle)):
+    if kwargs.get("position_bias") is not None:
+        raise ModelError("fibkv.attention does not handle 'position_bias': run the model without it")
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    if isinstance(key, Handle):
+        view = key.source.view
+    elif softcap is None and sinks is None:
         out, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
         return out, None
-    for name in ("position_bias", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise ModelError(f"attention on pages does not handle {name!r} yet: run the model without fibkv.attention")
+    else:
+        # `sdpa` knows neither softcap nor sinks: plain tensors are a cache that is all tail.
+        view = View(((),) * key.shape[0], Tail(key, value, key.shape[2]), key.shape[2])
     if dropout:
-        raise ModelError(f"attention on pages has no dropout, got {dropout}: call model.eval()")
+        raise ModelError(f"fibkv.attention has no dropout, got {dropout}: call model.eval()")
     scores = Scores(
         scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-        softcap=kwargs.get("softcap"),
+        softcap=softcap,
         mask=attention_mask,
         causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
     )
-    implementation = key.source.view.implementation
-    out, _ = attend(query, key.source.view, scores, implementation=implementation)
+    out, lse = attend(query, view, scores, implementation=view.implementation)
+    if sinks is not None:
+        # A sink is one more logit that carries no value: it takes its share of the softmax.
+        out = out * torch.sigmoid(lse - sinks.float()[:, None]).unsqueeze(-1).to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -346,7 +404,10 @@ def attention(model: PreTrainedModel) -> Iterator[None]:
     Args:
         model: a model of transformers. One that does not follow its attention interface keeps its own attention.
     """
-    before = model.config._attn_implementation
+    config = model.config
+    subs = {name: getattr(config, name) for name in config.sub_configs}
+    before = {"": config._attn_implementation}
+    before |= {name: part._attn_implementation for name, part in subs.items() if part is not None}
     model.set_attn_implementation(ATTENTION_NAME)
     try:
         yield

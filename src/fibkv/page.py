@@ -206,7 +206,7 @@ class Page:
         """
         segments = (*self.keys, *self.values)
         whole = all(segment.tokens == (0, self.tokens) for segment in segments)
-        rectangles = tuple((s.heads, s.tokens, id(s.codec)) for s in segments)
+        rectangles = tuple((s.heads, s.tokens, s.codec) for s in segments)
         return (self.tokens, None if whole else self.start, rectangles)
 
     @property

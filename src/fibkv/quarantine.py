@@ -41,6 +41,12 @@ class Quarantine:
         self._records: dict[tuple[Subject, str], QuarantineRecord] = {}
         self._lock = Lock()
 
+    def __getstate__(self) -> dict[tuple[Subject, str], QuarantineRecord]:
+        return dict(self._records)
+
+    def __setstate__(self, records: dict[tuple[Subject, str], QuarantineRecord]) -> None:
+        self._records, self._lock = records, Lock()
+
     def __deepcopy__(self, memo: dict[int, object]) -> Quarantine:
         return self  # copies of a cache share their pages, and so what is known of them
 

@@ -130,6 +130,8 @@ class CacheSettings:
         if keys.dtype not in DTYPE_NAMES or values.dtype not in DTYPE_NAMES:
             got = f"{keys.dtype} and {values.dtype}"
             raise ModelError(f"layer {layer}: expected keys and values in float16, bfloat16 or float32, got {got}")
+        if keys.device.type == "meta":
+            raise ModelError(f"layer {layer}: expected keys with data, got a meta tensor")
         key_shape, key_coder = self._role("key", keys, self.keys)
         value_shape, value_coder = self._role("value", values, self.values)
         return LayerSettings(
@@ -215,8 +217,12 @@ def _known(choice: Any) -> Choice:
 
 def _check_policy(policy: Policy | None, layers: int, kv_heads: int) -> None:
     """Refuses protected layers and heads that the model does not have, before its first token."""
+    if policy is None:
+        return
+    if not isinstance(policy, Policy):
+        raise ContractError("Cache.policy", "a fibkv.Policy", policy)
     for name, count in (("raw_layers", layers), ("raw_heads", kv_heads)):
-        listed = () if policy is None else getattr(policy.protected, name)
+        listed = getattr(policy.protected, name)
         if any(index >= count for index in listed):
             raise ContractError(f"Cache.policy.protected.{name}", f"indices below {count}", listed)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -59,9 +60,10 @@ class TestHandles:
         key, _ = handles(cache)
         expected, _ = cache.layers[0].store.view().decode(torch.float32)
         more = torch.randn(1, 2, 40, 32, generator=torch.Generator().manual_seed(1))
-        cache.update(more, more, 0)
-        cache.layers[0].crop(-90)
-        cache.update(more, more, 0)
+        layer = cache.layers[0]
+        layer.update(more, more)
+        layer.crop(-90)
+        layer.update(more, more)
         assert torch.equal(key + 0, expected)
 
 
@@ -138,30 +140,76 @@ class TestAttention:
         with fibkv.attention(model):
             assert torch.equal(model.generate(prompt(), max_new_tokens=8, do_sample=False), expected)
 
-    @pytest.mark.parametrize("name", ["position_bias", "s_aux"])
-    def test_what_would_change_the_result_is_refused(self, name: str) -> None:
+    def test_what_would_change_the_result_is_refused(self) -> None:
         model, cache = filled()
         key, value = handles(cache)
         query = torch.ones(1, 4, 1, 32)
         module = model.model.layers[0].self_attn
-        with pytest.raises(ModelError, match=f"does not handle '{name}' yet: run the model without"):
-            attention_forward(module, query, key, value, None, **{name: torch.ones(4)})
+        for keys, values in ((key, value), (key + 0, value + 0)):
+            with pytest.raises(ModelError, match="does not handle 'position_bias': run the model without"):
+                attention_forward(module, query, keys, values, None, position_bias=torch.ones(4))
         with pytest.raises(ModelError, match=r"no dropout, got 0.1: call model.eval\(\)"):
             attention_forward(module, query, key, value, None, dropout=0.1)
 
-    def test_softcap_is_honoured(self) -> None:
+    def test_softcap_is_honored(self) -> None:
         config = tf.Gemma2Config(**COMMON, head_dim=32, layer_types=["full_attention"] * 3, attn_logit_softcapping=2.0)
         torch.manual_seed(0)
         model = tf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
         expected, cache = fibkv.Cache(model, tokens_per_page=16), fibkv.Cache(model, tokens_per_page=16)
         with torch.no_grad():
-            model(prompt(), past_key_values=expected)
-            model(prompt(), past_key_values=cache)
+            prefill = model(prompt(), past_key_values=expected).logits
             dense = model(prompt(1, 1, seed=1), past_key_values=expected).logits
             with fibkv.attention(model):
+                torch.testing.assert_close(model(prompt(), past_key_values=cache).logits, prefill, rtol=1e-3, atol=1e-3)
                 paged = model(prompt(1, 1, seed=1), past_key_values=cache).logits
         assert cache.report().materialized == 0
         torch.testing.assert_close(paged, dense, rtol=1e-3, atol=1e-3)
+
+    def test_sinks_are_honored(self) -> None:
+        """gpt-oss: on the prefill's plain tensors, on pages, and on stock sliding layers."""
+        config = tf.GptOssConfig(
+            **{**COMMON, "initializer_range": 0.05},
+            head_dim=32,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            sliding_window=16,
+            layer_types=["sliding_attention", "full_attention", "full_attention"],
+        )
+        torch.manual_seed(0)
+        model = tf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        for layer in model.model.layers:
+            layer.self_attn.sinks.data.fill_(2.0)
+        expected, cache = (fibkv.Cache(model, profile="raw", tokens_per_page=16) for _ in range(2))
+        with torch.no_grad():
+            dense = [model(chunk, past_key_values=expected).logits for chunk in prompt().split([80, 19, 1], 1)]
+            with fibkv.attention(model):
+                paged = [model(chunk, past_key_values=cache).logits for chunk in prompt().split([80, 19, 1], 1)]
+        for left, right in zip(paged, dense, strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-3)
+        assert cache.report().materialized == 0
+
+    def test_sub_configurations_get_their_own_attention_back(self) -> None:
+        config = tf.Gemma3Config(
+            text_config={**COMMON, "head_dim": 32},
+            vision_config={
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+            },
+        )
+        model = tf.Gemma3ForConditionalGeneration(config)
+        model.set_attn_implementation({"text_config": "sdpa", "vision_config": "eager"})
+        with fibkv.attention(model):
+            assert model.config.text_config._attn_implementation == ATTENTION_NAME
+        assert model.config.text_config._attn_implementation == "sdpa"
+        assert model.config.vision_config._attn_implementation == "eager"
+
+    def test_integer_masks_are_refused(self) -> None:
+        model, cache = filled()
+        mask = torch.ones(1, 1, 1, 101, dtype=torch.long)
+        with torch.no_grad(), fibkv.attention(model), pytest.raises(KernelError, match=r"got torch\.int64"):
+            model(prompt(1, 1), past_key_values=cache, attention_mask=mask)
 
 
 class TestSettings:
@@ -194,6 +242,7 @@ class TestSettings:
             ({"tokens_per_page": "a"}, ContractError, "Cache.tokens_per_page: expected a positive number, got 'a'"),
             ({"tokens_per_page": 0}, ContractError, r"Cache\.tokens_per_page: expected a positive number, got 0"),
             ({"raw_dtype": "f64"}, ContractError, r"Cache\.raw_dtype: expected one of f16, bf16, f32, got 'f64'"),
+            ({"policy": "raw"}, ContractError, "Cache.policy: expected a fibkv.Policy, got 'raw'"),
             ({"implementation": "cuda"}, KernelError, "expected one of auto, reference, got 'cuda'"),
         ],
     )
@@ -219,7 +268,11 @@ class TestSettings:
         # Two codebooks, and one rotation of 32 x 32.
         assert both.report().tables_nbytes == 4 * (256 * 2 + 256 * 4 + 32 * 32)
 
-    def test_encoder_decoder_models_are_refused(self) -> None:
+    def test_models_that_cannot_be_served_are_refused(self) -> None:
+        with pytest.raises(ModelError, match="expected a model of transformers or its configuration, got str"):
+            fibkv.Cache("gpt2")
+        with pytest.raises(ModelError, match="MambaConfig: it has no attention heads"):
+            fibkv.Cache(tf.MambaConfig())
         with pytest.raises(ModelError, match="T5Config: encoder-decoder models are not supported"):
             fibkv.Cache(tf.T5Config())
 
@@ -247,6 +300,84 @@ class TestSettings:
         with torch.no_grad():
             dense = model(prompt(1, 1, seed=1), past_key_values=cache).logits
         torch.testing.assert_close(paged, dense, rtol=1e-4, atol=1e-3)
+
+
+class TestModes:
+    """A cache outlives the mode in which a call is made."""
+
+    def test_inference_mode_and_back(self) -> None:
+        model = build("llama")
+        cache, expected = fibkv.Cache(model, tokens_per_page=16), fibkv.Cache(model, tokens_per_page=16)
+        with fibkv.attention(model):
+            with torch.inference_mode():
+                model(prompt(), past_key_values=cache)
+            outs = []
+            for held in (cache, expected):
+                if held is expected:
+                    with torch.no_grad():
+                        model(prompt(), past_key_values=held)
+                outs.append(model(prompt(1, 1, seed=1), past_key_values=held).logits)
+            with torch.inference_mode():
+                model(prompt(1, 1, seed=1), past_key_values=cache)
+        assert torch.equal(*outs)
+        assert outs[0].requires_grad
+
+    def test_the_graph_of_a_call_is_not_kept(self) -> None:
+        model = build("llama")
+        cache = fibkv.Cache(model, tokens_per_page=16)
+        model(prompt(), past_key_values=cache)
+        for layer in cache.layers:
+            assert not layer.store.tail.keys.requires_grad
+            assert layer.store.tail.keys.grad_fn is None
+
+    @pytest.mark.parametrize("profile", ["raw", "int8", "fp8", "fib4"])
+    def test_autocast(self, profile: str) -> None:
+        model = build("llama")
+        results = []
+        for context in (fibkv.attention(model), torch.no_grad()):
+            cache = fibkv.Cache(model, profile=profile, tokens_per_page=16)
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), context:
+                model(prompt(), past_key_values=cache)
+                results.append(model(prompt(1, 1, seed=1), past_key_values=cache).logits.float())
+        paged, dense = results
+        assert (paged - dense).square().mean().sqrt() < 0.05 * dense.std()
+
+    def test_pickling(self) -> None:
+        model, cache = filled(profile=("fib4", "int8"))
+        again = pickle.loads(pickle.dumps(cache))
+        assert again.report() == cache.report()
+        with torch.no_grad(), fibkv.attention(model):
+            expected = model(prompt(1, 70, seed=1), past_key_values=cache).logits
+            assert torch.equal(model(prompt(1, 70, seed=1), past_key_values=again).logits, expected)
+            assert torch.isfinite(model(prompt(1, 1), past_key_values=again).logits).all()
+
+    def test_a_failed_step_is_noticed_and_can_be_mended(self) -> None:
+        model, cache = filled()
+        wrong = torch.ones(1, 1, 1, 7, dtype=torch.bool)
+        with torch.no_grad(), fibkv.attention(model):
+            expected = model(prompt(1, 1), past_key_values=copy.deepcopy(cache)).logits
+            with pytest.raises(KernelError, match="attention mask: expected shape"):
+                model(prompt(1, 1), past_key_values=cache, attention_mask=wrong)
+            with pytest.raises(ModelError, match=r"layer 1 holds 100 tokens, expected 101; cache.crop_to\(100\) mends"):
+                model(prompt(1, 1), past_key_values=cache)
+            assert [layer.get_seq_length() for layer in cache.layers] == [101, 100, 100]
+            cache.crop_to(100)
+            assert torch.equal(model(prompt(1, 1), past_key_values=cache).logits, expected)
+
+    def test_large_float16_values_stay_finite(self) -> None:
+        keys = torch.full((1, 2, 128, 32), 65504.0, dtype=torch.float16)
+        for profile in ("int8", "fp8", "fib4"):
+            cache = fibkv.Cache(tf.LlamaConfig(**COMMON), profile=profile)
+            cache.update(keys, keys, 0)
+            key, _ = cache.update(keys[:, :, :1], keys[:, :, :1], 0)
+            assert torch.isfinite(key + 0).all()
+
+    def test_an_emptied_cache_takes_another_batch(self) -> None:
+        model, cache = filled()
+        cache.crop(-100)
+        with torch.no_grad():
+            model(prompt(3), past_key_values=cache)
+        assert cache.layers[0].store.batch == 3
 
 
 class TestIntegrity:

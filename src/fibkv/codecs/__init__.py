@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Literal
 
+import torch
+
 from fibkv.codecs.base import Codec
 from fibkv.codecs.channel import ChannelCodec
 from fibkv.codecs.fib import FibCodec
@@ -32,5 +34,7 @@ def codec_for(parameters: CodecParameters, axis: Literal["raw", "per_token", "pe
         axis: ``per_channel`` (the tokens of a page share one scale per channel), or ``per_token``, which for the raw
             codec is the same as ``raw``.
     """
-    codec = CODECS[parameters.codec](parameters)
+    # Shared by the whole process: its tables must not become inference tensors of the caller's mode.
+    with torch.inference_mode(False):
+        codec = CODECS[parameters.codec](parameters)
     return ChannelCodec(codec) if axis == "per_channel" else codec

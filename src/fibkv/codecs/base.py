@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,10 @@ class Codec(ABC):
     tables: Tables
     codebook_digest: str
     rotation_digest: str
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A pickled page names its codec; codebook and rotation are those of the process that reads it.
+        return type(self), (self.parameters,)
 
     @property
     def name(self) -> str:

@@ -7,6 +7,8 @@ scales go to the query when attention reads the page, so nothing is undone per t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,9 @@ class ChannelCodec(Codec):
         self.tables = ChannelTables(inner=inner.tables)
         self.codebook_digest = inner.codebook_digest
         self.rotation_digest = inner.rotation_digest
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.inner,)
 
     def layout(self, tokens: int) -> tuple[Field, ...]:
         """``channel_scales [d]`` and the inner layout."""

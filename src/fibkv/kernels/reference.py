@@ -65,6 +65,9 @@ def decode(codes: Codes, tables: Tables, *, out: Tensor | None = None) -> Tensor
     vectors = unrotate(_vectors(codes, tables), tables)
     if out is None:
         return vectors
+    if out.dtype == torch.float16 and not isinstance(tables, RawTables):
+        # A code may decode a little above the vector it stands for: not to infinity.
+        vectors = vectors.clamp(-FLOAT16_MAX, FLOAT16_MAX)
     return out.copy_(vectors)
 
 
