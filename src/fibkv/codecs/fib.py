@@ -84,3 +84,17 @@ def _check_book(parameters: FibParameters, report: codebook.CodebookReport) -> N
         raise ContractError(
             "FibParameters.codebook_seed", expected, (parameters.codebook_seed, parameters.codebook_version)
         )
+
+
+def unit_distortion(parameters: FibParameters, *, vectors: int, seed: int = 0) -> float:
+    """E|u - û|² of a codec on random unit vectors, which no codebook was trained on.
+
+    Args:
+        parameters: of the codec.
+        vectors: how many.
+        seed: of the vectors.
+    """
+    codec = FibCodec(parameters)
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.nn.functional.normalize(torch.randn(vectors, parameters.head_dim, generator=generator), dim=-1)
+    return float((rows - codec.decode(codec.encode(rows))).double().square().sum(-1).mean())
