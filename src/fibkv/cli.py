@@ -106,9 +106,9 @@ def demo(
 
 @codebooks.command("list")
 def list_codebooks() -> None:
-    """The shipped codebooks: training and held-out distortion, and what gain correction makes of 40,000 vectors (d=128)."""
-    table = Table(title="E|u - û|² of unit vectors, by codebook")
-    for heading in ("k", "N", "bits", "train", "held out, d=64", "d=128", "gain, d=128", "digest"):
+    """The shipped codebooks: training and held-out distortion, and that of 40,000 vectors with gain correction."""
+    table = Table(title="E|u - û|² of unit vectors: in training, held out at d=64 and d=128, with gain")
+    for heading in ("k", "N", "bits", "train", "d=64", "d=128", "gain, d=128", "digest"):
         table.add_column(heading, justify="right")
     for block_dim, size in codebook.SHIPPED:
         report = codebook.load(block_dim, size).report
