@@ -32,6 +32,6 @@ def test_the_examples_run(capsys) -> None:  # type: ignore[no-untyped-def]
         exec(compile(block, "README.md", "exec"), scope)
     printed = capsys.readouterr().out
     assert "bits per element" in printed
-    assert "0 dense fall-backs" in printed
+    assert "0 materialized" in printed
     assert scope["part"].shape == (1, 1, 2, 40, 64)
     assert scope["part"].equal(scope["values"][:, 2:3, :, 100:140])

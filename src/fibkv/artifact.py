@@ -22,11 +22,12 @@ from fibkv.codecs.raw import TORCH_DTYPES
 from fibkv.coder import RoleCoder
 from fibkv.contract import Contract, MarkedContract, Total
 from fibkv.digest import Digest, require_digest, tensor_digest
-from fibkv.errors import CodebookError, ContractError, EncodingError, PageError
+from fibkv.errors import CodebookError, ContractError, DigestMismatch, EncodingError, PageError
 from fibkv.page import Segment, SegmentHeader, segment_from_bytes, segments_digest
 from fibkv.parameters import FibParameters
 from fibkv.policy import Plan, Policy, Run
 from fibkv.profile import Profile
+from fibkv.quarantine import Quarantine, Subject
 from fibkv.receipt import Receipt
 from fibkv.shape import KVShape
 
@@ -169,8 +170,13 @@ def encode_tensor(shape: KVShape, profile: Profile, policy: Policy, values: Tens
     return Artifact(header, tuple(payloads))
 
 
-def decode_tensor(artifact: Artifact) -> tuple[Tensor, Receipt]:
+def decode_tensor(artifact: Artifact, *, quarantine: Quarantine | None = None) -> tuple[Tensor, Receipt]:
     """Decodes a whole artifact.
+
+    Args:
+        artifact: what `encode_tensor` made.
+        quarantine: register that a page, codebook or profile with another digest is set aside in; an artifact with a
+            record there is refused until it is released.
 
     Returns:
         ``[batch, layers, kv_heads, tokens, head_dim]`` float32 (raw vectors are exact in it, the others approximate),
@@ -182,7 +188,15 @@ def decode_tensor(artifact: Artifact) -> tuple[Tensor, Receipt]:
         DecisionError: its policy can neither compress nor keep raw.
     """
     began = perf_counter()
-    values = decode_slice(artifact)
+    name = f"of artifact {artifact.receipt.source_digest}"
+    if quarantine is not None and any(record.name == name for record in quarantine.records):
+        raise PageError(f"{name}: it is in quarantine")
+    try:
+        values = decode_slice(artifact)
+    except DigestMismatch as error:
+        if quarantine is not None:
+            quarantine.admit(_subject(error.field), name, error.expected, str(error.actual))
+        raise
     decoded = tensor_digest(values.numpy())
     receipt = artifact.receipt.model_copy(
         update={"operation": "decode", "decoded_digest": decoded, "seconds": perf_counter() - began}
@@ -231,6 +245,13 @@ def decode_slice(
             span = dense[:, :, heads[0] : heads[1], first - entry.start : stop - entry.start]
             out[:, :, :, first - tokens[0] : stop - tokens[0]] = span
     return out
+
+
+def _subject(field: str) -> Subject:
+    """What a digest that does not match belongs to, by the field that names it."""
+    if "page" in field:
+        return "page"
+    return "codebook" if "codebook" in field else "profile"
 
 
 @dataclass(frozen=True, slots=True)

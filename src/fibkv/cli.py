@@ -107,7 +107,7 @@ def demo(
 @codebooks.command("list")
 def list_codebooks() -> None:
     """The shipped codebooks: training and held-out distortion, and that of 40,000 vectors with gain correction."""
-    table = Table(title="E|u - û|² of unit vectors: in training, held out at d=64 and d=128, with gain")
+    table = Table(title="E|u - û|² of unit vectors: trained on, held out, gain-corrected")
     for heading in ("k", "N", "bits", "train", "d=64", "d=128", "gain, d=128", "digest"):
         table.add_column(heading, justify="right")
     for block_dim, size in codebook.SHIPPED:

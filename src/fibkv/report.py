@@ -65,7 +65,7 @@ class CacheReport(Contract):
     def __str__(self) -> str:
         lines = [
             f"{self.nbytes / 1024:.1f} KiB in {len(self.layers)} layers, {self.bits_per_element:.3f} bits per element "
-            f"(tables {self.tables_nbytes / 1024:.1f} KiB), {self.materialized} dense fall-backs"
+            f"(tables {self.tables_nbytes / 1024:.1f} KiB), {self.materialized} materialized"
         ]
         lines += [
             f"  layer {layer.layer}: {'compressed' if layer.compressed else 'stock'} ({layer.reason}), "

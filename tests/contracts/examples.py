@@ -8,6 +8,7 @@ from fibkv.profile import Profile
 from fibkv.quarantine import Admission, QuarantineRecord
 from fibkv.receipt import Receipt
 from fibkv.regions import FallbackSettings, PageGeometry, ProtectedRegions, QualityBudget
+from fibkv.report import CacheReport, LayerReport
 from fibkv.shape import KVShape
 from fibkv.training_settings import TrainingSettings
 
@@ -58,6 +59,19 @@ COMPRESS_RECEIPT = Receipt(
 DECISION = Decision(action="compress", axis="per_channel", reasons=("key_role_axis",))
 RUN = Run(layers=(0, 2), heads=(0, 2), tokens=(0, 16), decision=DECISION)
 
+LAYER_REPORT = LayerReport(
+    layer=0,
+    kind="CompressedLayer",
+    compressed=True,
+    reason="keys fib4, values fib4",
+    tokens=16,
+    pages=1,
+    elements=4096,
+    nbytes=2300,
+    raw_vectors=(("protected_region", 8),),
+    tail_tokens=2,
+)
+
 EXAMPLES: list[Contract] = [
     KEY_SHAPE,
     RawParameters(head_dim=64, dtype="bf16"),
@@ -79,4 +93,6 @@ EXAMPLES: list[Contract] = [
     QuarantineRecord(subject="page", name="3", expected=DIGEST, actual=OTHER_DIGEST, reason="digest mismatch"),
     Admission(action="admit", reason=""),
     COMPRESS_RECEIPT,
+    LAYER_REPORT,
+    CacheReport(layers=(LAYER_REPORT,), tables_nbytes=100, materialized=0),
 ]

@@ -16,6 +16,7 @@ from fibkv.errors import ContractError, DecisionError, DigestMismatch, EncodingE
 from fibkv.parameters import FibParameters, named_parameters
 from fibkv.policy import Policy, decide
 from fibkv.profile import Profile
+from fibkv.quarantine import Quarantine
 from fibkv.regions import FallbackSettings, ProtectedRegions
 from fibkv.shape import KVShape
 from tests.pages.helpers import DIM, HEADS, gaussian, protecting, shape_of
@@ -335,6 +336,26 @@ class TestStrictDecoding:
         self.refuse(made, "Profile.codec_digest: digest mismatch", profile=profile)
         profile = profile.model_copy(update={"codec_digest": codec.digest()})
         self.refuse(made, "codebook k=2, N=4096: expected a shipped or cached one", profile=profile)
+
+    def test_what_does_not_match_is_quarantined(self, made: Artifact) -> None:
+        zero = "blake3:" + "0" * 64
+        wrong = {
+            "page": self.receipt(made, page_digests=(zero, *made.receipt.page_digests[1:])),
+            "codebook": {"profile": made.header.profile.model_copy(update={"codebook_digest": zero})},
+            "profile": self.receipt(made, profile_digest=zero),
+        }
+        for subject, header in wrong.items():
+            register = Quarantine()
+            damaged = Artifact(made.header.model_copy(update=header), made.payloads)
+            with pytest.raises(DigestMismatch):
+                decode_tensor(damaged, quarantine=register)
+            (record,) = register.records
+            assert (record.subject, record.expected != record.actual) == (subject, True)
+            assert f"{subject} of artifact {made.receipt.source_digest}: digest mismatch" in record.reason
+            with pytest.raises(PageError, match="is in quarantine"):
+                decode_tensor(made, quarantine=register)
+            register.release(record.subject, record.name)
+            decode_tensor(made, quarantine=register)
 
 
 class TestStoredForm:

@@ -82,7 +82,9 @@ def _check_book(parameters: FibParameters, report: codebook.CodebookReport) -> N
     if (parameters.codebook_seed, parameters.codebook_version) != (report.seed, CODEBOOK_VERSION):
         expected = f"seed {report.seed} and version {CODEBOOK_VERSION} of the codebook"
         raise ContractError(
-            "FibParameters.codebook_seed", expected, (parameters.codebook_seed, parameters.codebook_version)
+            "FibParameters.codebook_seed, codebook_version",
+            expected,
+            (parameters.codebook_seed, parameters.codebook_version),
         )
 
 
