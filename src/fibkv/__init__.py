@@ -9,10 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fibkv.artifact import Artifact, decode_slice, decode_tensor, encode_tensor
+    from fibkv.artifact import Artifact
+    from fibkv.artifact_decode import decode_slice, decode_tensor
+    from fibkv.artifact_encode import encode_tensor
     from fibkv.coder import bind_profile
     from fibkv.errors import FibkvError
-    from fibkv.hf import Cache, attention
+    from fibkv.hf import Cache
+    from fibkv.hf_attention import attention
     from fibkv.policy import Policy, decide, plan
     from fibkv.pressure import PressureConfig, PressureController
     from fibkv.profile import Profile
@@ -32,12 +35,12 @@ _HOMES = {
     "ProtectedRegions": "regions",
     "QualityBudget": "regions",
     "Receipt": "receipt",
-    "attention": "hf",
+    "attention": "hf_attention",
     "bind_profile": "coder",
     "decide": "policy",
-    "decode_slice": "artifact",
-    "decode_tensor": "artifact",
-    "encode_tensor": "artifact",
+    "decode_slice": "artifact_decode",
+    "decode_tensor": "artifact_decode",
+    "encode_tensor": "artifact_encode",
     "plan": "policy",
 }
 

@@ -235,3 +235,21 @@ def bind_profile(
     return bind_coder(
         shape, parameters, policy, profile_id=profile_id, tokens_per_page=pages, raw_dtype=shape.dtype
     ).profile
+
+
+def bound_coder(shape: KVShape, profile: Profile, policy: Policy) -> RoleCoder:
+    """The coder of a profile that exists, checked against a shape and against the objects in use.
+
+    Raises:
+        DigestMismatch: the profile is bound to another shape, codec, rotation or codebook.
+        ContractError: geometry or protected regions do not fit the shape, or the policy protects something else.
+    """
+    coder = RoleCoder(profile, policy, shape.dtype, profile.codec.block_dim)
+    codec = coder.compressing
+    profile.check_binding(
+        shape,
+        rotation_digest=codec.rotation_digest,
+        codebook_digest=codec.codebook_digest,
+        vector_nbytes=codec.vector_nbytes,
+    )
+    return coder

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fibkv.demo_result import DemoResult, DemoSettings, DenseRow, VariantRow
 from fibkv.errors import ContractError
-from fibkv.hf import Cache, attention
+from fibkv.hf import Cache
+from fibkv.hf_attention import attention
 from fibkv.prompts import NeedlePrompt, bos_prefix, needle_prompts, spread_windows
 from fibkv.quality import (
     CacheVariant,

@@ -11,147 +11,20 @@ cache is not keys and values (multi-head latent attention), stay in the stock cl
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache as StockCache
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from fibkv.attend import Scores, attend
-from fibkv.cache import LayerCache
 from fibkv.errors import ModelError
-from fibkv.handle import Handle, Source
+from fibkv.hf_layer import CompressedLayer, untouched_report
 from fibkv.policy import Policy
 from fibkv.quarantine import Quarantine
-from fibkv.report import CacheReport, LayerReport
+from fibkv.report import CacheReport
 from fibkv.settings import CacheSettings, Choice
-from fibkv.view import Tail, View
-
-ATTENTION_NAME = "fibkv"
-
-
-class CompressedLayer(CacheLayerMixin):
-    """A layer of full attention in compressed pages.
-
-    The first update of an empty layer returns the tensors it was given: prefill attends exactly. Later ones return
-    handles: the past as stored, the new tokens exactly (all through the codec with ``read_through``).
-    """
-
-    is_sliding = False
-    is_croppable = True
-    is_compileable = False
-
-    def __init__(self, index: int, settings: CacheSettings, quarantine: Quarantine) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.index = index
-        self.settings = settings
-        self.quarantine = quarantine
-        self.materialized = 0
-        self.store: LayerCache | None = None
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Makes the store for tensors like ``key_states [B, H, t, d]`` and ``value_states [B, H, t, d_value]``."""
-        settings = self.settings.for_layer(self.index, key_states, value_states)
-        self.store = LayerCache(settings, key_states, value_states, self.quarantine)
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
-
-    def update(
-        self,
-        key_states: Tensor,
-        value_states: Tensor,
-        *args: Any,  # noqa: ARG002 - older releases pass a dict, none of it is needed
-        **kwargs: Any,  # noqa: ARG002
-    ) -> tuple[Tensor, Tensor]:
-        """Adds tokens; returns what attention reads."""
-        if self.store is None or self.store.length == 0:
-            self.lazy_initialization(key_states, value_states)
-        assert self.store is not None
-        was_empty = self.store.length == 0
-        view = self.store.append(key_states, value_states)
-        if was_empty and not self.settings.read_through:
-            return key_states, value_states
-        source = Source(view, key_states.dtype, self._count)
-        return Handle(source, "key"), Handle(source, "value")
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(length with the coming queries, offset 0): all tokens are kept."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Tokens held."""
-        return 0 if self.store is None else self.store.length
-
-    def get_max_length(self) -> int:
-        """-1: no maximum."""
-        return -1
-
-    def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Removes the newest ``-tokens_to_remove`` tokens (0 or negative, as transformers calls it)."""
-        # Assisted decoding of older releases counts in a tensor.
-        remove = int(tokens_to_remove)
-        if remove > 0:
-            raise ModelError(f"crop: expected 0 or minus the number of tokens to remove, got {remove}")
-        if self.store is not None:
-            self.store.crop(max(0, self.store.length + remove))
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row ``i`` becomes row ``beam_idx[i]``."""
-        if self.store is not None:
-            self.store.select(beam_idx.tolist())
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row ``repeats`` times; pages are shared."""
-        if self.store is not None:
-            self.store.select([row for row in range(self.store.batch) for _ in range(repeats)])
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the rows that ``indices`` (or a boolean mask) name."""
-        if self.store is not None:
-            rows = torch.arange(self.store.batch)[indices.cpu()]
-            self.store.select(rows.tolist())
-
-    def reset(self) -> None:
-        """Empties the layer."""
-        self.store = None
-        self.is_initialized = False
-
-    def offload(self) -> None:
-        """Moves the layer to the CPU."""
-        if self.store is not None:
-            self.store.to(torch.device("cpu"))
-
-    def prefetch(self) -> None:
-        """Moves the layer back to the device of its model."""
-        if self.store is not None:
-            self.store.to(self.device)
-
-    def report(self) -> LayerReport:
-        """What the layer holds."""
-        store = self.store
-        if store is None:
-            return _empty_report(self.index, self, "empty")
-        elements = sum(t.shape[0] * t.shape[1] * t.shape[3] for t in (store.tail.keys, store.tail.values))
-        return LayerReport(
-            layer=self.index,
-            kind=type(self).__name__,
-            compressed=True,
-            reason=f"keys {self.settings.key_name}, values {self.settings.value_name}",
-            tokens=store.length,
-            pages=sum(1 for _ in store.pages()),
-            elements=elements * store.length,
-            nbytes=store.nbytes,
-            raw_vectors=tuple(sorted(store.raw_reasons().items())),
-            tail_tokens=store.tail.length,
-        )
-
-    def _count(self) -> None:
-        self.materialized += 1
 
 
 class Cache(StockCache):
@@ -272,7 +145,9 @@ class Cache(StockCache):
         shared = {id(tensor): tensor.nbytes for table in tables for tensor in table.tensors}
         return CacheReport(
             layers=tuple(
-                layer.report() if isinstance(layer, CompressedLayer) else _empty_report(index, layer, self._why(layer))
+                layer.report()
+                if isinstance(layer, CompressedLayer)
+                else untouched_report(index, layer, self._why(layer))
                 for index, layer in enumerate(self.layers)
             ),
             tables_nbytes=sum(shared.values()),
@@ -313,103 +188,3 @@ class Cache(StockCache):
 
     def _compressed(self) -> Iterator[CompressedLayer]:
         return (layer for layer in self.layers if isinstance(layer, CompressedLayer))
-
-
-def _empty_report(index: int, layer: Any, reason: str) -> LayerReport:
-    """The report of a layer that fibkv holds nothing of: stock ones, and compressed ones before their first token."""
-    tensors = [value for value in vars(layer).values() if isinstance(value, Tensor)]
-    states = [t for name in ("keys", "values") if isinstance(t := getattr(layer, name, None), Tensor)]
-    return LayerReport(
-        layer=index,
-        kind=type(layer).__name__,
-        compressed=isinstance(layer, CompressedLayer),
-        reason=reason,
-        tokens=layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else 0,
-        pages=0,
-        elements=sum(t.numel() for t in states),
-        nbytes=sum(t.numel() * t.element_size() for t in tensors),
-    )
-
-
-def attention_forward(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: on pages for handles, `sdpa` for plain tensors.
-
-    Args:
-        module: the attention module.
-        query: ``[B, Hq, Q, d]``.
-        key: handle or tensor ``[B, H, L, d]``.
-        value: handle or tensor ``[B, H, L, d_value]``.
-        attention_mask: ``[B, 1, Q, L]`` bool or floating, or None.
-        dropout: must be 0, except on plain tensors without softcap and sinks.
-        scaling: factor of the logits; default 1/sqrt(d).
-        is_causal: without a mask, whether queries see only their own past; default: what the module says.
-        **kwargs: ``softcap`` and the sinks ``s_aux [Hq]`` are honored, ``position_bias`` is refused.
-
-    Returns:
-        ``[B, Q, Hq, d_value]`` in the query's dtype, and None for the weights.
-
-    Raises:
-        ModelError: an argument that changes the result and is not handled.
-    """
-    if kwargs.get("position_bias") is not None:
-        raise ModelError("fibkv.attention does not handle 'position_bias': run the model without it")
-    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
-    if isinstance(key, Handle):
-        view = key.source.view
-    elif softcap is None and sinks is None:
-        out, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
-        )
-        return out, None
-    else:
-        # `sdpa` knows neither softcap nor sinks: plain tensors are a cache that is all tail.
-        view = View(((),) * key.shape[0], Tail(key, value, key.shape[2]), key.shape[2])
-    if dropout:
-        raise ModelError(f"fibkv.attention has no dropout, got {dropout}: call model.eval()")
-    scores = Scores(
-        scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-        softcap=softcap,
-        mask=attention_mask,
-        causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
-    )
-    out, lse = attend(query, view, scores, implementation=view.implementation)
-    if sinks is not None:
-        # A sink is one more logit that carries no value: it takes its share of the softmax.
-        out = out * torch.sigmoid(lse - sinks.float()[:, None]).unsqueeze(-1).to(out.dtype)
-    return out.transpose(1, 2).contiguous(), None
-
-
-# Both registries: a name that only the first one knows gets no mask at all, silently.
-AttentionInterface.register(ATTENTION_NAME, attention_forward)
-AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
-
-
-@contextmanager
-def attention(model: PreTrainedModel) -> Iterator[None]:
-    """Switches a model to attention on compressed pages while the context lasts.
-
-    Without it a `Cache` works too: whatever attention the model uses then decodes the layer at every step, and
-    `Cache.report` counts that.
-
-    Args:
-        model: a model of transformers. One that does not follow its attention interface keeps its own attention.
-    """
-    config = model.config
-    subs = {name: getattr(config, name) for name in config.sub_configs}
-    before = {"": config._attn_implementation}
-    before |= {name: part._attn_implementation for name, part in subs.items() if part is not None}
-    model.set_attn_implementation(ATTENTION_NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)

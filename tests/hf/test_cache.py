@@ -15,7 +15,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import fibkv
 from fibkv.errors import ContractError, DecisionError, KernelError, ModelError, PageError
 from fibkv.handle import Handle
-from fibkv.hf import ATTENTION_NAME, CompressedLayer, attention_forward
+from fibkv.hf_attention import ATTENTION_NAME, attention_forward
+from fibkv.hf_layer import CompressedLayer
 from fibkv.parameters import FibParameters
 from tests.hf.models import COMMON, build, prompt
 

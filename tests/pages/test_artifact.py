@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fibkv.artifact import Artifact, decode_slice, decode_tensor, encode_tensor
+from fibkv.artifact import Artifact
+from fibkv.artifact_decode import decode_slice, decode_tensor
+from fibkv.artifact_encode import encode_tensor
 from fibkv.coder import bind_coder, bind_profile
 from fibkv.errors import ContractError, DecisionError, DigestMismatch, EncodingError, FibkvError, PageError
 from fibkv.parameters import FibParameters, named_parameters

@@ -8,7 +8,8 @@ import torch
 
 from fibkv.contract import Contract
 from fibkv.errors import ModelError
-from fibkv.hf import Cache, attention
+from fibkv.hf import Cache
+from fibkv.hf_attention import attention
 from fibkv.prompts import NeedlePrompt, spread_windows
 from fibkv.quality import (
     CacheVariant,

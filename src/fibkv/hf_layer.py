@@ -1,0 +1,151 @@
+"""One layer of a transformers cache in compressed pages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from fibkv.cache import LayerCache
+from fibkv.errors import ModelError
+from fibkv.handle import Handle, Source
+from fibkv.quarantine import Quarantine
+from fibkv.report import LayerReport
+from fibkv.settings import CacheSettings
+
+
+class CompressedLayer(CacheLayerMixin):
+    """A layer of full attention in compressed pages.
+
+    The first update of an empty layer returns the tensors it was given: prefill attends exactly. Later ones return
+    handles: the past as stored, the new tokens exactly (all through the codec with ``read_through``).
+    """
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+
+    def __init__(self, index: int, settings: CacheSettings, quarantine: Quarantine) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.index = index
+        self.settings = settings
+        self.quarantine = quarantine
+        self.materialized = 0
+        self.store: LayerCache | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Makes the store for tensors like ``key_states [B, H, t, d]`` and ``value_states [B, H, t, d_value]``."""
+        settings = self.settings.for_layer(self.index, key_states, value_states)
+        self.store = LayerCache(settings, key_states, value_states, self.quarantine)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *args: Any,  # noqa: ARG002 - older releases pass a dict, none of it is needed
+        **kwargs: Any,  # noqa: ARG002
+    ) -> tuple[Tensor, Tensor]:
+        """Adds tokens; returns what attention reads."""
+        if self.store is None or self.store.length == 0:
+            self.lazy_initialization(key_states, value_states)
+        assert self.store is not None
+        was_empty = self.store.length == 0
+        view = self.store.append(key_states, value_states)
+        if was_empty and not self.settings.read_through:
+            return key_states, value_states
+        source = Source(view, key_states.dtype, self._count)
+        return Handle(source, "key"), Handle(source, "value")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length with the coming queries, offset 0): all tokens are kept."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return 0 if self.store is None else self.store.length
+
+    def get_max_length(self) -> int:
+        """-1: no maximum."""
+        return -1
+
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        """Removes the newest ``-tokens_to_remove`` tokens (0 or negative, as transformers calls it)."""
+        # Assisted decoding of older releases counts in a tensor.
+        remove = int(tokens_to_remove)
+        if remove > 0:
+            raise ModelError(f"crop: expected 0 or minus the number of tokens to remove, got {remove}")
+        if self.store is not None:
+            self.store.crop(max(0, self.store.length + remove))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row ``i`` becomes row ``beam_idx[i]``."""
+        if self.store is not None:
+            self.store.select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times; pages are shared."""
+        if self.store is not None:
+            self.store.select([row for row in range(self.store.batch) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the rows that ``indices`` (or a boolean mask) name."""
+        if self.store is not None:
+            rows = torch.arange(self.store.batch)[indices.cpu()]
+            self.store.select(rows.tolist())
+
+    def reset(self) -> None:
+        """Empties the layer."""
+        self.store = None
+        self.is_initialized = False
+
+    def offload(self) -> None:
+        """Moves the layer to the CPU."""
+        if self.store is not None:
+            self.store.to(torch.device("cpu"))
+
+    def prefetch(self) -> None:
+        """Moves the layer back to the device of its model."""
+        if self.store is not None:
+            self.store.to(self.device)
+
+    def report(self) -> LayerReport:
+        """What the layer holds."""
+        store = self.store
+        if store is None:
+            return untouched_report(self.index, self, "empty")
+        elements = sum(t.shape[0] * t.shape[1] * t.shape[3] for t in (store.tail.keys, store.tail.values))
+        return LayerReport(
+            layer=self.index,
+            kind=type(self).__name__,
+            compressed=True,
+            reason=f"keys {self.settings.key_name}, values {self.settings.value_name}",
+            tokens=store.length,
+            pages=sum(1 for _ in store.pages()),
+            elements=elements * store.length,
+            nbytes=store.nbytes,
+            raw_vectors=tuple(sorted(store.raw_reasons().items())),
+            tail_tokens=store.tail.length,
+        )
+
+    def _count(self) -> None:
+        self.materialized += 1
+
+
+def untouched_report(index: int, layer: Any, reason: str) -> LayerReport:
+    """The report of a layer that fibkv holds nothing of: stock ones, and compressed ones before their first token."""
+    tensors = [value for value in vars(layer).values() if isinstance(value, Tensor)]
+    states = [t for name in ("keys", "values") if isinstance(t := getattr(layer, name, None), Tensor)]
+    return LayerReport(
+        layer=index,
+        kind=type(layer).__name__,
+        compressed=isinstance(layer, CompressedLayer),
+        reason=reason,
+        tokens=layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else 0,
+        pages=0,
+        elements=sum(t.numel() for t in states),
+        nbytes=sum(t.numel() * t.element_size() for t in tensors),
+    )
