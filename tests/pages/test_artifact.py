@@ -339,6 +339,13 @@ class TestStrictDecoding:
         profile = profile.model_copy(update={"codec_digest": codec.digest()})
         self.refuse(made, "codebook k=2, N=4096: expected a shipped or cached one", profile=profile)
 
+    def test_a_large_haar_rotation_is_never_made_for_a_file(self, made: Artifact) -> None:
+        shape = made.header.shape.model_copy(update={"head_dim": 4096})
+        codec = FibParameters.of(4096, 2, 256, rotation="haar")
+        digests = {"shape_digest": shape.digest(), "codec_digest": codec.digest()}
+        profile = made.header.profile.model_copy(update={"codec": codec, **digests})
+        self.refuse(made, "Haar rotation of at most 1024 dimensions, got 4096", shape=shape, profile=profile)
+
     def test_what_does_not_match_is_quarantined(self, made: Artifact) -> None:
         zero = "blake3:" + "0" * 64
         wrong = {
