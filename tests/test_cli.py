@@ -97,3 +97,12 @@ def test_a_missing_text_is_one_line(tmp_path: Path) -> None:
     assert shown.returncode == 1
     assert "absent.txt: expected a text file in UTF-8" in " ".join(shown.stderr.split())
     assert "Traceback" not in shown.stderr
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    shown = run("codebooks", "build", str(tmp_path / "file" / "books"))
+    assert shown.returncode == 1
+    assert "fibkv: [Errno" in shown.stderr
+    assert "Traceback" not in shown.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

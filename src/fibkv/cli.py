@@ -13,6 +13,7 @@ from rich.table import Table
 import fibkv
 from fibkv import codebook, embedded
 from fibkv.codecs.fib import unit_distortion
+from fibkv.demo_result import DemoSettings
 from fibkv.errors import FibkvError
 from fibkv.files import write_text
 from fibkv.parameters import FibParameters
@@ -30,12 +31,14 @@ codebooks = typer.Typer(
 )
 app.add_typer(codebooks, name="codebooks")
 
+DEFAULTS = DemoSettings()
+
 
 def main() -> None:
-    """Runs the command; an error of fibkv becomes one line on stderr and exit code 1."""
+    """Runs the command; an error of fibkv or of the file system becomes one line on stderr and exit code 1."""
     try:
         app()
-    except FibkvError as error:
+    except (FibkvError, OSError) as error:
         Console(stderr=True).print(f"fibkv: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
 
@@ -55,15 +58,15 @@ def demo(
     text: Annotated[
         Path | None, typer.Option(help="UTF-8 text that the model was not trained on; goes with --model.")
     ] = None,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of text.")] = 6,
-    window_tokens: Annotated[int, typer.Option(min=2, help="Tokens per window and prompt.")] = 1024,
-    prompts: Annotated[int, typer.Option(min=1, help="Needle prompts.")] = 12,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of text.")] = DEFAULTS.num_windows,
+    window_tokens: Annotated[int, typer.Option(min=2, help="Tokens per window and prompt.")] = DEFAULTS.window_tokens,
+    prompts: Annotated[int, typer.Option(min=1, help="Needle prompts.")] = DEFAULTS.num_prompts,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16; default: float32, with --model as it is stored.")
     ] = None,
     threads: Annotated[
         int, typer.Option(min=1, help="CPU threads of torch; a model as small as ours is no faster with more.")
-    ] = 1,
+    ] = DEFAULTS.num_threads,
     json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot of KL over counted bits to this file.")] = None,
 ) -> None:
@@ -73,7 +76,6 @@ def demo(
     """
     # Here, so that `fibkv --help` does not wait for transformers and `fibkv codebooks` does not need it.
     from fibkv.demo import run_demo, standard_variants  # noqa: PLC0415
-    from fibkv.demo_result import DemoSettings  # noqa: PLC0415
     from fibkv.demo_view import progress_bar, render, save_plot  # noqa: PLC0415
 
     if (model is None) != (text is None):
