@@ -14,7 +14,7 @@ from fibkv.codes import Codes
 from fibkv.errors import ContractError, DecisionError, EncodingError, PageError
 from fibkv.page import NOT_ENCODABLE, Segment, SegmentHeader
 from fibkv.parameters import CodecParameters, RawParameters, named_parameters
-from fibkv.policy import Decision, Plan, Policy, Run, decide, plan
+from fibkv.policy import Decision, Plan, Policy, Run, decide, plan, role_aware_axis
 from fibkv.profile import Profile
 from fibkv.regions import PageGeometry, ProtectedRegions
 from fibkv.shape import Dtype, KVShape
@@ -42,6 +42,9 @@ class RoleCoder:
     def __post_init__(self) -> None:
         if self.profile.protected != self.policy.protected:
             raise ContractError("Profile.protected", f"{self.policy.protected!r} of the policy", self.profile.protected)
+        codec = self.profile.codec
+        if isinstance(codec, RawParameters) and codec.dtype != self.raw_dtype:
+            raise ContractError("Profile.codec.dtype", f"{self.raw_dtype}, in which vectors are kept raw", codec.dtype)
 
     def plan(self, shape: KVShape) -> Plan:
         """The policy's decisions for a tensor of that shape: the only place where a coder learns what to compress."""
@@ -59,10 +62,9 @@ class RoleCoder:
 
     @cached_property
     def axis(self) -> Literal["raw", "per_token", "per_channel"]:
-        """The profile's axis, with the role-aware one resolved: keys per channel, values per token (KIVI)."""
-        if self.profile.axis == "role_aware_kivi_style":
-            return "per_channel" if self.profile.role == "key" else "per_token"
-        return self.profile.axis
+        """The profile's axis, with the role-aware one resolved."""
+        axis = self.profile.axis
+        return role_aware_axis(self.profile.role) if axis == "role_aware_kivi_style" else axis
 
     @cached_property
     def profile_digest(self) -> str:

@@ -109,17 +109,20 @@ class Cache(StockCache):
         return keys, values
 
     def _check_step(self, layer_idx: int, tokens: int) -> None:
-        """Layers are filled in turn: the first one leads by `tokens` while the others follow."""
-        filled = [layer for layer in self._compressed() if layer.store is not None]
+        """Layers are filled in turn: the first one leads by `tokens` while the others follow.
+
+        The first layer's turn checks all, the others' turns themselves: a step costs one look at each layer.
+        """
         layer = self.layers[layer_idx]
-        if layer not in filled:
+        first = next((other for other in self._compressed() if other.store is not None), None)
+        if first is None or not isinstance(layer, CompressedLayer):
             return
-        ahead = tokens if layer is not filled[0] else 0
-        expected = filled[0].get_seq_length() - ahead
-        behind = filled if not ahead else [layer]
-        for other in behind:
+        leads = layer is first
+        expected = first.get_seq_length() - (0 if leads else tokens)
+        looked_at = (other for other in self._compressed() if other.store is not None) if leads else (layer,)
+        for other in looked_at:
             if (held := other.get_seq_length()) != expected:
-                least = min(one.get_seq_length() for one in filled)
+                least = min(one.get_seq_length() for one in self._compressed())
                 raise ModelError(
                     f"cache out of step after a failed call: layer {other.index} holds {held} tokens, "
                     f"expected {expected}; cache.crop_to({least}) mends it"

@@ -231,8 +231,13 @@ class _Rule:
         return _compress(policy.strategy, self.shape.role)
 
 
+def role_aware_axis(role: Role) -> Literal["per_token", "per_channel"]:
+    """The axis of the role-aware strategies: keys per channel, values per token (KIVI, arXiv 2402.02750)."""
+    return "per_channel" if role == "key" else "per_token"
+
+
 def _compress(strategy: Strategy, role: Role) -> Decision:
-    role_axis: DecisionAxis = "per_channel" if role == "key" else "per_token"
+    role_axis = role_aware_axis(role)
     role_reason: Reason = "key_role_axis" if role == "key" else "value_role_axis"
     match strategy:
         case "fib_quant_per_token":

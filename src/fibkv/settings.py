@@ -146,6 +146,8 @@ class CacheSettings:
 
     def _role(self, role: Role, tensor: Tensor, choice: Choice) -> tuple[KVShape, RoleCoder]:
         raw_dtype = self.raw_dtype or DTYPE_NAMES[tensor.dtype]
+        if isinstance(choice, RawParameters):
+            raw_dtype = choice.dtype
         policy = self._policy(choice)
         protected = policy.protected
         shape = self._shape(role, tensor).fixed_part(
@@ -154,7 +156,8 @@ class CacheSettings:
         )
         block_dim = _block_dim(choice)
         # Where the shape cannot carry the choice, the raw codec stands in, if the policy allows that.
-        fitting = choice if carries(shape, block_dim) and policy.strategy != "raw" else "raw"
+        stands_in = policy.strategy == "raw" or not carries(shape, block_dim)
+        fitting = "raw" if stands_in and not isinstance(choice, RawParameters) else choice
         coder = bind_coder(
             shape,
             _parameters(fitting, shape.head_dim, raw_dtype),

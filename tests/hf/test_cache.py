@@ -13,11 +13,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import fibkv
-from fibkv.errors import ContractError, DecisionError, KernelError, ModelError, PageError
+from fibkv.errors import ContractError, DecisionError, EncodingError, KernelError, ModelError, PageError
 from fibkv.handle import Handle
 from fibkv.hf_attention import ATTENTION_NAME, attention_forward
 from fibkv.hf_layer import CompressedLayer
-from fibkv.parameters import FibParameters
+from fibkv.parameters import FibParameters, RawParameters
 from tests.hf.models import COMMON, build, prompt
 
 
@@ -226,6 +226,13 @@ class TestSettings:
             assert f"keys {keys}, values {values}" in cache.report().layers[0].reason
             assert cache.report().layers[0].pages == 2
 
+    def test_raw_parameters_decide_their_dtype(self) -> None:
+        _, cache = filled(profile=RawParameters(head_dim=32, dtype="f16"))
+        page = next(cache.layers[0].store.pages())
+        assert {segment.codes.values.dtype for segment in (*page.keys, *page.values)} == {torch.float16}
+        with pytest.raises(ContractError, match=r"Profile\.codec\.head_dim: expected 32 of the shape, got 64"):
+            filled(profile=RawParameters(head_dim=64, dtype="f16"))
+
     def test_raw_dtype_halves_the_pages_of_a_float32_model(self) -> None:
         _, full = filled(profile="raw")
         _, half = filled(profile="raw", raw_dtype="f16")
@@ -364,6 +371,21 @@ class TestModes:
             assert [layer.get_seq_length() for layer in cache.layers] == [101, 100, 100]
             cache.crop_to(100)
             assert torch.equal(model(prompt(1, 1), past_key_values=cache).logits, expected)
+
+    def test_a_failed_first_call_is_noticed(self) -> None:
+        """The second layer cannot be sealed: the first one alone holds the prompt, and a retry must not double it."""
+        cache = fibkv.Cache(tf.LlamaConfig(**COMMON), profile="raw", raw_dtype="f16")
+        keys = torch.ones(1, 2, 140, 32)
+        cache.update(keys, keys, 0)
+        with pytest.raises(EncodingError, match=r"raw in f16: vectors exceed torch.float16"):
+            cache.update(1e6 * keys, keys, 1)
+        assert [layer.get_seq_length() for layer in cache.layers] == [140, 0, 0]
+        with pytest.raises(ModelError, match=r"holds 0 tokens, expected 140; cache.crop_to\(0\) mends it"):
+            cache.update(keys, keys, 0)
+        cache.crop_to(0)
+        for layer in range(3):
+            cache.update(keys, keys, layer)
+        assert cache.get_seq_length() == 140
 
     def test_large_float16_values_stay_finite(self) -> None:
         keys = torch.full((1, 2, 128, 32), 65504.0, dtype=torch.float16)
