@@ -1,0 +1,7 @@
+#include "bindings.h"
+
+namespace fibkv {
+
+void bind_encoding(nanobind::module_&) {}
+
+}  // namespace fibkv
