@@ -15,7 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from fibkv.attend import Scores, attend
 from fibkv.errors import ModelError
 from fibkv.handle import Handle
-from fibkv.view import Tail, View
+from fibkv.view import View
 
 ATTENTION_NAME = "fibkv"
 
@@ -62,7 +62,7 @@ def attention_forward(
         return out, None
     else:
         # `sdpa` knows neither softcap nor sinks: plain tensors are a cache that is all tail.
-        view = View(((),) * key.shape[0], Tail(key, value, key.shape[2]), key.shape[2])
+        view = View.of_tensors(key, value)
     if dropout:
         raise ModelError(f"fibkv.attention has no dropout, got {dropout}: call model.eval()")
     scores = Scores(

@@ -34,7 +34,14 @@ def shape_of(role: str, *, tokens: int = 64, batch: int = 1, layers: int = 3, dt
     )
 
 
-def coder(role: str, name: str = "fib4", policy: Policy | None = None, *, shape: KVShape | None = None) -> RoleCoder:
+def coder(
+    role: str,
+    name: str = "fib4",
+    policy: Policy | None = None,
+    *,
+    shape: KVShape | None = None,
+    implementation: str = "reference",
+) -> RoleCoder:
     policy = policy or Policy.per_token()
     if name == "raw":
         policy = policy.model_copy(update={"strategy": "raw"})
@@ -46,18 +53,24 @@ def coder(role: str, name: str = "fib4", policy: Policy | None = None, *, shape:
         profile_id=f"test:{name}",
         tokens_per_page=16,
         raw_dtype=shape.dtype,
+        implementation=implementation,
     )
 
 
 def layer_settings(
-    keys: str = "fib4", values: str = "fib4", policy: Policy | None = None, *, read_through: bool = False
+    keys: str = "fib4",
+    values: str = "fib4",
+    policy: Policy | None = None,
+    *,
+    read_through: bool = False,
+    implementation: str = "reference",
 ) -> LayerSettings:
     return LayerSettings(
         layer=1,
         key_shape=shape_of("key"),
         value_shape=shape_of("value"),
-        keys=coder("key", keys, policy),
-        values=coder("value", values, policy),
+        keys=coder("key", keys, policy, implementation=implementation),
+        values=coder("value", values, policy, implementation=implementation),
         tokens_per_page=16,
         read_through=read_through,
     )
