@@ -7,13 +7,13 @@
 
 #include <cstring>
 
+#include "integer_blocks.h"
 #include "integer_kernels.h"
 
 namespace fibkv {
-namespace avx512 {
+namespace FIBKV_ISA {
 namespace {
 
-constexpr int kMostQueries = 8;
 constexpr int kLanes = 16;
 
 // sums += four-way products of unsigned and signed bytes. Written out, because GCC 12 copies the sums of the intrinsic
@@ -63,7 +63,7 @@ struct Pair {
 //   float step[8]; int32 start[8]; int32 bytes[planes][code_bytes / 4][queries of the block]
 // A query is step * bytes, and `start` undoes the 128 that the unsigned keys are raised by.
 // int8 keys are met by two bytes of the query, high and low, as two planes.
-struct Block {
+struct Prepared {
   float* step;
   int32_t* start;
   int32_t* bytes;
@@ -76,14 +76,11 @@ size_t block_bytes(const Side& side) {
                          static_cast<size_t>(query_planes(side)) * side.code_bytes);
 }
 
-Block block_at(const Side& side, const uint8_t* prepared, int index) {
+Prepared block_at(const Side& side, const uint8_t* prepared, int index) {
   uint8_t* at = const_cast<uint8_t*>(prepared) + index * block_bytes(side);
   return {reinterpret_cast<float*>(at), reinterpret_cast<int32_t*>(at + 4 * kMostQueries),
           reinterpret_cast<int32_t*>(at + 12 * kMostQueries)};
 }
-
-// Queries come in blocks of 8, 4, 2, 1.
-int block_size(int left) { return left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1; }
 
 float largest_magnitude(const float* row, int width) {
   __m512 top = _mm512_setzero_ps();
@@ -92,7 +89,7 @@ float largest_magnitude(const float* row, int width) {
 }
 
 // Puts the bytes of a query where the products of plane `plane` read them; returns their sum.
-int put_plane(const Block& block, const Side& side, int n, int q, int plane, const int16_t* numbers, int stride) {
+int put_plane(const Prepared& block, const Side& side, int n, int q, int plane, const int16_t* numbers, int stride) {
   int8_t* to = reinterpret_cast<int8_t*>(block.bytes + static_cast<size_t>(plane) * (side.code_bytes / 4) * n + q);
   int sum = 0;
   for (int byte = 0; byte < side.code_bytes; ++byte) {
@@ -103,7 +100,7 @@ int put_plane(const Block& block, const Side& side, int n, int q, int plane, con
   return sum;
 }
 
-void quantize_query(const Block& block, const Side& side, int n, int q, const float* row) {
+void quantize_query(const Prepared& block, const Side& side, int n, int q, const float* row) {
   const bool wide = side.form == Form::int8;
   const int width = padded_dim(side.dim);
   const float top = largest_magnitude(row, width);
@@ -138,7 +135,7 @@ inline void add_products(__m512i (&sums)[n], __m512i keys, const int32_t* querie
 
 // Integer sums [groups][n] of 16 tokens each over two planes of a table.
 template <int n>
-void score_pair(const Side& side, const uint8_t* codes, int groups, int pair, const Block& block, __m512i* sums,
+void score_pair(const Side& side, const uint8_t* codes, int groups, int pair, const Prepared& block, __m512i* sums,
                 const uint8_t* ahead) {
   Pair tables(side.tables + 512 * pair, int8_t(-128));
   const int steps = side.code_bytes / 4;
@@ -162,7 +159,7 @@ void score_pair(const Side& side, const uint8_t* codes, int groups, int pair, co
 }
 
 template <int n>
-void score_table(const Side& side, const uint8_t* codes, int groups, const Block& block, const float* norms,
+void score_table(const Side& side, const uint8_t* codes, int groups, const Prepared& block, const float* norms,
                  float* logits, const uint8_t* ahead) {
   __m512i sums[kTile / kLanes * n];
   for (int pair = 0; pair < side.planes / 2; ++pair) score_pair<n>(side, codes, groups, pair, block, sums, ahead);
@@ -177,7 +174,7 @@ void score_table(const Side& side, const uint8_t* codes, int groups, const Block
 }
 
 template <int n>
-void score_int8(const Side& side, const uint8_t* codes, int groups, const Block& block, const float* norms,
+void score_int8(const Side& side, const uint8_t* codes, int groups, const Prepared& block, const float* norms,
                 float* logits, const uint8_t* ahead) {
   const int steps = side.code_bytes / 4;
   const int32_t* queries = block.bytes;
@@ -206,7 +203,7 @@ void score_int8(const Side& side, const uint8_t* codes, int groups, const Block&
 }
 
 template <int n>
-void score_block(const Side& side, const uint8_t* codes, int groups, const Block& block, const float* norms,
+void score_block(const Side& side, const uint8_t* codes, int groups, const Prepared& block, const float* norms,
                  float* logits, const uint8_t* ahead) {
   if (side.form == Form::int8) {
     score_int8<n>(side, codes, groups, block, norms, logits, ahead);
@@ -315,38 +312,25 @@ void mix_block(const Side& side, const uint8_t* codes, size_t pitch, int quads, 
 
 }  // namespace
 
-size_t integer_prepared_bytes(const Side& key, int n) {
-  int blocks = 0;
-  for (int q = 0; q < n; q += block_size(n - q)) ++blocks;
-  return blocks * block_bytes(key);
-}
+size_t integer_prepared_bytes(const Side& key, int n) { return num_blocks(n) * block_bytes(key); }
 
 void integer_prepare(const Side& key, const float* queries, int n, uint8_t* prepared) {
-  int index = 0;
-  for (int q = 0; q < n; ++index) {
-    const int size = block_size(n - q);
-    const Block block = block_at(key, prepared, index);
-    for (int i = 0; i < size; ++i, ++q) quantize_query(block, key, size, i, queries + q * padded_dim(key.dim));
-  }
+  each_block(n, [&](auto block) {
+    for (int i = 0; i < block.size; ++i) {
+      const float* row = queries + static_cast<size_t>(block.first + i) * padded_dim(key.dim);
+      quantize_query(block_at(key, prepared, block.index), key, block.size, i, row);
+    }
+  });
 }
 
 void integer_score(const Side& key, const Span& span, int first, int tokens, const uint8_t* prepared, int n,
                    const float* norms, float* logits, const uint8_t* ahead) {
   const uint8_t* codes = span.codes + static_cast<size_t>(first) * key.code_bytes;
   const int groups = (tokens + kTokenTile - 1) / kTokenTile;
-  int index = 0;
-  for (int q = 0; q < n; ++index) {
-    const int size = block_size(n - q);
-    const Block block = block_at(key, prepared, index);
-    float* to = logits + q * kTile;
-    switch (size) {
-      case 8: score_block<8>(key, codes, groups, block, norms, to, ahead); break;
-      case 4: score_block<4>(key, codes, groups, block, norms, to, ahead); break;
-      case 2: score_block<2>(key, codes, groups, block, norms, to, ahead); break;
-      default: score_block<1>(key, codes, groups, block, norms, to, ahead);
-    }
-    q += size;
-  }
+  each_block(n, [&](auto block) {
+    score_block<block.size>(key, codes, groups, block_at(key, prepared, block.index), norms,
+                            logits + block.first * kTile, ahead);
+  });
 }
 
 void integer_mix(const Side& value, const Span& span, int first, int tokens, const float* weights, int n,
@@ -354,19 +338,11 @@ void integer_mix(const Side& value, const Span& span, int first, int tokens, con
   const uint8_t* codes = span.codes + static_cast<size_t>(first) * kValueSlice;
   const size_t pitch = static_cast<size_t>(span.padded) * kValueSlice;
   const int quads = (tokens + 3) / 4, width = padded_dim(value.dim);
-  for (int q = 0; q < n;) {
-    const int size = block_size(n - q);
-    const float* from = weights + q * kTile;
-    float* to = out + q * width;
-    switch (size) {
-      case 8: mix_block<8>(value, codes, pitch, quads, from, norms, to, width, ahead); break;
-      case 4: mix_block<4>(value, codes, pitch, quads, from, norms, to, width, ahead); break;
-      case 2: mix_block<2>(value, codes, pitch, quads, from, norms, to, width, ahead); break;
-      default: mix_block<1>(value, codes, pitch, quads, from, norms, to, width, ahead);
-    }
-    q += size;
-  }
+  each_block(n, [&](auto block) {
+    mix_block<block.size>(value, codes, pitch, quads, weights + block.first * kTile, norms,
+                          out + static_cast<size_t>(block.first) * width, width, ahead);
+  });
 }
 
-}  // namespace avx512
+}  // namespace FIBKV_ISA
 }  // namespace fibkv

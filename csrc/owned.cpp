@@ -45,7 +45,7 @@ OwnedRotation::OwnedRotation(const float* rows, int dim)
 OwnedSide::OwnedSide(const SideSettings& s, const float* codewords, std::shared_ptr<OwnedRotation> rotation)
     : rotation_(std::move(rotation)) {
   side_ = Side{s.form, Order::rows, s.dim, s.code_bytes, s.norm_bytes, s.block, s.size, s.bits,
-               s.log_norms, s.channels, nullptr, rotation_ ? &rotation_->rotation : nullptr, 0, nullptr, 1.0f};
+               s.log_norms, s.channels, nullptr, rotation_ ? &rotation_->rotation : nullptr, 0, nullptr, 1.0f, nullptr, 1.0f};
   if (s.form == Form::fib) {
     // Room for every index of the width, so that no damaged code can read outside the book.
     codewords_.assign((size_t{1} << s.bits) * s.block, 0.0f);
@@ -62,20 +62,32 @@ OwnedSide::OwnedSide(const SideSettings& s, const float* codewords, std::shared_
   if (s.form == Form::fib) build_tables();
 }
 
+// Coordinate `plane` of what a code byte stands for.
+float OwnedSide::coordinate(int byte, int plane) const {
+  const int index = byte >> (plane / side_.block * side_.bits) & ((1 << side_.bits) - 1);
+  return codewords_[static_cast<size_t>(index) * side_.block + plane % side_.block];
+}
+
 void OwnedSide::build_tables() {
-  const Side& s = side_;
   float top = 0;
   for (float x : codewords_) top = std::max(top, std::fabs(x));
   side_.plane_step = top / 127.0f;
-  tables_.resize(static_cast<size_t>(s.planes) * 256);
+  side_.word_step = top / kMostWord;
+  tables_.resize(static_cast<size_t>(side_.planes) * 256);
+  words_.resize(static_cast<size_t>(side_.planes) / 2 * 256);
   for (int byte = 0; byte < 256; ++byte) {
-    for (int plane = 0; plane < s.planes; ++plane) {
-      const int index = byte >> (plane / s.block * s.bits) & ((1 << s.bits) - 1);
-      const float x = codewords_[static_cast<size_t>(index) * s.block + plane % s.block];
-      tables_[static_cast<size_t>(plane) * 256 + byte] = static_cast<int8_t>(std::lround(x / side_.plane_step));
+    for (int plane = 0; plane < side_.planes; ++plane) {
+      tables_[static_cast<size_t>(plane) * 256 + byte] =
+          static_cast<int8_t>(std::lround(coordinate(byte, plane) / side_.plane_step));
+    }
+    for (int pair = 0; pair < side_.planes / 2; ++pair) {
+      const auto low = static_cast<uint16_t>(std::lround(coordinate(byte, 2 * pair) / side_.word_step));
+      const auto high = static_cast<uint16_t>(std::lround(coordinate(byte, 2 * pair + 1) / side_.word_step));
+      words_[static_cast<size_t>(pair) * 256 + byte] = static_cast<int32_t>(low | static_cast<uint32_t>(high) << 16);
     }
   }
   side_.tables = tables_.data();
+  side_.words = words_.data();
 }
 
 void OwnedSide::pack(int heads, int tokens, const Canonical& from, uint8_t* to) const {

@@ -43,10 +43,12 @@ class OwnedSide {
   void unpack(int heads, int tokens, const uint8_t* from, const Canonical& to) const;
 
  private:
+  float coordinate(int byte, int plane) const;
   void build_tables();
   Side side_{};
   std::vector<float> codewords_;
   std::vector<int8_t> tables_;
+  std::vector<int32_t> words_;
   std::shared_ptr<OwnedRotation> rotation_;
 };
 

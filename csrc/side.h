@@ -17,6 +17,9 @@ enum class Form : int32_t { f32, f16, bf16, int8, fp8, fib };
 // Tiles pad T to a multiple of 16 with zero bytes.
 enum class Order : int32_t { rows, key_tiles, value_tiles };
 
+// Largest magnitude in the int16 tables: with queries and weights of 14 bits, sums over 256 dimensions stay in int32.
+constexpr float kMostWord = 511.0f;
+
 constexpr int kTokenTile = 16;
 constexpr int kValueSlice = 16;
 
@@ -47,6 +50,9 @@ struct Side {
   int planes;
   const int8_t* tables;
   float plane_step;
+  // The same in int16, for products of pairs: words [planes / 2][256], plane 2 * pair in the low half, times word_step.
+  const int32_t* words;
+  float word_step;
 
   int padded(int tokens) const {
     return order == Order::rows ? tokens : (tokens + kTokenTile - 1) / kTokenTile * kTokenTile;
