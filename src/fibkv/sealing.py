@@ -125,10 +125,11 @@ def resident(pages: Sequence[Page], implementation: str, slabs: Slabs) -> list[P
     for _, group in groupby(pages, key=lambda page: page.form):
         same = list(group)
         kernels_ = kernels.resolve(implementation, same[0].keys[0].held.device)
-        if not isinstance(kernels_, Native):
+        rectangles = [_rectangles(page) for page in same]
+        if not isinstance(kernels_, Native) or all(kernels_.holds(*one) for page in rectangles for one in page):
             placed += same
             continue
-        packed = kernels_.pack_all([_rectangles(page) for page in same], slabs)
+        packed = kernels_.pack_all(rectangles, slabs)
         placed += [page.holding(held) for page, held in zip(same, packed, strict=True)]
     return placed
 

@@ -241,7 +241,7 @@ class Native:
     ) -> tuple[Tensor, Tensor]:
         """Attention of rotated queries on one part of a cache; see `fibkv.kernels.reference.attend`."""
         leading = leading_axes(key_codes)
-        keys, values = (_flat(codes, len(leading)) for codes in (key_codes, value_codes))
+        keys, values = (_flat(codes, leading) for codes in (key_codes, value_codes))
         heads, tokens = extent(keys)
         queries = query.expand(*leading, *query.shape[-2:]).reshape(1, heads, *query.shape[-2:])
         if mask is not None:
@@ -274,9 +274,9 @@ class Native:
         return out.view(*leading, *out.shape[2:]), lse.view(*leading, lse.shape[2])
 
 
-def _flat(codes: Codes, lead: int) -> Codes:
+def _flat(codes: Codes, leading: torch.Size) -> Codes:
     """Codes with their leading axes made one."""
-    return codes.map(lambda tensor: tensor.reshape(-1, *tensor.shape[lead:]))
+    return codes.map(lambda tensor: tensor.reshape(leading.numel(), *tensor.shape[len(leading) :]))
 
 
 def _mask_pointers(masking: Masking, query: torch.Size, length: int) -> tuple[Tensor | None, Any]:
