@@ -32,11 +32,15 @@ struct Square {
 //
 // A round is a change of signs and a transform. The sign that the two inputs of a butterfly share is put off to the
 // next stage, so that a butterfly is a + r b and a - r b with the relative sign r: a multiply-add, exact as +-1 is.
-// Stage s has one relative sign per block of 2^(s+1) coordinates. What is put off to the end is one sign for all.
+// What is put off to the end is one sign for all.
+//
+// Stages are taken several at a time, as many as registers hold: up to 3, or up to 4. In the order of use there are,
+// for each round, each such pass and each block of 2^stages * span coordinates, 2^stages - 1 relative signs: half of
+// them for its first stage, a quarter for the second.
 struct Signs {
   int rounds;
-  const double* wide;   // [rounds][d - 1]: the relative signs of stage 0 (d/2 of them), of stage 1 (d/4), ...
-  const float* narrow;  // the same
+  const double* wide[2];   // in passes of up to 3 and of up to 4 stages; null without signs
+  const float* narrow[2];  // the same
 };
 
 // The form of FibQuant's codes. Pointers belong to a FibCoder.
@@ -44,12 +48,12 @@ struct FibForm {
   int dim, block, size, bits;
   bool gain_corrected;
 
-  // Rotation: by signs where `forward.wide` is there, else by the matrix [d][d], whose rows give the coordinates.
-  Signs forward, backward;
+  // Rotation: by signs where there are any, else by the matrix [d][d], whose rows give the coordinates.
+  Signs forward, backward;  // `backward` in float32 only
   const double* matrix;
   const float* transposed;
   double forward_scale;      // of the transform by signs: its sign, and d^(-rounds / 2)
-  const float* output_scale; // [d] of the inverse transform by signs, likewise
+  const float* output_scale;  // [d] of the inverse transform by signs, likewise
 
   const float* codewords;  // [N][k]
   const float* planes;     // [k][padded]: the same by coordinate, filled up with what is never nearest

@@ -59,8 +59,8 @@ static inline bool all_finite(vd v) {
 }
 
 static inline void rotate_wide(const FibForm& form, vd* x, vd* turned) {
-  if (form.forward.wide) {
-    hadamard(form.forward.wide, form.forward.rounds, form.dim, x);
+  if (form.forward.rounds) {
+    hadamard(wide_signs(form.forward), form.forward.rounds, form.dim, x);
     return;
   }
   multiply(form.matrix, form.dim, x, turned);
@@ -100,7 +100,7 @@ static bool rotate_quickly(const FibForm& form, const void* rows, int count, con
   });
   if (any(~(energy > splat(1e-20f) && energy < splat(1e20f)))) return false;
   length = {square_root(widen_low(energy)), square_root(widen_high(energy))};
-  hadamard(form.forward.narrow, form.forward.rounds, form.dim, scratch.unit);
+  hadamard(narrow_signs(form.forward), form.forward.rounds, form.dim, scratch.unit);
   const vf inverse = narrow(splat_wide(form.forward_scale) / length.low, splat_wide(form.forward_scale) / length.high);
   for (int i = 0; i < form.dim; ++i) scratch.unit[i] *= inverse;
   return true;
@@ -262,7 +262,7 @@ template <Element element>
 static bool encode_batch(const FibForm& form, const void* rows, int count, uint8_t* codes, double* norms,
                          const FibScratch& scratch) {
   Wide length;
-  const bool quick = form.search == Search::table && form.forward.narrow &&
+  const bool quick = form.search == Search::table && form.forward.rounds &&
                      rotate_quickly<element>(form, rows, count, scratch, length);
   if (!quick && !rotate_exactly<element>(form, rows, count, scratch, length)) return false;
   const vi* index = scratch.index;
@@ -319,8 +319,8 @@ static void decode_batch(const FibForm& form, const uint8_t* codes, const float*
   look_up(form, scratch.index, scratch.unit);
   vf norm{};
   for (int lane = 0; lane < count; ++lane) norm[lane] = norms[lane];
-  if (form.backward.narrow) {
-    hadamard(form.backward.narrow, form.backward.rounds, form.dim, scratch.unit);
+  if (form.backward.rounds) {
+    hadamard(narrow_signs(form.backward), form.backward.rounds, form.dim, scratch.unit);
     const vf* y = scratch.unit;
     write_rows<element>(out, count, form.dim, [&](int i) { return y[i] * splat(form.output_scale[i]) * norm; });
   } else {

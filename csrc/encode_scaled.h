@@ -11,8 +11,7 @@ static inline vi not_finite(vf v) { return as_int(magnitude(v)) >= splat(0x7F800
 
 // float32 >= 0 to bfloat16 towards +infinity, in the low half of a lane; what is finite stays so.
 static inline vi raised_bf16(vf positive) {
-  const vi raised = (vi)(((vu)as_int(positive) + 0xFFFF) >> 16);
-  return raised > splat(0x7F7F) ? splat(0x7F7F) : raised;
+  return minimum((vi)(((vu)as_int(positive) + 0xFFFF) >> 16), splat(0x7F7F));
 }
 
 static inline vf from_bf16_bits(vi bits) { return as_float(bits << 16); }
@@ -79,17 +78,15 @@ static bool encode_scaled_rows(const void* rows, int64_t count, int dim, uint8_t
     each_step(dim, [&](int first, int width) {
       const vf v = read_step<element>(row, first, width);
       bad |= not_finite(v);
-      peaks = larger(magnitude(v), peaks);
+      peaks = maximum(magnitude(v), peaks);
     });
     const vi scale = raised_bf16(splat(largest(peaks)) / splat(Number::limit));
     scales[i] = (uint16_t)scale[0];
-    const vf divisor = one_for_zero(from_bf16_bits(scale)), limit = splat(Number::limit);
+    const vf divisor = one_for_zero(from_bf16_bits(scale));
     each_step(dim, [&](int first, int width) {
-      vf v = read_step<element>(row, first, width) / divisor;
-      v = v > limit ? limit : v;
-      v = v < -limit ? -limit : v;
+      const vf v = read_step<element>(row, first, width) / divisor;
       uint8_t bytes[kLanes];
-      store_bytes(bytes, Number::encode(v));
+      store_bytes(bytes, Number::encode(clamp(v, -Number::limit, Number::limit)));
       std::memcpy(values + first, bytes, width);
     });
   }
@@ -121,7 +118,7 @@ static bool divide_channels(const void* rows, int64_t tokens, int dim, uint16_t*
     for (int64_t t = 0; t < tokens; ++t) {
       const vf v = channels(t);
       bad |= not_finite(v);
-      peak = larger(magnitude(v), peak);
+      peak = maximum(magnitude(v), peak);
     }
     const vf unit = one_for_zero(peak);
     vd low{}, high{};

@@ -10,10 +10,6 @@
 namespace fibkv {
 namespace FIBKV_ISA {
 
-// A register that holds `replaced` where the mask is set.
-static inline vi choose(vi mask, vi chosen, vi otherwise) { return mask ? chosen : otherwise; }
-static inline vf choose(vi mask, vf chosen, vf otherwise) { return mask ? chosen : otherwise; }
-
 // k = 1: the number of decision boundaries that are not above x.
 static inline vi count_boundaries(const FibForm& form, vf x) {
   vi index{};
@@ -84,9 +80,8 @@ static inline vi nearest_on_grid(const FibForm& form, const vf* block) {
   vf least = distance(first);
   const auto compare = [&](vi candidate) {
     const vf other = distance(candidate);
-    const vi nearer = other < least;
-    least = choose(nearer, other, least);
-    index = choose(nearer, candidate, index);
+    index = choose(other < least, candidate, index);
+    least = minimum(least, other);
   };
   // Candidates rise, so that strictly nearer keeps the lower of equals. A repeated one changes nothing.
   compare(second);
@@ -118,11 +113,9 @@ static void filter(const FibForm& form, const vf* x, vi* index) {
       vf score = splat(word[0]);
 #pragma GCC unroll 8
       for (int axis = 0; axis < axes; ++axis) score = multiply_add(x[b * axes + axis], splat(word[1 + axis]), score);
-      const vi lower = score < least[b];
-      const vf lost = lower ? least[b] : score;
-      next[b] = lost < next[b] ? lost : next[b];
-      least[b] = lower ? score : least[b];
-      index[b] = choose(lower, candidate, index[b]);
+      index[b] = choose(score < least[b], candidate, index[b]);
+      next[b] = minimum(next[b], maximum(least[b], score));
+      least[b] = minimum(least[b], score);
     }
   }
   for (int b = 0; b < blocks; ++b) {
@@ -131,7 +124,7 @@ static void filter(const FibForm& form, const vf* x, vi* index) {
     vf length{};
     for (int axis = 0; axis < axes; ++axis) {
       const vf value = x[b * axes + axis];
-      length += value < splat(0.0f) ? -value : value;
+      length += maximum(value, -value);
     }
     const vf reach = length + splat(form.largest);
     const vf margin = reach * reach * splat(6 * (axes + 2) * 0x1p-24f);

@@ -13,13 +13,23 @@ constexpr int kPadding = 16;  // the most lanes that an instruction set has
 constexpr int kGridSide = 128;
 constexpr float kNeverNearest = 1e18f;  // squared it is still a float32
 
-// The relative signs of `rounds` transforms, each after a change of signs [d]; see Signs.
-std::vector<float> relative_signs(const std::vector<int8_t>& signs, int rounds, int dim) {
+// The relative signs of `rounds` transforms, each after a change of signs [d], in passes of up to `deepest` stages; see
+// Signs. The sign put off by a block of butterflies is that of its first coordinate.
+std::vector<float> relative_signs(const std::vector<int8_t>& signs, int rounds, int dim, int deepest) {
   std::vector<float> relative;
   for (int round = 0; round < rounds; ++round) {
     const int8_t* of_round = signs.data() + static_cast<size_t>(round) * dim;
-    for (int span = 1; span < dim; span *= 2) {
-      for (int i = 0; i < dim; i += 2 * span) relative.push_back(of_round[i] * of_round[i + span]);
+    for (int span = 1; span < dim;) {
+      int radix = 2;
+      while (radix < 1 << deepest && span * radix < dim) radix *= 2;
+      for (int start = 0; start < dim; start += radix * span) {
+        for (int reach = span; reach < radix * span; reach *= 2) {
+          for (int i = start; i < start + radix * span; i += 2 * reach) {
+            relative.push_back(of_round[i] * of_round[i + reach]);
+          }
+        }
+      }
+      span *= radix;
     }
   }
   return relative;
@@ -80,13 +90,17 @@ void FibCoder::rotate_by_signs(const int8_t* signs, int rounds) {
   for (int round = rounds - 1; round > 0; --round) {
     turned.insert(turned.end(), signs + static_cast<size_t>(round) * d, signs + static_cast<size_t>(round + 1) * d);
   }
-  narrow_ = relative_signs(given, rounds, d);
-  wide_.assign(narrow_.begin(), narrow_.end());
-  backward_ = relative_signs(turned, rounds, d);
+  form_.forward.rounds = form_.backward.rounds = rounds;
+  for (int i = 0; i < 2; ++i) {
+    narrow_[i] = relative_signs(given, rounds, d, 3 + i);
+    wide_[i].assign(narrow_[i].begin(), narrow_[i].end());
+    backward_[i] = relative_signs(turned, rounds, d, 3 + i);
+    form_.forward.wide[i] = wide_[i].data();
+    form_.forward.narrow[i] = narrow_[i].data();
+    form_.backward.narrow[i] = backward_[i].data();
+  }
   const double normalization = std::pow(d, -0.5 * rounds);
-  form_.forward = {rounds, wide_.data(), narrow_.data()};
   form_.forward_scale = normalization * last_sign(given, rounds, d);
-  form_.backward = {rounds, nullptr, backward_.data()};
   for (int i = 0; i < d; ++i) {
     output_scale_.push_back(static_cast<float>(normalization * last_sign(turned, rounds, d) * signs[i]));
   }

@@ -38,8 +38,8 @@ class FibCoder {
   bool find_boundaries();
 
   FibForm form_{};
-  std::vector<double> wide_, matrix_;
-  std::vector<float> narrow_, backward_, transposed_, output_scale_;
+  std::vector<double> wide_[2], matrix_;
+  std::vector<float> narrow_[2], backward_[2], transposed_, output_scale_;
   std::vector<float> codewords_, planes_, scores_, boundaries_, scales_;
   std::vector<uint32_t> candidates_;
   std::vector<uint8_t> decisions_;
