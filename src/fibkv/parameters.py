@@ -18,12 +18,15 @@ from fibkv.training_settings import TrainingSettings, training_settings
 
 Rotation = Literal["hadamard", "haar"]
 NormFormat = Literal["f16", "log8"]
+CodewordSearch = Literal["exact", "table"]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
 
 _MAX_CODEBOOK_ELEMENTS = 67_108_864
 _RATE_TOLERANCE = 1e-12
 # Below, sign changes and Hadamard transforms leave coordinates on too coarse a grid (`fibkv.rotation`).
 _MIN_HADAMARD = 32
+# A decision table covers a plane, and holds one byte per cell.
+_TABLE_BLOCK_DIM, _TABLE_MAX_SIZE = 2, 256
 
 
 class _ScalarParameters(MarkedContract):
@@ -64,6 +67,10 @@ class FibParameters(MarkedContract):
     ``block_dim`` 1 is the scalar case (TurboQuant, arXiv 2504.19874). The rates are redundant and
     checked: ``paper_rate`` = log2(N)/k counts fractional bits, ``wire_rate`` = ceil(log2 N)/k those stored.
 
+    The last two fields are the encoder's alone, and the decoder need not know them. ``codeword_search``: ``exact``
+    finds the nearest codeword; ``table`` reads one near it from a table of the plane, for speed. ``scale_search``
+    tries factors on the unit vector and keeps the codes whose direction fits best; the gain takes the factor up.
+
     Raises:
         ContractError: on construction, for a broken bound or a rate that is not the computed one.
     """
@@ -83,6 +90,8 @@ class FibParameters(MarkedContract):
     codebook_seed: Seed
     codebook_version: Count
     training: TrainingSettings
+    codeword_search: CodewordSearch = "exact"
+    scale_search: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -96,6 +105,12 @@ class FibParameters(MarkedContract):
             raise ContractError("FibParameters.training.head_dim", f"above block_dim {k}", self.training.head_dim)
         if self.rotation == "hadamard" and not _is_power_of_two(d):
             raise ContractError("FibParameters.rotation", f"haar, as head_dim {d} is no power of two", self.rotation)
+        if self.codeword_search == "table" and (k != _TABLE_BLOCK_DIM or n > _TABLE_MAX_SIZE):
+            expected = f"exact, as a table needs block_dim {_TABLE_BLOCK_DIM} and at most {_TABLE_MAX_SIZE} codewords"
+            raise ContractError("FibParameters.codeword_search", expected, self.codeword_search)
+        if self.scale_search and not self.gain_corrected:
+            expected = "False, as the factors found go to the gain, and gain_corrected is False"
+            raise ContractError("FibParameters.scale_search", expected, self.scale_search)
         for name, rate in _rates(k, n).items():
             if abs(getattr(self, name) - rate) > _RATE_TOLERANCE:
                 raise ContractError(f"FibParameters.{name}", repr(rate), getattr(self, name))
@@ -112,6 +127,8 @@ class FibParameters(MarkedContract):
         rotation_seed: int = 0,
         norm_format: NormFormat = "log8",
         gain_corrected: bool = True,
+        codeword_search: CodewordSearch = "exact",
+        scale_search: bool = False,
     ) -> FibParameters:
         """Parameters with the rates computed, of the codebook that fibkv ships or builds for (k, N).
 
@@ -123,6 +140,8 @@ class FibParameters(MarkedContract):
             rotation_seed: seed of the rotation.
             norm_format: how a vector's norm is stored.
             gain_corrected: whether the stored norm makes up for the shrinking of a centroid code.
+            codeword_search: ``exact``, or ``table`` for k = 2 and N <= 256.
+            scale_search: whether factors of the unit vector are tried; needs ``gain_corrected``.
 
         Raises:
             ContractError: a bound is broken.
@@ -140,6 +159,8 @@ class FibParameters(MarkedContract):
             codebook_seed=0,
             codebook_version=1,
             training=training_settings(max(block_dim, 1), max(codebook_size, 1)),
+            codeword_search=codeword_search,
+            scale_search=scale_search,
         )
 
 

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fibkv.decision_table import DecisionTable
 from fibkv.rotation import Rotation
 
 
@@ -48,6 +49,8 @@ class FibTables:
         bits: width of one index, ceil(log2 N).
         norm_format: ``log8`` or ``f16``.
         gain_corrected: whether the stored norm is the norm times the optimal gain <u,q>/<q,q>.
+        scales: factors that the encoder tries on the unit vector, 1.0 alone without a scale search.
+        decisions: what the encoder looks codewords up in, or None: it finds the nearest one.
     """
 
     codewords: Tensor
@@ -56,6 +59,8 @@ class FibTables:
     bits: int
     norm_format: Literal["f16", "log8"]
     gain_corrected: bool
+    scales: tuple[float, ...] = (1.0,)
+    decisions: DecisionTable | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -65,7 +70,8 @@ class FibTables:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What takes memory; tables of other codecs may share some of it."""
-        return self.codewords, self.rotation.matrix
+        looked_up = () if self.decisions is None else (self.decisions.cells,)
+        return self.codewords, self.rotation.matrix, *looked_up
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,6 +14,7 @@ from torch import Tensor
 from fibkv import codebook
 from fibkv.codecs.base import Codec, Field, require
 from fibkv.codes import Codes, FibCodes
+from fibkv.decision_table import decision_table
 from fibkv.errors import ContractError, PageError
 from fibkv.packing import packed_nbytes, stray_bits, unpack
 from fibkv.parameters import FibParameters
@@ -22,6 +23,8 @@ from fibkv.tables import FibTables
 
 # Of the way in which codebooks are trained: a new one gives old parameters another meaning.
 CODEBOOK_VERSION = 1
+# Of a scale search: a geometric grid from 0.8 to 1.25. 17 factors win another 0.6 % of error, 3 lose 5 %.
+SCALES = tuple(1.25 ** (step / 4) for step in range(-4, 5))
 
 
 class FibCodec(Codec):
@@ -34,13 +37,16 @@ class FibCodec(Codec):
         book = codebook.load(parameters.block_dim, parameters.codebook_size)
         _check_book(parameters, book.report)
         turn = rotation(parameters.rotation, parameters.head_dim, parameters.rotation_seed)
+        codewords = book.codewords / sqrt(parameters.head_dim)
         self.tables = FibTables(
-            codewords=book.codewords / sqrt(parameters.head_dim),
+            codewords=codewords,
             rotation=turn,
             head_dim=parameters.head_dim,
             bits=parameters.wire_bits,
             norm_format=parameters.norm_format,
             gain_corrected=parameters.gain_corrected,
+            scales=SCALES if parameters.scale_search else (1.0,),
+            decisions=decision_table(codewords) if parameters.codeword_search == "table" else None,
         )
         self.codebook_digest = book.digest
         self.rotation_digest = turn.digest

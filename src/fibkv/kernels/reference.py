@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from fibkv.codes import ChannelCodes, Codes, FibCodes, RawCodes, ScaledCodes
-from fibkv.errors import EncodingError, KernelError
+from fibkv.errors import EncodingError
+from fibkv.kernels.refusals import FLOAT16_MAX, mismatch, require_finite, require_norms
 from fibkv.packing import pack, unpack
 from fibkv.tables import ChannelTables, FibTables, RawTables, ScaledTables, Tables
 
@@ -23,8 +24,6 @@ from fibkv.tables import ChannelTables, FibTables, RawTables, ScaledTables, Tabl
 SEARCH_TILE = 1 << 21
 # Steps of an 8-bit log norm: code 0 is the zero vector, codes 1..255 the norms.
 LOG_STEPS = 254
-FLOAT16_MAX = 65504.0
-FLOAT32_MAX = 3.4028234663852886e38
 
 
 def encode(rows: Tensor, tables: Tables) -> Codes:
@@ -181,20 +180,12 @@ def _vectors(codes: Codes, tables: Tables) -> Tensor:
             return codes.values.to(torch.float32) * codes.scales.to(torch.float32).unsqueeze(-1)
         case FibCodes(), FibTables():
             indices = unpack(codes.indices, tables.num_blocks, tables.bits)
-            directions = embedding(indices, tables.codewords.to(indices.device)).flatten(-2)
-            return directions * decode_norms(codes.norms, codes.norm_range).unsqueeze(-1)
+            return _directions(indices, tables) * decode_norms(codes.norms, codes.norm_range).unsqueeze(-1)
         case ChannelCodes(), ChannelTables():
             inner = unrotate(_vectors(codes.inner, tables.inner), tables.inner)
             return inner * codes.channel_scales.unsqueeze(-2).to(torch.float32)
         case _:
-            raise KernelError(f"{type(codes).__name__} cannot be read with {type(tables).__name__}")
-
-
-def _require_finite(rows: Tensor) -> None:
-    finite = torch.isfinite(rows)
-    if not bool(finite.all()):
-        count = int((~finite).sum())
-        raise EncodingError(f"vectors must be finite, got {count} NaN or infinite of {rows.numel()} elements")
+            raise mismatch(codes, tables)
 
 
 def _encode_raw(rows: Tensor, tables: RawTables) -> RawCodes:
@@ -206,7 +197,7 @@ def _encode_raw(rows: Tensor, tables: RawTables) -> RawCodes:
 
 def _encode_scaled(rows: Tensor, tables: ScaledTables) -> ScaledCodes:
     rows = rows.to(torch.float32)
-    _require_finite(rows)
+    require_finite(rows)
     scales = _round_up_bfloat16(rows.abs().amax(-1) / tables.limit)
     divisor = scales.to(torch.float32)
     scaled = rows / divisor.masked_fill(divisor == 0, 1.0).unsqueeze(-1)
@@ -223,21 +214,52 @@ def _round_up_bfloat16(positive: Tensor) -> Tensor:
 
 def _encode_fib(rows: Tensor, tables: FibTables) -> FibCodes:
     rows = rows.to(torch.float32)
-    _require_finite(rows)
-    # Dividing by the largest magnitude first keeps the squares of tiny and of huge vectors in range.
-    peak = rows.abs().amax(-1, keepdim=True).to(torch.float64)
-    scaled = rows.to(torch.float64) / peak.masked_fill(peak == 0, 1.0)
-    length = scaled.square().sum(-1, keepdim=True).sqrt()
-    unit = scaled / length.masked_fill(length == 0, 1.0)
+    require_finite(rows)
+    # The squares of float32 numbers neither overflow nor vanish in float64.
+    wide = rows.to(torch.float64)
+    length = wide.square().sum(-1, keepdim=True).sqrt()
+    unit = wide / length.masked_fill(length == 0, 1.0)
     rotated = (unit @ tables.rotation.matrix.to(unit.device, torch.float64).T).to(torch.float32)
-    blocks = rotated.unflatten(-1, (tables.num_blocks, -1))
-    codewords = tables.codewords.to(rows.device)
-    indices = _nearest(blocks.reshape(-1, blocks.shape[-1]), codewords).view(blocks.shape[:-1])
-    norms = (peak * length).squeeze(-1)
+    indices = _search(rotated, tables)
+    norms = length.squeeze(-1)
     if tables.gain_corrected:
-        norms = norms * _optimal_gain(rotated, embedding(indices, codewords).flatten(-2))
+        norms = norms * _optimal_gain(rotated, _directions(indices, tables))
     packed_norms, norm_range = _encode_norms(norms, tables.norm_format)
     return FibCodes(norm_range=norm_range, norms=packed_norms, indices=pack(indices, tables.bits))
+
+
+def _search(rotated: Tensor, tables: FibTables) -> Tensor:
+    """Indices ``[..., m]`` int32 of codewords for rotated unit vectors ``[..., d]`` float32.
+
+    A scale search quantizes the vector times each factor and keeps, vector by vector, the codes whose direction makes
+    the smallest angle with it (the first of equals): a centroid code errs less at another length than 1.
+    """
+    first, *others = tables.scales
+    best = _codewords(rotated * first, tables)
+    if not others:
+        return best
+    cosine = _cosine(rotated, _directions(best, tables))
+    for scale in others:
+        indices = _codewords(rotated * scale, tables)
+        found = _cosine(rotated, _directions(indices, tables))
+        better = found > cosine
+        best = torch.where(better.unsqueeze(-1), indices, best)
+        cosine = torch.where(better, found, cosine)
+    return best
+
+
+def _codewords(vectors: Tensor, tables: FibTables) -> Tensor:
+    """Indices ``[..., m]`` int32 of one codeword per block of ``vectors [..., d]`` float32."""
+    blocks = vectors.unflatten(-1, (tables.num_blocks, -1))
+    flat = blocks.reshape(-1, blocks.shape[-1])
+    if tables.decisions is not None:
+        return tables.decisions.look_up(flat).view(blocks.shape[:-1])
+    return _nearest(flat, tables.codewords.to(vectors.device)).view(blocks.shape[:-1])
+
+
+def _directions(indices: Tensor, tables: FibTables) -> Tensor:
+    """The vectors ``[..., d]`` float32 that indices ``[..., m]`` stand for, before their norms."""
+    return embedding(indices, tables.codewords.to(indices.device)).flatten(-2)
 
 
 def _nearest(blocks: Tensor, codewords: Tensor) -> Tensor:
@@ -258,6 +280,13 @@ def _nearest(blocks: Tensor, codewords: Tensor) -> Tensor:
     return found
 
 
+def _cosine(unit: Tensor, quantized: Tensor) -> Tensor:
+    """Cosines of the angles between unit vectors and what they were quantized to, ``[...]`` float64; 0 for zero."""
+    unit, quantized = unit.to(torch.float64), quantized.to(torch.float64)
+    energy = quantized.square().sum(-1)
+    return (unit * quantized).sum(-1) / energy.masked_fill(energy == 0, 1.0).sqrt()
+
+
 def _optimal_gain(unit: Tensor, quantized: Tensor) -> Tensor:
     """The g that minimizes |u - g q|^2: <u, q> / <q, q> (notes in docs/DESIGN.md), ``[...]`` float64."""
     unit, quantized = unit.to(torch.float64), quantized.to(torch.float64)
@@ -269,13 +298,9 @@ def _optimal_gain(unit: Tensor, quantized: Tensor) -> Tensor:
 
 def _encode_norms(norms: Tensor, norm_format: str) -> tuple[Tensor, Tensor]:
     """Norms ``[..., T]`` float64 >= 0 to (codes, range): see `FibCodes`."""
-    top = float(norms.max()) if norms.numel() else 0.0
+    require_norms(norms, norm_format)
     if norm_format == "f16":
-        if top > FLOAT16_MAX:
-            raise EncodingError(f"norms must be at most {FLOAT16_MAX:g} to be stored as float16, got {top:.6g}")
         return norms.to(torch.float16), norms.new_empty((*norms.shape[:-1], 0), dtype=torch.float16)
-    if top > FLOAT32_MAX:
-        raise EncodingError(f"norms must be finite in float32, got {top:.6g}")
     return _encode_log_norms(norms)
 
 
@@ -303,7 +328,7 @@ def decode_norms(norms: Tensor, norm_range: Tensor) -> Tensor:
 
 def _encode_channels(rows: Tensor, tables: ChannelTables) -> ChannelCodes:
     rows = rows.to(torch.float32)
-    _require_finite(rows)
+    require_finite(rows)
     peak = rows.abs().amax(-2)
     # Root mean square over the group's tokens, with the peak taken out so that no square leaves the range.
     spread = (rows / peak.masked_fill(peak == 0, 1.0).unsqueeze(-2)).to(torch.float64).square().mean(-2).sqrt()

@@ -1,0 +1,107 @@
+// Encoding and decoding of vectors: what a coder is made of, and the kernels that each instruction set offers.
+//
+// Letters: d dimension of a vector, k coordinates of a block, m = d / k blocks of a vector, N codewords.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "isa.h"
+
+namespace fibkv {
+
+// Element types of the vectors that come and go.
+enum class Element { f32, f16, bf16 };
+
+// Finds the nearest codeword of a block; all but `table` are exact, ties going to the lower index.
+enum class Search {
+  scalar,  // k = 1: counts the decision boundaries below
+  grid,    // k = 2, N <= 256: the codewords that can be nearest in a cell of the plane
+  filter,  // any: all distances by multiply-add, the ambiguous ones again exactly
+  table,   // k = 2, N <= 256: the codeword of a fine cell, right or nearly right
+};
+
+// A square of side * side cells over [-extent, extent]^2; border cells go on outwards.
+struct Square {
+  int side;
+  float extent;
+  float cells_per_unit;
+};
+
+// The randomized Hadamard transform without its matrix.
+//
+// A round is a change of signs and a transform. The sign that the two inputs of a butterfly share is put off to the
+// next stage, so that a butterfly is a + r b and a - r b with the relative sign r: a multiply-add, exact as +-1 is.
+// What is put off to the end is one sign for all.
+//
+// Stages are taken several at a time, as many as registers hold: up to 3, or up to 4. In the order of use there are,
+// for each round, each such pass and each block of 2^stages * span coordinates, 2^stages - 1 relative signs: half of
+// them for its first stage, a quarter for the second.
+struct Signs {
+  int rounds;
+  const double* wide[2];   // in passes of up to 3 and of up to 4 stages; null without signs
+  const float* narrow[2];  // the same
+};
+
+// The form of FibQuant's codes. Pointers belong to a FibCoder.
+struct FibForm {
+  int dim, block, size, bits;
+  bool gain_corrected;
+
+  // Rotation: by signs where there are any, else by the matrix [d][d], whose rows give the coordinates.
+  Signs forward, backward;  // `backward` in float32 only
+  const double* matrix;
+  const float* transposed;
+  double forward_scale;      // of the transform by signs: its sign, and d^(-rounds / 2)
+  const float* output_scale;  // [d] of the inverse transform by signs, likewise
+
+  const float* codewords;  // [N][k]
+  const float* planes;     // [k][padded]: the same by coordinate, filled up with what is never nearest
+  int padded;              // N rounded up to 16
+  const float* scores;     // [N][1 + k]: |c|^2 / 2 and -c
+  float largest;           // |c| of the longest codeword
+
+  Search search;
+  const float* boundaries;     // scalar: [padded_boundaries] rising, the first x of the next level, then infinity
+  int steps;                   // scalar: N <= 2^steps
+  Square square;               // grid, table
+  const uint32_t* candidates;  // grid: [side * side], see codeword_grid.h
+  bool long_lists;             // grid: whether a cell refers to the whole book
+  const uint8_t* decisions;    // table: [side * side] and 3 bytes
+
+  int num_scales;       // scale search: factors tried on the unit vector; one for none
+  const float* scales;
+
+  int blocks() const { return dim / block; }
+  int code_bytes() const { return (blocks() * bits + 7) / 8; }
+};
+
+// Kernels for rows of one element type. They run on the calling thread; `scratch` has `scratch_bytes`, aligned to 64.
+// Those that return bool say whether all rows were finite: else what they wrote means nothing.
+struct EncodeKernels {
+  size_t (*scratch_bytes)(const FibForm& form);
+
+  // rows [count][d] -> codes [count][code_bytes], norms [count], not yet rounded.
+  bool (*encode_fib)(const FibForm& form, const void* rows, int64_t count, uint8_t* codes, double* norms,
+                     void* scratch);
+
+  // codes [count][code_bytes], norms [count] -> out [count][d] in the original space. float16 saturates, as below.
+  void (*decode_fib)(const FibForm& form, const uint8_t* codes, const float* norms, int64_t count, void* out,
+                     void* scratch);
+
+  // rows [count][d] <-> values [count][d], scales [count] as bfloat16.
+  bool (*encode_int8)(const void* rows, int64_t count, int dim, uint8_t* values, uint16_t* scales);
+  void (*decode_int8)(const uint8_t* values, const uint16_t* scales, int64_t count, int dim, void* out);
+  bool (*encode_e4m3)(const void* rows, int64_t count, int dim, uint8_t* values, uint16_t* scales);
+  void (*decode_e4m3)(const uint8_t* values, const uint16_t* scales, int64_t count, int dim, void* out);
+
+  // One group: rows [tokens][d] -> scales [d] as bfloat16, and rows / scales as float32.
+  bool (*divide_channels)(const void* rows, int64_t tokens, int dim, uint16_t* scales, float* divided);
+
+  // One group: rows [tokens][d] float32 times scales [d] -> out.
+  void (*multiply_channels)(const float* rows, const uint16_t* scales, int64_t tokens, int dim, void* out);
+};
+
+const EncodeKernels& encode_kernels(Isa isa, Element element);
+
+}  // namespace fibkv

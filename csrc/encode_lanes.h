@@ -1,0 +1,291 @@
+// Vectors of many rows at once: one lane per row, one register per coordinate, and the way there and back.
+//
+// Beside the float32 lanes of vector.h there are float64 ones, half as many to a register.
+#pragma once
+
+#include "encode.h"
+#include "vector.h"
+
+namespace fibkv {
+namespace FIBKV_ISA {
+
+typedef double vd __attribute__((vector_size(4 * kLanes)));
+constexpr int kHalf = kLanes / 2;
+
+static inline vd splat_wide(double x) { return x - vd{}; }
+
+// The lower and the upper half of float32 lanes as float64, and back.
+#if defined(__AVX512F__)
+static inline vd widen_low(vf v) { return (vd)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v)); }
+static inline vd widen_high(vf v) { return (vd)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1)); }
+static inline vf narrow(vd low, vd high) {
+  const __m256 a = _mm512_cvtpd_ps((__m512d)low), b = _mm512_cvtpd_ps((__m512d)high);
+  return (vf)_mm512_insertf32x8(_mm512_castps256_ps512(a), b, 1);
+}
+#elif defined(__AVX2__)
+static inline vd widen_low(vf v) { return (vd)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v)); }
+static inline vd widen_high(vf v) { return (vd)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1)); }
+static inline vf narrow(vd low, vd high) {
+  const __m128 a = _mm256_cvtpd_ps((__m256d)low), b = _mm256_cvtpd_ps((__m256d)high);
+  return (vf)_mm256_insertf128_ps(_mm256_castps128_ps256(a), b, 1);
+}
+#else
+static inline vd widen_low(vf v) { return vd{v[0], v[1]}; }
+static inline vd widen_high(vf v) { return vd{v[2], v[3]}; }
+static inline vf narrow(vd low, vd high) {
+  return vf{(float)low[0], (float)low[1], (float)high[0], (float)high[1]};
+}
+#endif
+
+// a * b + c, in one rounding where the instruction set has that.
+#if defined(__AVX512F__)
+static inline vf multiply_add(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+static inline vd multiply_add(vd a, vd b, vd c) { return (vd)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
+#elif defined(__FMA__)
+static inline vf multiply_add(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+static inline vd multiply_add(vd a, vd b, vd c) { return (vd)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
+#else
+static inline vf multiply_add(vf a, vf b, vf c) { return a * b + c; }
+static inline vd multiply_add(vd a, vd b, vd c) { return a * b + c; }
+#endif
+
+#if defined(__AVX512F__)
+static inline vd square_root(vd v) { return (vd)_mm512_sqrt_pd((__m512d)v); }
+#elif defined(__AVX2__)
+static inline vd square_root(vd v) { return (vd)_mm256_sqrt_pd((__m256d)v); }
+#else
+static inline vd square_root(vd v) { return vd{__builtin_sqrt(v[0]), __builtin_sqrt(v[1])}; }
+#endif
+
+static inline vi truncated(vf v) { return __builtin_convertvector(v, vi); }
+
+// One instruction each, which GCC does not find in a comparison and a choice.
+#if defined(__AVX512F__)
+static inline vf minimum(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+static inline vf maximum(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline vi minimum(vi a, vi b) { return (vi)_mm512_min_epi32((__m512i)a, (__m512i)b); }
+static inline vi maximum(vi a, vi b) { return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+#elif defined(__AVX2__)
+static inline vf minimum(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+static inline vf maximum(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+static inline vi minimum(vi a, vi b) { return (vi)_mm256_min_epi32((__m256i)a, (__m256i)b); }
+static inline vi maximum(vi a, vi b) { return (vi)_mm256_max_epi32((__m256i)a, (__m256i)b); }
+#else
+static inline vf minimum(vf a, vf b) { return a < b ? a : b; }
+static inline vf maximum(vf a, vf b) { return a > b ? a : b; }
+static inline vi minimum(vi a, vi b) { return a < b ? a : b; }
+static inline vi maximum(vi a, vi b) { return a > b ? a : b; }
+#endif
+
+static inline vi clamp(vi v, int low, int high) { return minimum(maximum(v, splat(low)), splat(high)); }
+static inline vf clamp(vf v, float low, float high) { return minimum(maximum(v, splat(low)), splat(high)); }
+
+// One register or the other, lane by lane.
+static inline vi choose(vi mask, vi chosen, vi otherwise) { return mask ? chosen : otherwise; }
+static inline vf choose(vi mask, vf chosen, vf otherwise) { return mask ? chosen : otherwise; }
+
+#if defined(__AVX512F__)
+static inline bool any(vi mask) { return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0; }
+#elif defined(__AVX2__)
+static inline bool any(vi mask) { return !_mm256_testz_si256((__m256i)mask, (__m256i)mask); }
+#else
+static inline bool any(vi mask) { return (mask[0] | mask[1] | mask[2] | mask[3]) != 0; }
+#endif
+
+// table[index] of each lane.
+#if defined(__AVX512F__)
+static inline vi gather(const void* table, vi index) { return (vi)_mm512_i32gather_epi32((__m512i)index, table, 4); }
+// Four bytes from a byte address each.
+static inline vi gather_bytes(const void* table, vi index) {
+  return (vi)_mm512_i32gather_epi32((__m512i)index, table, 1);
+}
+static inline void gather_pairs(const float* table, vi index, vf& first, vf& second) {
+  const __m512i i = (__m512i)index;
+  const __m512 low = _mm512_castpd_ps(_mm512_i32gather_pd(_mm512_castsi512_si256(i), table, 8));
+  const __m512 high = _mm512_castpd_ps(_mm512_i32gather_pd(_mm512_extracti32x8_epi32(i, 1), table, 8));
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  first = (vf)_mm512_permutex2var_ps(low, even, high);
+  second = (vf)_mm512_permutex2var_ps(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high);
+}
+#elif defined(__AVX2__)
+static inline vi gather(const void* table, vi index) {
+  return (vi)_mm256_i32gather_epi32((const int*)table, (__m256i)index, 4);
+}
+static inline vi gather_bytes(const void* table, vi index) {
+  return (vi)_mm256_i32gather_epi32((const int*)table, (__m256i)index, 1);
+}
+static inline void gather_pairs(const float* table, vi index, vf& first, vf& second) {
+  const __m256i i = (__m256i)index;
+  const double* pairs = (const double*)table;
+  const __m256 low = _mm256_castpd_ps(_mm256_i32gather_pd(pairs, _mm256_castsi256_si128(i), 8));
+  const __m256 high = _mm256_castpd_ps(_mm256_i32gather_pd(pairs, _mm256_extracti128_si256(i, 1), 8));
+  const __m256d x = _mm256_castps_pd(_mm256_shuffle_ps(low, high, 0x88));
+  const __m256d y = _mm256_castps_pd(_mm256_shuffle_ps(low, high, 0xDD));
+  first = (vf)_mm256_permute4x64_pd(x, 0xD8);
+  second = (vf)_mm256_permute4x64_pd(y, 0xD8);
+}
+#else
+static inline vi gather(const void* table, vi index) {
+  vi found{};
+  for (int i = 0; i < kLanes; ++i) std::memcpy((char*)&found + 4 * i, (const char*)table + 4 * (int64_t)index[i], 4);
+  return found;
+}
+static inline vi gather_bytes(const void* table, vi index) {
+  vi found{};
+  for (int i = 0; i < kLanes; ++i) std::memcpy((char*)&found + 4 * i, (const char*)table + index[i], 4);
+  return found;
+}
+static inline void gather_pairs(const float* table, vi index, vf& first, vf& second) {
+  for (int i = 0; i < kLanes; ++i) {
+    first[i] = table[2 * index[i]];
+    second[i] = table[2 * index[i] + 1];
+  }
+}
+#endif
+
+// a0 b0 a1 b1 ... of two registers, in two registers.
+static inline void interleave(vi a, vi b, vi& low, vi& high) {
+#if defined(__AVX512F__)
+  low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  high = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif defined(__AVX2__)
+  low = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+  high = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+  high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#endif
+}
+
+// Transposes kLanes x kLanes elements in place. An interleaving of row i with row i + kLanes / 2 turns the bits of an
+// element's address (row, column) by one place: log2(kLanes) of them exchange row and column.
+static inline void transpose(vi* tile) {
+#pragma GCC unroll 4
+  for (int step = 1; step < kLanes; step *= 2) {
+    vi turned[kLanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < kHalf; ++i) interleave(tile[i], tile[i + kHalf], turned[2 * i], turned[2 * i + 1]);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) tile[i] = turned[i];
+  }
+}
+
+// Elements of memory as float32 lanes, and back, rounded to the nearest (ties to even).
+template <Element>
+struct Format;
+
+template <>
+struct Format<Element::f32> {
+  typedef float stored;
+  static vf read(const float* from) { return load<vf>(from); }
+  static void write(float* to, vf v) { store(to, v); }
+};
+
+#if defined(__AVX512F__)
+static inline vh low_halves(vi v) { return (vh)_mm512_cvtepi32_epi16((__m512i)v); }
+#elif defined(__AVX2__)
+static inline vh low_halves(vi v) {
+  const __m256i halves = _mm256_shuffle_epi8(
+      (__m256i)v, _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1, 0, 1, 4, 5, 8, 9, 12, 13,
+                                   -1, -1, -1, -1, -1, -1, -1, -1));
+  return (vh)_mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0xD8));
+}
+#else
+static inline vh low_halves(vi v) { return __builtin_convertvector((vu)v, vh); }
+#endif
+
+template <>
+struct Format<Element::bf16> {
+  typedef uint16_t stored;
+  static vf read(const uint16_t* from) { return from_bf16(load<vh>(from)); }
+  static void write(uint16_t* to, vf v) {
+    const vu bits = (vu)v;
+    store(to, low_halves((vi)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)));
+  }
+};
+
+template <>
+struct Format<Element::f16> {
+  typedef uint16_t stored;
+#if defined(__AVX512F__)
+  static vf read(const uint16_t* from) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
+#elif defined(__F16C__)
+  static vf read(const uint16_t* from) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)); }
+#else
+  static vf read(const uint16_t* from) { return from_f16(load<vh>(from)); }
+#endif
+
+  // What is decoded may lie a little above the largest float16: it becomes that, not infinity.
+  static void write(uint16_t* to, vf v) {
+    v = clamp(v, -65504.0f, 65504.0f);
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+    _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+    const vi bits = as_int(v);
+    const vi magnitude = bits & splat(0x7FFFFFFF);
+    const vi rounded = magnitude + splat(0xFFF) + ((magnitude >> 13) & splat(1));
+    const vi normal = (rounded >> 13) - splat((127 - 15) << 10);
+    // Below 2^-14 numbers are multiples of 2^-24, as float32 is at 0.5: an addition rounds to them.
+    const vi denormal = as_int(as_float(magnitude) + splat(0.5f)) - as_int(splat(0.5f));
+    const vi small = magnitude < splat((127 - 14) << 23);
+    store(to, low_halves((small ? denormal : normal) | ((bits >> 16) & splat(0x8000))));
+#endif
+  }
+};
+
+// `count` < kLanes elements; the other lanes are zero.
+template <Element element>
+static inline vf read_some(const typename Format<element>::stored* from, int count) {
+  typename Format<element>::stored buffer[kLanes] = {};
+  std::memcpy(buffer, from, count * sizeof *buffer);
+  return Format<element>::read(buffer);
+}
+
+template <Element element>
+static inline void write_some(typename Format<element>::stored* to, vf v, int count) {
+  typename Format<element>::stored buffer[kLanes];
+  Format<element>::write(buffer, v);
+  std::memcpy(to, buffer, count * sizeof *buffer);
+}
+
+// Reads up to kLanes rows [count][dim] and hands on each coordinate: emit(i, lanes of coordinate i). Lanes without a
+// row repeat the last one.
+template <Element element, class Emit>
+static inline void read_rows(const void* rows, int count, int dim, Emit emit) {
+  const auto* from = static_cast<const typename Format<element>::stored*>(rows);
+  vi tile[kLanes];
+  for (int first = 0; first < dim; first += kLanes) {
+    const int width = dim - first < kLanes ? dim - first : kLanes;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const auto* row = from + (int64_t)(lane < count ? lane : count - 1) * dim + first;
+      tile[lane] = as_int(width == kLanes ? Format<element>::read(row) : read_some<element>(row, width));
+    }
+    transpose(tile);
+    for (int i = 0; i < width; ++i) emit(first + i, as_float(tile[i]));
+  }
+}
+
+// The way back: `vectors(i)` are the lanes of coordinate i.
+template <Element element, class Vectors>
+static inline void write_rows(void* rows, int count, int dim, Vectors vectors) {
+  auto* to = static_cast<typename Format<element>::stored*>(rows);
+  vi tile[kLanes];
+  for (int first = 0; first < dim; first += kLanes) {
+    const int width = dim - first < kLanes ? dim - first : kLanes;
+    for (int i = 0; i < kLanes; ++i) tile[i] = i < width ? as_int(vectors(first + i)) : vi{};
+    transpose(tile);
+    for (int lane = 0; lane < count; ++lane) {
+      auto* row = to + (int64_t)lane * dim + first;
+      if (width == kLanes) {
+        Format<element>::write(row, as_float(tile[lane]));
+      } else {
+        write_some<element>(row, as_float(tile[lane]), width);
+      }
+    }
+  }
+}
+
+}  // namespace FIBKV_ISA
+}  // namespace fibkv

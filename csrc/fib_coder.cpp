@@ -1,0 +1,179 @@
+#include "fib_coder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "codeword_grid.h"
+
+namespace fibkv {
+namespace {
+
+constexpr int kPadding = 16;  // the most lanes that an instruction set has
+constexpr int kGridSide = 128;
+constexpr float kNeverNearest = 1e18f;  // squared it is still a float32
+
+// The relative signs of `rounds` transforms, each after a change of signs [d], in passes of up to `deepest` stages; see
+// Signs. The sign put off by a block of butterflies is that of its first coordinate.
+std::vector<float> relative_signs(const std::vector<int8_t>& signs, int rounds, int dim, int deepest) {
+  std::vector<float> relative;
+  for (int round = 0; round < rounds; ++round) {
+    const int8_t* of_round = signs.data() + static_cast<size_t>(round) * dim;
+    for (int span = 1; span < dim;) {
+      int radix = 2;
+      while (radix < 1 << deepest && span * radix < dim) radix *= 2;
+      for (int start = 0; start < dim; start += radix * span) {
+        for (int reach = span; reach < radix * span; reach *= 2) {
+          for (int i = start; i < start + radix * span; i += 2 * reach) {
+            relative.push_back(of_round[i] * of_round[i + reach]);
+          }
+        }
+      }
+      span *= radix;
+    }
+  }
+  return relative;
+}
+
+// What is put off to the end of `rounds` transforms: the first sign of each.
+double last_sign(const std::vector<int8_t>& signs, int rounds, int dim) {
+  double sign = 1;
+  for (int round = 0; round < rounds; ++round) sign *= signs[static_cast<size_t>(round) * dim];
+  return sign;
+}
+
+// Whether float32 arithmetic finds level `b` nearer to x than level `a`, the lower index winning ties.
+bool above(float x, float a, float b) {
+  const float to_a = x - a, to_b = x - b;
+  return to_b * to_b < to_a * to_a;
+}
+
+// The first float32 of (a, b] that is nearer to b. Between two levels the answer changes once.
+float boundary(float a, float b) {
+  float low = a, high = b;
+  while (true) {
+    const float middle = low + (high - low) / 2;
+    if (middle <= low || middle >= high) break;
+    (above(middle, a, b) ? high : low) = middle;
+  }
+  return high;
+}
+
+}  // namespace
+
+FibCoder::FibCoder(const FibSettings& settings) {
+  form_.dim = settings.dim;
+  form_.block = settings.block;
+  form_.size = settings.size;
+  form_.bits = settings.bits;
+  form_.gain_corrected = settings.gain_corrected;
+  codewords_.assign(settings.codewords, settings.codewords + static_cast<size_t>(settings.size) * settings.block);
+  form_.codewords = codewords_.data();
+  scales_ = settings.scales;
+  form_.scales = scales_.data();
+  form_.num_scales = static_cast<int>(scales_.size());
+  if (settings.signs) {
+    rotate_by_signs(settings.signs, settings.rounds);
+  } else {
+    rotate_by_matrix(settings.matrix);
+  }
+  lay_out_codewords();
+  choose_search(settings);
+}
+
+void FibCoder::rotate_by_signs(const int8_t* signs, int rounds) {
+  const int d = form_.dim;
+  const std::vector<int8_t> given(signs, signs + static_cast<size_t>(rounds) * d);
+  // The inverse: transforms first, then signs, from the last round to the first. Read as "signs, then a transform",
+  // its first round changes no sign, and the signs of round 0 go to the output.
+  std::vector<int8_t> turned(d, 1);
+  for (int round = rounds - 1; round > 0; --round) {
+    turned.insert(turned.end(), signs + static_cast<size_t>(round) * d, signs + static_cast<size_t>(round + 1) * d);
+  }
+  form_.forward.rounds = form_.backward.rounds = rounds;
+  for (int i = 0; i < 2; ++i) {
+    narrow_[i] = relative_signs(given, rounds, d, 3 + i);
+    wide_[i].assign(narrow_[i].begin(), narrow_[i].end());
+    backward_[i] = relative_signs(turned, rounds, d, 3 + i);
+    form_.forward.wide[i] = wide_[i].data();
+    form_.forward.narrow[i] = narrow_[i].data();
+    form_.backward.narrow[i] = backward_[i].data();
+  }
+  const double normalization = std::pow(d, -0.5 * rounds);
+  form_.forward_scale = normalization * last_sign(given, rounds, d);
+  for (int i = 0; i < d; ++i) {
+    output_scale_.push_back(static_cast<float>(normalization * last_sign(turned, rounds, d) * signs[i]));
+  }
+  form_.output_scale = output_scale_.data();
+}
+
+void FibCoder::rotate_by_matrix(const float* matrix) {
+  const size_t d = form_.dim;
+  matrix_.assign(matrix, matrix + d * d);
+  transposed_.resize(d * d);
+  for (size_t i = 0; i < d; ++i) {
+    for (size_t j = 0; j < d; ++j) transposed_[j * d + i] = matrix[i * d + j];
+  }
+  form_.matrix = matrix_.data();
+  form_.transposed = transposed_.data();
+  form_.forward_scale = 1;
+}
+
+void FibCoder::lay_out_codewords() {
+  const int k = form_.block;
+  form_.padded = (form_.size + kPadding - 1) / kPadding * kPadding;
+  planes_.assign(static_cast<size_t>(form_.padded) * k, kNeverNearest);
+  for (int j = 0; j < form_.size; ++j) {
+    const float* word = form_.codewords + static_cast<size_t>(j) * k;
+    double energy = 0;
+    for (int i = 0; i < k; ++i) energy += static_cast<double>(word[i]) * word[i];
+    scores_.push_back(static_cast<float>(energy / 2));
+    for (int i = 0; i < k; ++i) {
+      scores_.push_back(-word[i]);
+      planes_[static_cast<size_t>(i) * form_.padded + j] = word[i];
+    }
+    form_.largest = std::max(form_.largest, static_cast<float>(std::sqrt(energy)));
+  }
+  form_.planes = planes_.data();
+  form_.scores = scores_.data();
+}
+
+void FibCoder::choose_search(const FibSettings& settings) {
+  form_.search = Search::filter;
+  if (settings.decisions) {
+    const size_t cells = static_cast<size_t>(settings.side) * settings.side;
+    decisions_.assign(settings.decisions, settings.decisions + cells);
+    decisions_.resize(cells + 3);
+    form_.decisions = decisions_.data();
+    form_.square = {settings.side, settings.extent, static_cast<float>(settings.side / (2.0 * settings.extent))};
+    form_.search = Search::table;
+  } else if (form_.block == 1 && find_boundaries()) {
+    form_.search = Search::scalar;
+  } else if (form_.block == 2 && form_.size <= 256) {
+    const float extent = *std::max_element(codewords_.begin(), codewords_.end(),
+                                           [](float a, float b) { return std::abs(a) < std::abs(b); });
+    const float reach = std::abs(extent);
+    form_.square = {kGridSide, reach, static_cast<float>(kGridSide / (2.0 * reach))};
+    // Coordinates of unit vectors are at most 1, and the scale search multiplies them.
+    const float stretch = *std::max_element(scales_.begin(), scales_.end());
+    CodewordGrid grid = codeword_grid(form_.codewords, form_.size, kGridSide, reach, reach + 1.01 * stretch);
+    candidates_ = std::move(grid.candidates);
+    form_.candidates = candidates_.data();
+    form_.long_lists = grid.long_lists;
+    form_.search = Search::grid;
+  }
+}
+
+// False where the levels do not rise.
+bool FibCoder::find_boundaries() {
+  for (int j = 0; j + 1 < form_.size; ++j) {
+    if (!(form_.codewords[j] < form_.codewords[j + 1])) return false;
+    boundaries_.push_back(boundary(form_.codewords[j], form_.codewords[j + 1]));
+  }
+  while ((1 << form_.steps) < form_.size) ++form_.steps;
+  boundaries_.resize(size_t{1} << form_.steps, std::numeric_limits<float>::infinity());
+  form_.boundaries = boundaries_.data();
+  return true;
+}
+
+}  // namespace fibkv

@@ -1,0 +1,48 @@
+// What the kernels of FibQuant need beside the vectors, made once from a codebook and a rotation.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "encode.h"
+
+namespace fibkv {
+
+// As Python describes it; pointers are read by the constructor only.
+struct FibSettings {
+  int dim, block, size, bits;
+  bool gain_corrected;
+  const float* codewords;         // [N][k]
+  const float* matrix;            // [d][d]: the rotation
+  const int8_t* signs;            // [rounds][d] of a Hadamard rotation, or null: then the matrix is multiplied with
+  int rounds;
+  const uint8_t* decisions;       // [side][side], or null: then the search is exact
+  int side;
+  float extent;
+  std::vector<float> scales;      // of the scale search; one for none
+};
+
+class FibCoder {
+ public:
+  explicit FibCoder(const FibSettings& settings);
+  FibCoder(const FibCoder&) = delete;
+  FibCoder& operator=(const FibCoder&) = delete;
+
+  const FibForm& form() const { return form_; }
+
+ private:
+  void rotate_by_signs(const int8_t* signs, int rounds);
+  void rotate_by_matrix(const float* matrix);
+  void lay_out_codewords();
+  void choose_search(const FibSettings& settings);
+  bool find_boundaries();
+
+  FibForm form_{};
+  std::vector<double> wide_[2], matrix_;
+  std::vector<float> narrow_[2], backward_[2], transposed_, output_scale_;
+  std::vector<float> codewords_, planes_, scores_, boundaries_, scales_;
+  std::vector<uint32_t> candidates_;
+  std::vector<uint8_t> decisions_;
+};
+
+}  // namespace fibkv

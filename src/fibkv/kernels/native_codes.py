@@ -1,0 +1,287 @@
+"""Encoding and decoding in C++ (`csrc/encode.h`), on the CPU: the functions of `fibkv.kernels.reference`, same meaning.
+
+Codes are bit for bit those of the reference, on every instruction set, except where ``codeword_search`` is ``table``:
+rotations are then computed in float32, and a point next to the border of a cell may fall into the next one. Decoded
+vectors agree to 1e-5. Rows are read, and vectors written, in their own dtype; threads are torch's.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+import fibkv.kernels._native as native
+from fibkv.codes import ChannelCodes, Codes, FibCodes, RawCodes, ScaledCodes
+from fibkv.errors import KernelError
+from fibkv.kernels import reference
+from fibkv.kernels.refusals import mismatch, require_finite, require_norms
+from fibkv.packing import packed_nbytes
+from fibkv.rotation import hadamard_signs
+from fibkv.tables import ChannelTables, FibTables, RawTables, ScaledTables, Tables
+
+ELEMENTS = {
+    torch.float32: native.Element.f32,
+    torch.float16: native.Element.f16,
+    torch.bfloat16: native.Element.bf16,
+}
+# Beyond, the float32 matrix of a Hadamard rotation is not the transform itself, and the matrix is what counts.
+MAX_EXACT_HADAMARD = 256
+
+
+def encode(rows: Tensor, tables: Tables, *, isa: native.Isa | None = None) -> Codes:
+    """Encodes vectors.
+
+    Args:
+        rows: ``[..., T, d]`` floating point, on the CPU.
+        tables: what the codec made.
+        isa: instruction set, by default the best one here.
+
+    Returns:
+        Codes with the same leading axes, newly allocated.
+
+    Raises:
+        EncodingError: a vector is not finite, or its norm or scale is out of the format's range.
+        KernelError: rows are not on the CPU.
+    """
+    if isinstance(tables, RawTables):
+        # A copy: torch makes it at the speed of memory.
+        return reference.encode(rows, tables)
+    _require_cpu(rows, "rows")
+    rows = (rows if rows.dtype in ELEMENTS else rows.to(torch.float32)).contiguous()
+    isa = isa or native.best_isa()
+    match tables:
+        case ScaledTables():
+            return _encode_scaled(rows, tables, isa)
+        case FibTables():
+            return _encode_fib(rows, tables, isa)
+        case ChannelTables():
+            return _encode_channels(rows, tables, isa)
+
+
+def decode(codes: Codes, tables: Tables, *, out: Tensor | None = None, isa: native.Isa | None = None) -> Tensor:
+    """Decodes to vectors in their original space.
+
+    Args:
+        codes: what `encode` made with these tables.
+        tables: the same tables.
+        out: ``[..., T, d]`` of any floating dtype to write into; allocated as float32 if absent.
+        isa: instruction set, by default the best one here.
+
+    Returns:
+        ``[..., T, d]``.
+
+    Raises:
+        KernelError: codes are of another codec than the tables, or not on the CPU, or ``out`` has another shape.
+    """
+    for name, tensor in codes.named():
+        _require_cpu(tensor, name)
+    codes = codes.map(torch.Tensor.contiguous)
+    shape = _decoded_shape(codes, tables)
+    if out is not None and out.shape != shape:
+        raise KernelError(f"out: expected shape {list(shape)}, got {list(out.shape)}")
+    isa = isa or native.best_isa()
+    if out is not None and out.device.type == "cpu" and out.dtype in ELEMENTS and out.is_contiguous():
+        _decode_into(out, codes, tables, isa)
+        return out
+    vectors = torch.empty(shape, dtype=torch.float32)
+    _decode_into(vectors, codes, tables, isa)
+    return vectors if out is None else out.copy_(vectors)
+
+
+def _require_cpu(tensor: Tensor, name: str) -> None:
+    if tensor.device.type != "cpu":
+        raise KernelError(f"{name}: expected a tensor on the CPU for the native kernels, got {tensor.device}")
+
+
+def _decoded_shape(codes: Codes, tables: Tables) -> torch.Size:
+    match codes, tables:
+        case (RawCodes(), RawTables()) | (ScaledCodes(), ScaledTables()):
+            return codes.values.shape
+        case FibCodes(), FibTables():
+            return torch.Size((*codes.norms.shape, tables.head_dim))
+        case ChannelCodes(), ChannelTables():
+            return _decoded_shape(codes.inner, tables.inner)
+        case _:
+            raise mismatch(codes, tables)
+
+
+def _decode_into(out: Tensor, codes: Codes, tables: Tables, isa: native.Isa) -> None:
+    """Decodes into ``out [..., T, d]``, contiguous and of a dtype in ELEMENTS."""
+    if not out.numel():
+        return
+    match codes, tables:
+        case RawCodes(), RawTables():
+            reference.decode(codes, tables, out=out)
+        case ScaledCodes(), ScaledTables():
+            _decode_scaled(out, codes, isa)
+        case FibCodes(), FibTables():
+            _decode_fib(out, codes, tables, isa)
+        case ChannelCodes(), ChannelTables():
+            _decode_channels(out, codes, tables, isa)
+
+
+def _encode_scaled(rows: Tensor, tables: ScaledTables, isa: native.Isa) -> ScaledCodes:
+    scales = torch.empty(rows.shape[:-1], dtype=torch.bfloat16)
+    values = torch.empty(rows.shape, dtype=tables.dtype)
+    kernel = native.encode_int8 if tables.dtype == torch.int8 else native.encode_e4m3
+    finite = kernel(
+        rows.data_ptr(),
+        ELEMENTS[rows.dtype],
+        count=scales.numel(),
+        dim=rows.shape[-1],
+        values=values.data_ptr(),
+        scales=scales.data_ptr(),
+        threads=torch.get_num_threads(),
+        isa=isa,
+    )
+    if not finite:
+        require_finite(rows)
+    return ScaledCodes(scales=scales, values=values)
+
+
+def _decode_scaled(out: Tensor, codes: ScaledCodes, isa: native.Isa) -> None:
+    kernel = native.decode_int8 if codes.values.dtype == torch.int8 else native.decode_e4m3
+    kernel(
+        codes.values.data_ptr(),
+        codes.scales.data_ptr(),
+        count=codes.scales.numel(),
+        dim=out.shape[-1],
+        out=out.data_ptr(),
+        element=ELEMENTS[out.dtype],
+        threads=torch.get_num_threads(),
+        isa=isa,
+    )
+
+
+def _encode_fib(rows: Tensor, tables: FibTables, isa: native.Isa) -> FibCodes:
+    norms = torch.empty(rows.shape[:-1], dtype=torch.float64)
+    indices = torch.empty((*norms.shape, packed_nbytes(tables.num_blocks, tables.bits)), dtype=torch.uint8)
+    finite = native.encode_fib(
+        _coder(tables),
+        rows.data_ptr(),
+        ELEMENTS[rows.dtype],
+        count=norms.numel(),
+        codes=indices.data_ptr(),
+        norms=norms.data_ptr(),
+        threads=torch.get_num_threads(),
+        isa=isa,
+    )
+    if not finite:
+        require_finite(rows)
+    require_norms(norms, tables.norm_format)
+    if tables.norm_format == "f16":
+        no_range = torch.empty((*norms.shape[:-1], 0), dtype=torch.float16)
+        return FibCodes(norm_range=no_range, norms=norms.to(torch.float16), indices=indices)
+    codes = torch.empty(norms.shape, dtype=torch.uint8)
+    ranges = torch.empty((*norms.shape[:-1], 2), dtype=torch.float64)
+    native.encode_norms(
+        norms.data_ptr(),
+        groups=ranges.numel() // 2,
+        tokens=norms.shape[-1],
+        codes=codes.data_ptr(),
+        ranges=ranges.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return FibCodes(norm_range=ranges.to(torch.float16), norms=codes, indices=indices)
+
+
+def _decode_fib(out: Tensor, codes: FibCodes, tables: FibTables, isa: native.Isa) -> None:
+    norms = _decode_norms(codes)
+    native.decode_fib(
+        _coder(tables),
+        codes.indices.data_ptr(),
+        norms.data_ptr(),
+        count=norms.numel(),
+        out=out.data_ptr(),
+        element=ELEMENTS[out.dtype],
+        threads=torch.get_num_threads(),
+        isa=isa,
+    )
+
+
+def _decode_norms(codes: FibCodes) -> Tensor:
+    """Norms ``[..., T]`` float32, contiguous."""
+    if codes.norms.dtype == torch.float16:
+        return codes.norms.to(torch.float32)
+    norms = torch.empty(codes.norms.shape, dtype=torch.float32)
+    # Held by a name: the kernel has only its address.
+    ranges = codes.norm_range.to(torch.float32)
+    native.decode_norms(
+        codes.norms.data_ptr(),
+        ranges.data_ptr(),
+        groups=ranges.numel() // 2,
+        tokens=norms.shape[-1],
+        norms=norms.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return norms
+
+
+def _encode_channels(rows: Tensor, tables: ChannelTables, isa: native.Isa) -> ChannelCodes:
+    *lead, tokens, dim = rows.shape
+    scales = torch.empty((*lead, dim), dtype=torch.bfloat16)
+    divided = torch.empty(rows.shape, dtype=torch.float32)
+    finite = native.divide_channels(
+        rows.data_ptr(),
+        ELEMENTS[rows.dtype],
+        groups=scales.numel() // dim,
+        tokens=tokens,
+        dim=dim,
+        scales=scales.data_ptr(),
+        divided=divided.data_ptr(),
+        threads=torch.get_num_threads(),
+        isa=isa,
+    )
+    if not finite:
+        require_finite(rows)
+    return ChannelCodes(channel_scales=scales, inner=encode(divided, tables.inner, isa=isa))
+
+
+def _decode_channels(out: Tensor, codes: ChannelCodes, tables: ChannelTables, isa: native.Isa) -> None:
+    inner = torch.empty(out.shape, dtype=torch.float32)
+    _decode_into(inner, codes.inner, tables.inner, isa)
+    native.multiply_channels(
+        inner.data_ptr(),
+        codes.channel_scales.data_ptr(),
+        groups=codes.channel_scales.numel() // out.shape[-1],
+        tokens=out.shape[-2],
+        dim=out.shape[-1],
+        out=out.data_ptr(),
+        element=ELEMENTS[out.dtype],
+        threads=torch.get_num_threads(),
+        isa=isa,
+    )
+
+
+@lru_cache(maxsize=64)
+def _coder(tables: FibTables) -> native.FibCoder:
+    """What C++ makes of tables, once: search structures and the signs of the transform."""
+    rotation, decisions = tables.rotation, tables.decisions
+    exact = rotation.kind == "hadamard" and rotation.dim <= MAX_EXACT_HADAMARD
+    # Held by names until the constructor has copied them.
+    codewords = _plain(tables.codewords)
+    matrix = _plain(rotation.matrix)
+    signs = _plain(hadamard_signs(rotation.dim, rotation.seed)) if exact else None
+    cells = None if decisions is None else _plain(decisions.cells)
+    size, block_dim = codewords.shape
+    return native.FibCoder(
+        dim=tables.head_dim,
+        block=block_dim,
+        size=size,
+        bits=tables.bits,
+        gain_corrected=tables.gain_corrected,
+        codewords=codewords.data_ptr(),
+        matrix=matrix.data_ptr(),
+        signs=0 if signs is None else signs.data_ptr(),
+        rounds=0 if signs is None else signs.shape[0],
+        decisions=0 if cells is None else cells.data_ptr(),
+        side=0 if decisions is None else decisions.side,
+        extent=0.0 if decisions is None else decisions.extent,
+        scales=list(tables.scales),
+    )
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.cpu().contiguous()
