@@ -12,9 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from fibkv.demo import ProgressCallback
 from fibkv.demo_result import DemoResult, VariantRow
-from fibkv.errors import FibkvError
+from fibkv.plot import new_figure
+from fibkv.progress import ProgressCallback
 from fibkv.quality import PoisonOutcome
 
 
@@ -104,12 +104,19 @@ def _verdict(outcome: PoisonOutcome) -> str:
 
 
 @contextmanager
-def progress_bar(console: Console) -> Iterator[ProgressCallback]:
-    """A bar on the console while the context lasts; what it yields is `run_demo`'s ``progress``."""
+def progress_bar(console: Console, *, ticking: bool = True) -> Iterator[ProgressCallback]:
+    """A bar on the console while the context lasts; what it yields is the ``progress`` of a run.
+
+    Args:
+        console: to draw on.
+        ticking: whether the clock goes on between steps. That takes a thread, which has no place beside timings.
+    """
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, auto_refresh=ticking) as bar:
         task = bar.add_task("loading", total=None)
-        yield lambda label, done, total: bar.update(task, description=label, completed=done, total=total)
+        yield lambda label, done, total: bar.update(
+            task, description=label, completed=done, total=total, refresh=not ticking
+        )
 
 
 def save_plot(result: DemoResult, path: Path) -> None:
@@ -122,12 +129,7 @@ def save_plot(result: DemoResult, path: Path) -> None:
     Raises:
         FibkvError: matplotlib is not installed.
     """
-    try:
-        # Not at the top: matplotlib is an optional extra.
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ImportError as error:
-        raise FibkvError("plots need matplotlib: pip install 'fibkv[plot]'") from error
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = new_figure(6, 4)
     axes = figure.add_subplot()
     for row in result.variants:
         point = (row.bits_per_element, row.quality.kl_mean)

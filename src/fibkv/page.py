@@ -7,7 +7,7 @@ else is a segment of the profile's codec, or raw too where the codec cannot repr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -108,11 +108,11 @@ def segment_from_bytes(header: SegmentHeader, decision: Decision, codec: Codec, 
     return Segment(header.heads, header.tokens, decision, header.reasons, codec, codes)
 
 
-def decode_segments(segments: Iterable[Segment], out: Tensor) -> Tensor:
+def decode_segments(segments: Iterable[Segment], out: Tensor, *, implementation: str = "auto") -> Tensor:
     """Decodes segments into ``out [heads, T, d]`` of any floating dtype, which they must cover; returns it."""
     for segment in segments:
         (h0, h1), (t0, t1) = segment.heads, segment.tokens
-        segment.codec.decode(segment.codes, out=out[h0:h1, t0:t1])
+        segment.codec.decode(segment.codes, out=out[h0:h1, t0:t1], implementation=implementation)
     return out
 
 
@@ -236,8 +236,12 @@ class Page:
         """The page with its codes on a device; the same object if they are there already."""
         if all(t.device == device for s in (*self.keys, *self.values) for _, t in s.codes.named()):
             return self
+        return self.map(lambda tensor: tensor.to(device))
 
-        def moved(segment: Segment) -> Segment:
-            return replace(segment, codes=segment.codes.map(lambda tensor: tensor.to(device)))
+    def map(self, function: Callable[[Tensor], Tensor]) -> Page:
+        """The page with every tensor of its codes changed alike (their values must stay, as the digest does)."""
 
-        return replace(self, keys=tuple(map(moved, self.keys)), values=tuple(map(moved, self.values)))
+        def changed(segment: Segment) -> Segment:
+            return replace(segment, codes=segment.codes.map(function))
+
+        return replace(self, keys=tuple(map(changed, self.keys)), values=tuple(map(changed, self.values)))
