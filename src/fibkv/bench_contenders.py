@@ -62,9 +62,9 @@ def sdpa_gqa(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tenso
 
 BASELINES: dict[str, DenseAttention] = {
     "bf16 matmul": matmul,
-    "bf16 matmul, keys first": matmul_keys_first,
+    "bf16 matmul K.q": matmul_keys_first,
     "bf16 SDPA packed": sdpa_packed,
-    "bf16 SDPA enable_gqa": sdpa_gqa,
+    "bf16 SDPA gqa": sdpa_gqa,
 }
 
 

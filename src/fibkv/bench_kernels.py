@@ -7,8 +7,9 @@ ratios are taken within a round, to the strongest baseline of this run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -203,11 +204,11 @@ class _Trials:
         self._read.sweep()
 
     def _rounds(self, timed: Sequence[_Trial]) -> dict[str, list[list[float]]]:
-        turns = {trial.contender.name: trial.turn for trial in timed}
-        sizes = {trial.contender.form.nbytes for trial in timed}
-        reads = {_read_name(nbytes): lambda nbytes=nbytes: [self._read.seconds(nbytes)] for nbytes in sizes}
+        turns: dict[str, Callable[[], Sequence[float]]] = {trial.contender.name: trial.turn for trial in timed}
+        for nbytes in {trial.contender.form.nbytes for trial in timed}:
+            turns[_read_name(nbytes)] = partial(self._read.turn, nbytes)
         total = self._settings.rounds
-        return interleave(turns | reads, total, lambda index: self._say(f"round {index + 1} of {total}"))
+        return interleave(turns, total, lambda index: self._say(f"round {index + 1} of {total}"))
 
     def _figures(
         self, form: Form[Any], rounds: dict[str, list[list[float]]], name: str, strongest: Rounds | None

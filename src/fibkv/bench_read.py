@@ -47,9 +47,9 @@ class PureRead:
         """Bytes of the buffer."""
         return self._rows.nbytes
 
-    def seconds(self, nbytes: int) -> float:
-        """Time of one read of so many bytes (rounded up to whole rows, at most the buffer), by the fastest method."""
-        return self._timed(self.method(nbytes), nbytes)
+    def turn(self, nbytes: int) -> list[float]:
+        """Seconds of one read of so many bytes (rounded up to whole rows, at most the buffer), the fastest method's."""
+        return [self._timed(self.method(nbytes), nbytes)]
 
     def method(self, nbytes: int) -> str:
         """The fastest method for that size; found at the first call."""

@@ -5,7 +5,8 @@ Figures stand behind checks: a row whose checks failed has none.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, Self
 
 from fibkv.bench_settings import KernelSettings, PrefillSettings, StepSettings
 from fibkv.contract import Contract, Count, Total
@@ -35,6 +36,17 @@ class Checks(Contract):
     def passed(self) -> bool:
         """Whether the output is right and depends on the pages."""
         return self.error <= ERROR_LIMIT and self.poison.passed and self.materialized == 0
+
+    @classmethod
+    def worst(cls, checks: Sequence[Checks]) -> Self:
+        """The worst of several outcomes, field by field."""
+        moved = min(one.poison.moved for one in checks)
+        restored = all(one.poison.restored for one in checks)
+        return cls(
+            error=max(one.error for one in checks),
+            poison=PoisonOutcome(moved=moved, restored=restored),
+            materialized=sum(one.materialized for one in checks),
+        )
 
 
 class KernelFigures(Contract):

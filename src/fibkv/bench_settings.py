@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 from pydantic import model_validator
 
@@ -142,3 +142,11 @@ def profile_choice(profile: str) -> str | tuple[str, str]:
     """What `fibkv.Cache` takes as its profile: one name for both roles, or the pair of ``keys/values``."""
     keys, _, values = profile.partition("/")
     return (keys, values) if values else keys
+
+
+_TINY: dict[str, Any] = {"layers": 1, "hidden_size": 64, "query_heads": 4, "kv_heads": 2, "head_dim": 64}
+QUICK_KERNELS = KernelSettings(
+    query_heads=4, kv_heads=2, head_dim=64, contexts=(128, 256), rounds=2, num_threads=1, cache_bytes=1 << 20
+)
+QUICK_STEPS = StepSettings(**_TINY, context=256, rounds=2, tokens=2, num_threads=1, cache_bytes=1 << 20)
+QUICK_PREFILL = PrefillSettings(**_TINY, context=256, rounds=2, num_threads=1)

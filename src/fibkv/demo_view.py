@@ -89,7 +89,7 @@ def _cells(row: VariantRow, result: DemoResult) -> list[str]:
 def _poison_tests(result: DemoResult) -> Table:
     table = Table("cache", "poison test", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for row in result.variants:
-        table.add_row(row.title, _verdict(row.poison))
+        table.add_row(row.title, verdict(row.poison))
     return table
 
 
@@ -97,8 +97,9 @@ def _share(recalled: int, result: DemoResult) -> str:
     return f"{recalled / result.needles_planted:.1%}"
 
 
-def _verdict(outcome: PoisonOutcome) -> str:
-    moved = f"logits moved by {outcome.moved:.3g}" if outcome.moved > 0 else "FAILED: logits did not move"
+def verdict(outcome: PoisonOutcome, output: str = "logits") -> str:
+    """The outcome of a poison test in words; ``output`` says what was looked at."""
+    moved = f"{output} moved by {outcome.moved:.3g}" if outcome.moved > 0 else f"FAILED: {output} did not move"
     restored = "restored exactly" if outcome.restored else "FAILED: not restored"
     return f"{moved}; {restored}"
 

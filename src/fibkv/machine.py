@@ -77,9 +77,7 @@ def last_level_cache(caches: Path = Path("/sys/devices/system/cpu/cpu0/cache")) 
     return int(max(found)[1].removesuffix("K")) * 1024 if found else None
 
 
-def available_memory(
-    meminfo: Path = Path("/proc/meminfo"), control_group: Path = Path("/sys/fs/cgroup")
-) -> int:
+def available_memory(meminfo: Path = Path("/proc/meminfo"), control_group: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes that can still be used: what the machine has, or a container's limit if that is less.
 
     Where the operating system says neither, half of the physical memory.

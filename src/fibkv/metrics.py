@@ -34,8 +34,8 @@ def relative_error(output: Tensor, expected: Tensor) -> float:
     if output.shape != expected.shape:
         raise ContractError("output", f"shape {list(expected.shape)}", list(output.shape))
     norm = torch.linalg.vector_norm
-    error = norm(output.double() - expected.double()) / norm(expected.double())
-    return error.nan_to_num(nan=torch.finfo(torch.float64).max).item()
+    error: Tensor = norm(output.double() - expected.double()) / norm(expected.double())
+    return float(error.nan_to_num(nan=torch.finfo(torch.float64).max))
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:

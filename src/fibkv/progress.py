@@ -32,6 +32,7 @@ class StepCounter:
         self._done = 0
 
     def __call__(self, label: str) -> None:
+        """Says what comes next, and counts it."""
         self._progress(label, self._done, self._total)
         self._done += 1
 
