@@ -27,7 +27,7 @@ QUANTIZED: dict[str, dict[str, Any]] = {
     "quanto 4-bit": {"backend": "quanto", "nbits": 4},
     # The axis that transformers recommends for hqq.
     "hqq 4-bit": {"backend": "hqq", "nbits": 4, "axis_key": 1, "axis_value": 1},
-    "fp8 transformers": {"backend": "fp8"},
+    "transformers fp8": {"backend": "fp8"},
 }
 """Options of transformers' `QuantizedCache`, by name. They are given the matmul attention, the faster of the dense rows
 on most machines."""
@@ -127,7 +127,7 @@ def cache_contenders(
         def make_pages(profile: str = profile) -> Cache:
             return Cache(model, profile=profile_choice(profile), implementation=settings.implementation)
 
-        contenders.append(CacheContender(profile, "fibkv", make_pages, ATTENTION_NAME))
+        contenders.append(CacheContender(f"fibkv {profile}", "fibkv", make_pages, ATTENTION_NAME))
     return contenders, tuple(skipped)
 
 

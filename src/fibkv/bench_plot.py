@@ -20,20 +20,22 @@ def plot_kernels(result: KernelResult, path: Path) -> None:
     """
     figure = new_figure(8, 5)
     axes = figure.add_subplot()
-    read: set[int] = set()
+    drawn: set[int] = set()
     for index, name in enumerate(dict.fromkeys(row.name for row in result.rows)):
         timed = [(row, row.figures) for row in result.rows if row.name == name and row.figures is not None]
         color = f"C{index % 10}"
         contexts = [row.context for row, _ in timed]
         axes.plot(contexts, [1e3 * figures.timing.median for _, figures in timed], "o-", color=color, label=name)
         # Rows of one form share its read.
-        if not read & {row.nbytes for row, _ in timed}:
+        if not drawn & {row.nbytes for row, _ in timed}:
             axes.plot(contexts, [1e3 * figures.read.median for _, figures in timed], "--", color=color, alpha=0.6)
-        read |= {row.nbytes for row, _ in timed}
+        drawn |= {row.nbytes for row, _ in timed}
     axes.plot([], [], "--", color="gray", label="pure read of as many bytes")
     axes.set(xscale="log", yscale="log", xlabel="cached tokens", ylabel="ms per step and layer, median")
     axes.set_title(f"{result.conditions.cpu}, threads: {result.conditions.threads}")
-    axes.legend(fontsize="small")
+    axes.set_xticks(result.settings.contexts, [str(context) for context in result.settings.contexts])
+    axes.set_xticks([], minor=True)
+    figure.legend(loc="outside right center", fontsize="small")
     figure.savefig(path)
 
 

@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from fibkv.contract import Contract, Count, Total
 from fibkv.errors import ContractError
-from fibkv.parameters import PARAMETER_NAMES
+from fibkv.parameters import FIB_SETTINGS, PARAMETER_NAMES
 
 LEAST_CONTEXT = 128
 """Tokens of which a cache with the default policy seals its first page; with none, there would be nothing to damage."""
@@ -22,11 +22,17 @@ def _check_heads(query_heads: int, kv_heads: int) -> None:
         raise ContractError("query_heads", f"a multiple of {kv_heads} KV heads", query_heads)
 
 
-def _check_profiles(profiles: tuple[str, ...]) -> None:
+def _check_profiles(profiles: tuple[str, ...], head_dim: int) -> None:
     known = all(name in PARAMETER_NAMES for profile in profiles for name in profile.split("/", 1))
     if not profiles or not known or len(set(profiles)) < len(profiles):
         expected = f"different names of {', '.join(PARAMETER_NAMES)}, or pairs of them with a slash between"
         raise ContractError("profiles", expected, profiles)
+    # A cache would keep these raw, and the row would be called by the codec's name.
+    blocks = {
+        name: FIB_SETTINGS[name][0] for profile in profiles for name in profile.split("/") if name in FIB_SETTINGS
+    }
+    if unfit := [name for name, block_dim in blocks.items() if head_dim % block_dim]:
+        raise ContractError("profiles", f"codecs whose block_dim divides head_dim {head_dim}", unfit)
 
 
 class KernelSettings(Contract):
@@ -61,7 +67,7 @@ class KernelSettings(Contract):
     @model_validator(mode="after")
     def _check(self) -> Self:
         _check_heads(self.query_heads, self.kv_heads)
-        _check_profiles(self.profiles)
+        _check_profiles(self.profiles, self.head_dim)
         if not self.contexts or min(self.contexts) < LEAST_CONTEXT:
             raise ContractError("contexts", f"numbers of tokens from {LEAST_CONTEXT} upwards", self.contexts)
         if not self.implementations:
@@ -101,7 +107,7 @@ class ModelSettings(Contract):
     @model_validator(mode="after")
     def _check(self) -> Self:
         _check_heads(self.query_heads, self.kv_heads)
-        _check_profiles(self.profiles)
+        _check_profiles(self.profiles, self.head_dim)
         if self.context < LEAST_CONTEXT:
             raise ContractError("context", f"at least {LEAST_CONTEXT} tokens", self.context)
         return self

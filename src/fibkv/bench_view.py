@@ -41,7 +41,7 @@ def render_kernels(result: KernelResult) -> RenderableType:
 def render_models(result: StepResult | PrefillResult) -> RenderableType:
     """The table of the caches, the outcomes of the checks, the notes and the conditions."""
     if isinstance(result, StepResult):
-        title, headings, cells = "Decode steps", ("ms/token", "p10", "p90", "tok/s", "speed-up"), _step_cells
+        title, headings, cells = "Decode steps", ("ms/token", "p10", "p90", "tok/s", "ratio"), _step_cells
     else:
         title, headings, cells = "Prefill", ("ms/prompt", "p10", "p90", "tok/s", "overhead"), _prefill_cells
     table = _table(
@@ -61,8 +61,8 @@ def kernel_notes(result: KernelResult) -> list[str]:
         "B/elem: every stored byte (codes, norms, scales, raw sinks and tail with slack, page metadata) over the "
         "elements of keys and values; codebooks and rotations, which all layers share, are not in it.",
         "ns: median per token and KV head, keys and values. GB/s: stored bytes over the median. "
-        "Speed-up: over the strongest bf16 row of the same context, median of per-round ratios.",
-        f"Of read: time of a pure read of as many bytes in the same rounds ({methods}) over the contender's; "
+        "Ratio: how many times as fast as the strongest bf16 row of the same context, median of per-round ratios.",
+        f"Read: time of a pure read of as many bytes in the same rounds ({methods}) over the contender's; "
         "100 % is the speed of memory.",
         f"Cold: before an operand comes up again, {_mib(result.cache_bytes)} are read, "
         f"{_cache_size(result.conditions)}.",
@@ -87,9 +87,9 @@ def model_notes(result: StepResult | PrefillResult) -> list[str]:
         notes += [
             f"Every cache was given the same random keys and values; {used.rounds} interleaved rounds of "
             f"{result.settings.tokens} tokens each by generate, the first token of a round not counted; "
-            f"{_mib(result.cache_bytes)} of other memory are read before each step, {_cache_size(result.conditions)}.",
-            "Speed-up: over the strongest row of transformers' caches, median of per-round ratios. Its quantized caches "
-            "decode all they hold at every step; they are given the matmul attention.",
+            f"before each step {_mib(result.cache_bytes)} of other memory are read, {_cache_size(result.conditions)}.",
+            "Ratio: how many times as fast as the strongest row of transformers' caches, median of per-round ratios. "
+            "Its quantized caches decode all they hold at every step; they are given the matmul attention.",
         ]
     else:
         notes.append(
@@ -105,7 +105,7 @@ def model_notes(result: StepResult | PrefillResult) -> list[str]:
     return [*notes, *_condition_notes(result.conditions, result.seconds)]
 
 
-_KERNEL_HEADINGS = ("B/elem", "ms", "p10", "p90", "ns", "GB/s", "speed-up", "of read")
+_KERNEL_HEADINGS = ("B/elem", "ms", "p10", "p90", "ns", "GB/s", "ratio", "read")
 
 
 def _kernel_cells(row: KernelRow) -> list[str]:
