@@ -20,7 +20,7 @@ from fibkv import kernels
 from fibkv.bench_contenders import BASELINES, Contender, baseline, exact, paged
 from fibkv.bench_forms import DenseForm, Form, PagedForm
 from fibkv.bench_read import PureRead, cold_nbytes
-from fibkv.bench_result import Checks, KernelFigures, KernelResult, KernelRow
+from fibkv.bench_result import ATTENTION_LIMIT, Checks, KernelFigures, KernelResult, KernelRow
 from fibkv.bench_settings import KernelSettings
 from fibkv.errors import KernelError
 from fibkv.machine import Conditions
@@ -99,7 +99,7 @@ class _Trial:
         with form.damaged():
             damaged = self._attend(form.first)
         restored = self._attend(form.first)
-        return Checks(error=self.error, poison=poison_outcome(intact, damaged, restored))
+        return Checks(error=self.error, limit=ATTENTION_LIMIT, poison=poison_outcome(intact, damaged, restored))
 
     def warm_up(self) -> None:
         """Attends to every copy once: what an implementation keeps of a page that it has seen is not timed."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fibkv.bench_caches import CacheContender, held_nbytes
 from fibkv.bench_forms import DenseForm
-from fibkv.bench_result import CacheFigures, CacheRow, Checks
+from fibkv.bench_result import LOGITS_LIMIT, CacheFigures, CacheRow, Checks
 from fibkv.bench_settings import ModelSettings
 from fibkv.hf import Cache
 from fibkv.hf_attention import switched
@@ -62,7 +62,8 @@ class Trial(ABC):
             expected: what dense attention on the same values gives, [vocab].
         """
         if self.contender.kind != "quantized":
-            self.checks = Checks(error=relative_error(logits, expected), poison=self._poison(cache))
+            error = relative_error(logits, expected)
+            self.checks = Checks(error=error, limit=LOGITS_LIMIT, poison=self._poison(cache))
 
     def measure(self, cache: Any) -> None:
         """Notes the bytes that a cache holds, and the dense copies that attention made of its pages."""

@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fibkv.bench_result import (
-    ERROR_LIMIT,
+    ATTENTION_LIMIT,
+    LOGITS_LIMIT,
     CacheRow,
     Checks,
     KernelResult,
@@ -68,7 +69,7 @@ def kernel_notes(result: KernelResult) -> list[str]:
         f"{_cache_size(result.conditions)}.",
         "Layouts that an implementation makes at the first sight of a page are made before the timing.",
         f"Checks: relative error to float64 attention on the dequantized values, over all calls, at most "
-        f"{ERROR_LIMIT:.0%}; some keys are damaged in memory and restored. A row that fails has no figures.",
+        f"{ATTENTION_LIMIT:.0%}; some keys are damaged in memory and restored. A row that fails has no figures.",
         *_condition_notes(result.conditions, result.seconds),
     ]
 
@@ -97,7 +98,7 @@ def model_notes(result: StepResult | PrefillResult) -> list[str]:
             "Overhead: time added to the dense row's, median of per-round ratios."
         )
     notes.append(
-        f"Checks: relative error of the next logits to dense attention on the same values, at most {ERROR_LIMIT:.0%}; "
+        f"Checks: relative error of the next logits to dense attention on the same values, at most {LOGITS_LIMIT:.0%}; "
         "damaged keys must move the logits; dense copies made instead of reading pages must be 0. "
         "Quantized stock caches are taken as they are."
     )
@@ -166,7 +167,7 @@ def _table(title: str, headings: Sequence[str], rows: Iterator[list[str]]) -> Ta
 def _checks(outcomes: Mapping[str, Checks], output: str) -> Table:
     table = Table("checked", "error", "poison test", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name, checks in outcomes.items():
-        too_large = "" if checks.error <= ERROR_LIMIT else "FAILED: "
+        too_large = "" if checks.error <= checks.limit else "FAILED: "
         copies = f"; FAILED: {checks.materialized} dense copies" if checks.materialized else ""
         table.add_row(name, f"{too_large}{checks.error:.2%}", verdict(checks.poison, output) + copies)
     return table

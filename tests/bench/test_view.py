@@ -16,7 +16,7 @@ from fibkv.bench_result import Checks, KernelResult, ModelResult, PrefillResult,
 from fibkv.bench_view import kernel_notes, model_notes, render_kernels, render_models
 from fibkv.quality import PoisonOutcome
 
-BROKEN = Checks(error=0.5, poison=PoisonOutcome(moved=0.0, restored=True), materialized=3)
+BROKEN = Checks(error=0.5, limit=0.03, poison=PoisonOutcome(moved=0.0, restored=True), materialized=3)
 
 
 def _shown(rendered: Any) -> list[str]:
@@ -42,8 +42,9 @@ def test_kernel_tables_show_the_figures(kernel_result: KernelResult) -> None:
                 assert f"{row.bytes_per_element:.3f}" in cells
                 assert f"{row.figures.speedup:.2f}x" in cells
                 assert f"{row.figures.of_read:.0%}" in cells
-    checked = _line(lines[next(i for i, line in enumerate(lines) if line.startswith(" checked")) :], "fib4 reference")
-    worst = max(row.checks.error for row in kernel_result.rows if row.name == "fib4 reference")
+    name = kernel_result.rows[-1].name
+    checked = _line(lines[next(i for i, line in enumerate(lines) if line.startswith(" checked")) :], name)
+    worst = max(row.checks.error for row in kernel_result.rows if row.name == name)
     assert f"{worst:.2%}" in checked
     assert "output moved by" in checked
     assert "restored exactly" in checked
@@ -78,7 +79,7 @@ def test_model_tables_show_the_figures(kind: str, request: pytest.FixtureRequest
         compared = f"{row.figures.speedup:.2f}x" if kind == "step_result" else f"{row.figures.overhead:+.1%}"
         assert compared in cells
     said = " ".join(model_notes(result))
-    for words in ("1 layers, hidden size 64", "at most 3%", result.conditions.cpu, result.conditions.command):
+    for words in ("1 layers, hidden size 64", "at most 10%", result.conditions.cpu, result.conditions.command):
         assert words in said
     for name, reason in result.skipped:
         assert f"Skipped: {name}: {reason}." in said
@@ -107,8 +108,8 @@ def test_a_cache_that_fails_is_shown_without_figures(kind: str, request: pytest.
 
 
 def test_the_worst_of_several_checks() -> None:
-    good = Checks(error=0.01, poison=PoisonOutcome(moved=0.2, restored=True))
-    late = Checks(error=0.02, poison=PoisonOutcome(moved=0.1, restored=False), materialized=1)
+    good = Checks(error=0.01, limit=0.03, poison=PoisonOutcome(moved=0.2, restored=True))
+    late = Checks(error=0.02, limit=0.02, poison=PoisonOutcome(moved=0.1, restored=False), materialized=1)
     assert Checks.worst([good, good]) == good
     assert Checks.worst([good, late]) == late
     assert good.passed
