@@ -7,6 +7,7 @@ from fibkv.bench_prefill import run_prefill
 from fibkv.bench_result import KernelResult, PrefillResult, StepResult
 from fibkv.bench_settings import QUICK_KERNELS, QUICK_PREFILL, QUICK_STEPS
 from fibkv.bench_steps import run_steps
+from tests.quality.conftest import _one_thread  # noqa: F401 - tensors as small as those there
 
 
 def quiet(label: str, done: int, total: int) -> None:

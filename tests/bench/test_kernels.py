@@ -185,9 +185,10 @@ def test_implementations_are_chosen_or_refused(monkeypatch: pytest.MonkeyPatch) 
         chosen_implementations(("other",))
 
 
-def _forms() -> list[Form[Any]]:
+@pytest.fixture(params=["dense", "paged"])
+def form(request: pytest.FixtureRequest) -> Form[Any]:
     keys, values = torch.randn(2, 1, 2, 256, 64).bfloat16()
-    return [DenseForm(keys, values), PagedForm.fill(keys, values, "fib4", 4)]
+    return DenseForm(keys, values) if request.param == "dense" else PagedForm.fill(keys, values, "fib4", 4)
 
 
 def _tensors(held: Any) -> list[Tensor]:
@@ -201,7 +202,6 @@ def _decoded(held: Any) -> tuple[Tensor, Tensor]:
     return held if isinstance(held, tuple) else held.decode(torch.float32)
 
 
-@pytest.mark.parametrize("form", _forms(), ids=["dense", "paged"])
 def test_copies_share_no_memory_and_take_turns(form: Form[Any]) -> None:
     form.copy(3)
     form.copy(2)
@@ -215,7 +215,6 @@ def test_copies_share_no_memory_and_take_turns(form: Form[Any]) -> None:
     assert [id(form.take()) for _ in range(4)] == [id(copy) for copy in (*held, held[0])]
 
 
-@pytest.mark.parametrize("form", _forms(), ids=["dense", "paged"])
 def test_damage_is_to_the_keys_and_is_mended(form: Form[Any]) -> None:
     keys, values = (tensor.clone() for tensor in form.decoded())
     with form.damaged():

@@ -86,8 +86,9 @@ def test_sizes_are_counted(step_result: StepResult) -> None:
     tokens = QUICK_STEPS.context + QUICK_STEPS.rounds * (QUICK_STEPS.tokens + 1)
     assert rows["DynamicCache sdpa"].nbytes == 2 * 2 * 64 * tokens * 2  # both roles, heads, head_dim, bfloat16
     assert rows["DynamicCache sdpa"].of_dense == 1.0
-    # The past in 8 bits, a scale per tensor.
-    assert rows["transformers fp8"].of_dense == pytest.approx(0.5, abs=1e-3)
+    # The past in 8 bits, a scale per tensor; older releases of transformers have no such cache.
+    fp8 = rows.get("transformers fp8")
+    assert fp8.of_dense == pytest.approx(0.5, abs=1e-3) if fp8 else "transformers fp8" in dict(step_result.skipped)
     sizes = [rows[f"fibkv {profile}"].nbytes for profile in ("fib2", "fib4", "int8", "raw")]
     assert sizes == sorted(set(sizes))
 
