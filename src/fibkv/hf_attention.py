@@ -93,11 +93,18 @@ def attention(model: PreTrainedModel) -> Iterator[None]:
     Args:
         model: a model of transformers. One that does not follow its attention interface keeps its own attention.
     """
+    with switched(model, ATTENTION_NAME):
+        yield
+
+
+@contextmanager
+def switched(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Switches a model and its parts to the attention registered under a name while the context lasts."""
     config = model.config
     subs = {name: getattr(config, name) for name in config.sub_configs}
     before = {"": config._attn_implementation}
     before |= {name: part._attn_implementation for name, part in subs.items() if part is not None}
-    model.set_attn_implementation(ATTENTION_NAME)
+    model.set_attn_implementation(name)
     try:
         yield
     finally:

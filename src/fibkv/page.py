@@ -117,11 +117,11 @@ def segment_from_bytes(header: SegmentHeader, decision: Decision, codec: Codec, 
     return Segment(header.heads, header.tokens, decision, header.reasons, codec, codes)
 
 
-def decode_segments(segments: Iterable[Segment], out: Tensor) -> Tensor:
+def decode_segments(segments: Iterable[Segment], out: Tensor, *, implementation: str = "auto") -> Tensor:
     """Decodes segments into ``out [heads, T, d]`` of any floating dtype, which they must cover; returns it."""
     for segment in segments:
         (h0, h1), (t0, t1) = segment.heads, segment.tokens
-        segment.codec.decode(segment.codes, out=out[h0:h1, t0:t1])
+        segment.codec.decode(segment.codes, out=out[h0:h1, t0:t1], implementation=implementation)
     return out
 
 
@@ -246,6 +246,10 @@ class Page:
         if all(segment.held.device == device for segment in (*self.keys, *self.values)):
             return self
         return self.holding([segment.held.to(device) for segment in (*self.keys, *self.values)])
+
+    def copied(self) -> Page:
+        """The page with a copy of its codes, in canonical order."""
+        return self.holding([segment.codes.map(Tensor.clone) for segment in (*self.keys, *self.values)])
 
     def holding(self, held: Sequence[Codes | Packed]) -> Page:
         """The page with the same codes in another order or place, for its keys' segments and then its values'."""

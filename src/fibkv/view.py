@@ -150,7 +150,7 @@ class View:
         yield from _page_parts(self.rows)
         yield from self._tail_parts()
 
-    def decode(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def decode(self, dtype: torch.dtype, *, implementation: str = "auto") -> tuple[Tensor, Tensor]:
         """Dense keys ``[B, H, length, d]`` and values ``[B, H, length, d_value]``."""
         keys, values = (
             old.new_empty((*old.shape[:2], self.length, old.shape[3]), dtype=dtype)
@@ -159,8 +159,8 @@ class View:
         for row, pages in enumerate(self.rows):
             for page in pages:
                 span = slice(page.start, page.start + page.tokens)
-                decode_segments(page.keys, keys[row, :, span])
-                decode_segments(page.values, values[row, :, span])
+                decode_segments(page.keys, keys[row, :, span], implementation=implementation)
+                decode_segments(page.values, values[row, :, span], implementation=implementation)
         start = self.length - self.tail.length
         keys[:, :, start:] = self.tail.keys[:, :, : self.tail.length]
         values[:, :, start:] = self.tail.values[:, :, : self.tail.length]
