@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache as StockCache
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAttentionLayer
 
 from fibkv.errors import ModelError
 from fibkv.handle import outside_graphs
+from fibkv.hf_hybrid import CompressedHybridLayer
 from fibkv.hf_layer import CompressedLayer
-from fibkv.hf_model import plan_model
+from fibkv.hf_model import LayerPlan, plan_model
 from fibkv.hf_stock import holds_state, num_rows, report_of, why_not_cropped
 from fibkv.policy import Policy
 from fibkv.quarantine import Quarantine
@@ -82,14 +83,14 @@ class Cache(StockCache):
         )
         self.settings.check_head_dims(self.plan.head_dims)
         self.quarantine = Quarantine()
-        super().__init__(
-            layers=[
-                CompressedLayer(index, self.settings, self.quarantine, self.plan.latent_widths)
-                if layer.why_stock is None
-                else layer.stock
-                for index, layer in enumerate(self.plan.layers)
-            ]
-        )
+        super().__init__(layers=[self._layer(index, layer) for index, layer in enumerate(self.plan.layers)])
+
+    def _layer(self, index: int, layer: LayerPlan) -> Any:
+        if layer.why_stock is not None:
+            return layer.stock
+        if isinstance(layer.stock, LinearAttentionAndFullAttentionLayer):
+            return CompressedHybridLayer(index, self.settings, self.quarantine, layer.stock)
+        return CompressedLayer(index, self.settings, self.quarantine, self.plan.latent_widths)
 
     @outside_graphs
     def update(
@@ -163,7 +164,7 @@ class Cache(StockCache):
     def _crop(self, removals: list[int]) -> None:
         """Removes so many of the newest tokens of each layer: of all of them, or of none."""
         for index, (layer, remove) in enumerate(zip(self.layers, removals, strict=True)):
-            if not isinstance(layer, CompressedLayer) and (why := why_not_cropped(layer, remove)):
+            if why := why_not_cropped(layer, remove):
                 raise ModelError(f"crop: layer {index} cannot lose {remove} tokens: {why}")
         for layer, remove in zip(self.layers, removals, strict=True):
             # Empty layers of transformers have nothing to cut; those that record their past shed it even at 0.

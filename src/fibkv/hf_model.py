@@ -1,7 +1,7 @@
 """What a model asks of its cache: which layers fibkv compresses, which stay in transformers' own classes, and why.
 
-Compressed are layers whose cache grows with the context and holds nothing but keys and values, or the latents of
-multi-head latent attention. The rest is of fixed size (windows, states) or carries more than keys and values.
+Compressed are the keys and values of layers whose cache grows with the context, and the latents of multi-head latent
+attention. The rest is of fixed size (windows, states), or a model reads it in a way of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer
 
 from fibkv.errors import ModelError
 from fibkv.view import DTYPE_NAMES
@@ -21,7 +21,6 @@ _WHY_STOCK = {
     "DynamicSlidingWindowLayer": "a window of fixed size",
     "DynamicIndexedLayer": "sparse attention, with index keys beside its keys and values",
     "LinearAttentionLayer": "a state of fixed size, or no cache at all",
-    "LinearAttentionAndFullAttentionLayer": "keys and values beside a state of fixed size",
     "LinearAttentionAndSlidingWindowAttentionLayer": "a window and a state of fixed size",
     "DummyLayer": "no cache of its own",
 }
@@ -129,7 +128,7 @@ def _plan_layers(config: PretrainedConfig, text: PretrainedConfig) -> tuple[Laye
 def _why_stock(layer: Any, is_crossing: bool) -> str | None:
     if is_crossing:
         return "cross-attention, read by the model directly"
-    # Subclasses add state, or another meaning of their keys and values.
-    if type(layer) is DynamicLayer:
+    # Other subclasses add state, or another meaning of their keys and values.
+    if type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer):
         return None
     return _WHY_STOCK.get(type(layer).__name__, "a cache class of the model's own")

@@ -38,23 +38,24 @@ def num_rows(layer: Any) -> int:
     return next((t.shape[0] for t in _tensors(layer) if t.is_floating_point() and t.numel()), 0)
 
 
+def state_tensors(layer: Any) -> Iterator[Tensor]:
+    """The states that a layer keeps by number or name."""
+    tables = (value for value in vars(layer).values() if isinstance(value, dict))
+    yield from (tensor for table in tables for tensor in table.values() if isinstance(tensor, Tensor))
+
+
 def _tensors(layer: Any) -> Iterator[Tensor]:
-    """The tensors of a layer: its attributes, and those that it keeps by number or name (several states)."""
-    for value in vars(layer).values():
-        held = value.values() if isinstance(value, dict) else (value,)
-        yield from (tensor for tensor in held if isinstance(tensor, Tensor))
+    """The tensors of a layer: its attributes and its states."""
+    yield from (value for value in vars(layer).values() if isinstance(value, Tensor))
+    yield from state_tensors(layer)
 
 
 def why_not_cropped(layer: Any, tokens: int) -> str | None:
-    """Why the newest tokens cannot be taken back from a layer; None if they can.
-
-    Args:
-        layer: one of transformers.
-        tokens: how many; a layer need not have been asked about 0.
-    """
+    """Why that many of the newest tokens cannot be taken back from a layer; None if they can."""
     if tokens == 0:
         return None
     kind = type(layer)
+    # A model's own class that adds state, and leaves its crop to the class that it comes from.
     if kind.__module__ != cache_utils.__name__ and "crop" not in vars(kind):
         return f"{kind.__name__} keeps state that its crop does not know of"
     linear = _why_not_linear(layer) if isinstance(layer, LinearAttentionCacheLayerMixin) else None
