@@ -20,7 +20,7 @@ from fibkv.view import DTYPE_NAMES
 _WHY_STOCK = {
     "DynamicSlidingWindowLayer": "a window of fixed size",
     "DynamicIndexedLayer": "sparse attention, with index keys beside its keys and values",
-    "LinearAttentionLayer": "a state of fixed size, or no cache at all",
+    "LinearAttentionLayer": "a state of fixed size",
     "LinearAttentionAndSlidingWindowAttentionLayer": "a window and a state of fixed size",
     "DummyLayer": "no cache of its own",
 }

@@ -22,8 +22,8 @@ class RoundTrip:
 
     Keeps the first `FIRST` and the newest `LAST` tokens exactly, the others as the codec gives pages of them back.
 
-    A page is coded right after the update that makes it due, or, with ``is_lazy``, before the next one: then a crop in
-    between finds the tokens as they were.
+    A page is coded right after the update that makes it due, or, with ``is_lazy``, by the crop after that or else
+    before the next update: then a crop finds the tokens as they were.
     """
 
     def __init__(self, profile: str, *, is_latent: bool = False, is_lazy: bool = True, **kwargs: object) -> None:
@@ -44,6 +44,7 @@ class RoundTrip:
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
         self.coded = min(self.coded, self.get_seq_length())
+        self._code_due()
 
     def _code_due(self) -> None:
         while self.coded + PAGE <= DynamicLayer.get_seq_length(self) - LAST:

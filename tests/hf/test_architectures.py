@@ -91,16 +91,15 @@ def test_tokens_are_those_of_the_dequantized_dense_cache(name: str) -> None:
 
 def row(name: str, model: tf.PreTrainedModel, cache: fibkv.Cache) -> str:
     """The architecture's line in `docs/MODELS.md`, from the report of a cache that was used."""
-    layers = cache.report().layers
-    compressed = [layer for layer in layers if layer.compressed and layer.tokens]
-    stock = {layer.reason: None for layer in layers if not layer.compressed}
+    layers = [layer for layer in cache.report().layers if layer.nbytes]
+    compressed = [layer for layer in layers if layer.compressed]
     what = "latents" if any("latents" in layer.reason for layer in compressed) else "keys and values"
-    where = "all layers" if len(compressed) == len(layers) else "full-attention layers"
+    where = "all layers" if len(compressed) == len(layers) else "the full-attention layers"
     reads = "decoded at every step" if any(layer.materialized for layer in compressed) else "on pages"
     cells = (
-        model.config.model_type,
+        f"`{model.config.model_type}`",
         f"{what} of {where}" if compressed else "nothing",
-        reads if compressed else "-",
-        "; ".join(stock) or "-",
+        reads if compressed else "transformers' own",
+        "; ".join({layer.reason: None for layer in layers if not layer.compressed}) or "-",
     )
     return f"| {' | '.join(cells)} |"
