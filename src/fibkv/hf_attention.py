@@ -15,7 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from fibkv.attend import Scores, attend
 from fibkv.errors import ModelError
 from fibkv.handle import Handle, outside_graphs
-from fibkv.hf_layer import CompressedLayer
+from fibkv.hf_prompt import checked_prompts
 from fibkv.view import Tail, View
 
 ATTENTION_NAME = "fibkv"
@@ -106,18 +106,17 @@ def attention(model: PreTrainedModel) -> Iterator[None]:
     Without it a `Cache` works too: whatever attention the model uses then decodes the layer at every step, and
     `Cache.report` counts that.
 
-    Calls of the model are checked while it lasts: a prompt that a filled cache holds in full is refused.
+    Prompts of ``model.generate`` that a filled cache cannot go on with are refused while it lasts (`fibkv.hf_prompt`).
 
     Args:
         model: a model of transformers. One that does not follow its attention interface keeps its own attention.
     """
     before = [(config, config._attn_implementation) for config in _configs(model)]
-    hook = model.register_forward_pre_hook(_check_mask_length, with_kwargs=True)
     try:
         model.set_attn_implementation(ATTENTION_NAME)
-        yield
+        with checked_prompts(model):
+            yield
     finally:
-        hook.remove()
         # Wholes come before their parts: setting one sets its parts too.
         for config, implementation in before:
             config._attn_implementation = implementation
@@ -135,29 +134,3 @@ def _with_parts(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
     for name in config.sub_configs:
         if (part := getattr(config, name, None)) is not None:
             yield from _with_parts(part)
-
-
-@outside_graphs
-def _check_mask_length(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG001
-    """Refuses a mask that is shorter than the cache and the call together.
-
-    `generate` makes such a call when a filled cache holds the whole prompt: it finds no new token, feeds the prompt
-    again, and continues from a prompt that stands in the cache twice.
-
-    Raises:
-        ModelError: with the length to crop to.
-    """
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-    tokens = next((t for name in ("input_ids", "inputs_embeds") if isinstance(t := kwargs.get(name), Tensor)), None)
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or tokens is None:
-        return
-    held = max(
-        (layer.get_seq_length() for layer in getattr(cache, "layers", ()) if isinstance(layer, CompressedLayer)),
-        default=0,
-    )
-    if held and mask.shape[1] < held + tokens.shape[1]:
-        raise ModelError(
-            f"attention mask: the cache holds {held} tokens and the call has {tokens.shape[1]}, but the mask covers "
-            f"{mask.shape[1]}. If the cache holds the prompt already, leave one token to compute: "
-            f"cache.crop_to({max(0, min(held, mask.shape[1]) - 1)})"
-        )
