@@ -75,7 +75,7 @@ ARGUMENTS: dict[str, dict[str, object]] = {
     "Cohere": COMMON,
     "Doge": COMMON,
     "DiffLlama": COMMON,
-    "Ernie4_5": COMMON,
+    "Ernie4_5": {**COMMON, "head_dim": 16},
     "GPT2": GPT2_LIKE,
     "GPTBigCode": GPT2_LIKE,
     "GPTNeoX": {name: value for name, value in COMMON.items() if name != "num_key_value_heads"},
@@ -86,6 +86,7 @@ ARGUMENTS: dict[str, dict[str, object]] = {
     "GraniteMoe": {**COMMON, **LOCAL_EXPERTS},
     "Llama": COMMON,
     "MiniMaxM2": {**HEAD_32, **LOCAL_EXPERTS},
+    "Ministral3": {**COMMON, "head_dim": 16},
     "Mistral": {**COMMON, "sliding_window": None},
     "Mixtral": {**COMMON, **LOCAL_EXPERTS},
     "Nemotron": COMMON,
@@ -108,7 +109,7 @@ ARGUMENTS: dict[str, dict[str, object]] = {
     "Qwen2Moe": {**COMMON, **EXPERTS, "shared_expert_intermediate_size": 32},
     "Qwen3": HEAD_32,
     "Qwen3Moe": {**HEAD_32, **EXPERTS},
-    "SeedOss": COMMON,
+    "SeedOss": {**COMMON, "head_dim": 16},
     "SmolLM3": {**COMMON, "no_rope_layers": [1, 0]},
     "StableLm": COMMON,
     "Starcoder2": COMMON,
@@ -141,7 +142,6 @@ ARGUMENTS: dict[str, dict[str, object]] = {
         "layer_types": ["chunked_attention", "full_attention"],
         "no_rope_layers": [1, 0],
     },
-    "Ministral3": COMMON,
     "Olmo3": {**COMMON, **WINDOWED},
     # Layers that read the keys and values of others.
     "Gemma3nText": {

@@ -5,7 +5,6 @@ It shares no bookkeeping with fibkv: crops, reorders and repeats are those of `D
 
 from __future__ import annotations
 
-import torch
 import transformers as tf
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
@@ -82,9 +81,3 @@ def dequantized_cache(model: tf.PreTrainedModel, profile: str) -> tf.DynamicCach
         kinds[type(layer)](profile, is_latent=is_latent) if type(layer) in kinds else layer for layer in cache.layers
     ]
     return cache
-
-
-def logits_along(model: tf.PreTrainedModel, chunks: list[Tensor], cache: object) -> Tensor:
-    """Logits of each chunk's last token ``[chunks, vocabulary]``, the chunks fed one after the other."""
-    with torch.no_grad():
-        return torch.cat([model(chunk, past_key_values=cache).logits[:, -1] for chunk in chunks])

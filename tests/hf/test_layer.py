@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 
 import fibkv
 from fibkv.hf_layer import ROLLBACK_TOKENS, CompressedLayer
-from fibkv.regions import ProtectedRegions
-from tests.hf.oracle import FIRST, LAST, PAGE, RoundTripLayer
+from tests.hf.calls import POLICY
+from tests.hf.oracle import LAST, PAGE, RoundTripLayer
 
 CONFIG = tf.LlamaConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, vocab_size=8)
-POLICY = fibkv.Policy.per_token(ProtectedRegions(first_tokens_raw=FIRST, last_tokens_raw=LAST))
 MAX_ROWS = 4
 
 operations = st.lists(

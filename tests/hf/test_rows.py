@@ -14,8 +14,8 @@ import fibkv
 from fibkv.errors import ModelError, PageError
 from fibkv.hf_layer import CompressedLayer
 from tests.hf.architectures import COMMON, WINDOWED, tiny
+from tests.hf.calls import cache_for, generate, ids
 from tests.hf.oracle import dequantized_cache
-from tests.hf.test_architectures import cache_for, generate, ids
 
 STEP = {"max_new_tokens": 10}
 
