@@ -17,7 +17,7 @@ from torch import Tensor
 from fibkv.errors import PageError
 from fibkv.page import Page, Segment
 from fibkv.quarantine import Quarantine
-from fibkv.sealing import LayerSettings, full_spans, resident, seal
+from fibkv.sealing import LayerSettings, Span, full_spans, resident, seal
 from fibkv.slabs import Slabs
 from fibkv.view import PageRows, Tail, View
 
@@ -74,7 +74,7 @@ class LayerCache:
         """The newest tokens."""
         return self._tail
 
-    def append(self, keys: Tensor, values: Tensor) -> View:
+    def append(self, keys: Tensor, values: Tensor, *, hold_back: int = 0) -> View:
         """Adds tokens and returns what attention over all tokens has to read.
 
         Full pages are sealed behind the returned snapshot: this call still reads the new tokens exactly, later ones
@@ -83,6 +83,8 @@ class LayerCache:
         Args:
             keys: ``[B, H, t, d]``.
             values: ``[B, H, t, d_value]``.
+            hold_back: newest tokens that a crop may take back: what is due because of them alone is sealed by the
+                next append or crop. Not with ``read_through``.
 
         Raises:
             PageError: another batch size, heads or widths than the cache's, or a page in quarantine.
@@ -91,10 +93,12 @@ class LayerCache:
         self._check(keys, values)
         self._refuse_quarantined()
         with _plain_tensors(keys):
+            self._seal_due()
             recent = self._tail.extended(keys.detach(), values.detach())
             length = self._length + keys.shape[2]
             before = View(self._rows, recent, length, self.implementation)
-            self._seal(recent, length)
+            held = 0 if self.settings.read_through else hold_back
+            self._seal(recent, length, full_spans(self.settings, recent.length - held, length))
         return self.view() if self.settings.read_through else before
 
     def view(self) -> View:
@@ -103,19 +107,27 @@ class LayerCache:
         return View(self._rows, self._tail, self._length, self.implementation)
 
     def crop(self, length: int) -> None:
-        """Keeps the first ``length`` tokens. A page that the cut goes through is shortened without loss."""
-        if length >= self._length:
-            return
-        tail_start = self._length - self._tail.length
-        keep = max(0, length - tail_start)
+        """Keeps the first ``length`` tokens. A page that the cut goes through is shortened without loss.
+
+        Tokens that `append` held back leave no trace: it is as if they had never been added.
+        """
         with _plain_tensors(self._tail.keys):
-            if length < tail_start:
-                self._map_pages(lambda page: self._resident(page.cut(length - page.start)))
-            self._tail = self._tail_of(self._tail, 0, keep)
-        self._length = length
+            if length < self._length:
+                tail_start = self._length - self._tail.length
+                if length < tail_start:
+                    self._map_pages(lambda page: self._resident(page.cut(length - page.start)))
+                self._tail = self._tail_of(self._tail, 0, max(0, length - tail_start))
+                self._length = length
+            self._seal_due()
 
     def select(self, indices: Sequence[int]) -> None:
-        """Makes row ``i`` a copy of row ``indices[i]``: beams, repeats and selections. Pages are shared."""
+        """Makes row ``i`` a copy of row ``indices[i]``: beams, repeats and selections. Pages are shared.
+
+        Raises:
+            PageError: a row that the cache does not have.
+        """
+        if not all(0 <= index < self.batch for index in indices):
+            raise PageError(f"layer {self.settings.layer}: expected rows of 0..{self.batch - 1}, got {list(indices)}")
         self._rows = PageRows(self._rows[index] for index in indices)
         where = torch.as_tensor(indices, dtype=torch.long, device=self._tail.keys.device)
         with _plain_tensors(where):
@@ -183,9 +195,13 @@ class LayerCache:
                 if self.quarantine.is_quarantined("page", _name(page)):
                     raise PageError(f"page {_name(page)} is in quarantine: its codes do not match its digest")
 
-    def _seal(self, recent: Tail, length: int) -> None:
-        """Seals what is full, then takes over: nothing of the cache changes before every page is encoded."""
-        spans = full_spans(self.settings, recent.length, length)
+    def _seal_due(self) -> None:
+        """Seals what was held back and has not been taken back."""
+        if spans := full_spans(self.settings, self._tail.length, self._length):
+            self._seal(self._tail, self._length, spans)
+
+    def _seal(self, recent: Tail, length: int, spans: Sequence[Span]) -> None:
+        """Seals spans, then takes over: nothing of the cache changes before every page is encoded."""
         sealed = seal(self.settings, recent, length, spans)
         done = spans[-1][1] if spans else 0
         if any(sealed):
