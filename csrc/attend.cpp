@@ -101,7 +101,7 @@ class Step {
     for (size_t space = 0; space < key_spaces_.size(); ++space) {
       float* to = rotated_.data() + (space * query_rows() + first) * key_width_;
       if (key_spaces_[space]) {
-        k_.transform(key_spaces_[space]->transposed, query_.dim, padded.data(), n, to);
+        k_.rotate(*key_spaces_[space], padded.data(), n, to);
       } else {
         std::copy(padded.begin(), padded.end(), to);
       }
@@ -320,7 +320,7 @@ void Step::write(const Task& task, int head, const std::vector<float>& spaces, c
   for (size_t space = 0; space < value_spaces_.size(); ++space) {
     const float* rows = spaces.data() + space * size;
     if (value_spaces_[space]) {
-      k_.transform(value_spaces_[space]->matrix, value_dim_, rows, n, turned.data());
+      k_.unrotate(*value_spaces_[space], rows, n, turned.data());
       rows = turned.data();
     }
     for (size_t i = 0; i < size; ++i) whole[i] += rows[i];

@@ -113,9 +113,11 @@ void bind_attention(nb::module_& m) {
       .value("int8", Form::int8)
       .value("fp8", Form::fp8)
       .value("fib", Form::fib);
-  nb::class_<OwnedRotation>(m, "Rotation").def("__init__", [](OwnedRotation* self, Array<const float, 2> matrix) {
-    new (self) OwnedRotation(matrix.data(), static_cast<int>(matrix.shape(0)));
-  });
+  nb::class_<OwnedRotation>(m, "Rotation").def(
+      "__init__", [](OwnedRotation* self, Array<const float, 2> matrix, Array<const float, 2> signs) {
+        const int rounds = static_cast<int>(signs.shape(0));
+        new (self) OwnedRotation(matrix.data(), static_cast<int>(matrix.shape(0)), signs.data(), rounds);
+      });
   nb::class_<OwnedSide>(m, "Side")
       .def(nb::new_(&make_side), nb::kw_only(), "form"_a, "is_key"_a, "tiled"_a, "dim"_a, "code_bytes"_a,
            "norm_bytes"_a, "block"_a, "size"_a, "bits"_a, "log_norms"_a, "channels"_a, "codewords"_a.none(),

@@ -56,8 +56,9 @@ struct AttendKernels {
               float* scratch, const uint8_t* ahead);
   // Adds rows [n][padded_dim] in the side's own order to rows in natural order.
   void (*finish)(const Side& value, const float* rows, int n, float* out);
-  // y = matrix x for n rows: matrix [dim][dim] given by its columns (row-major transpose).
-  void (*transform)(const float* columns, int dim, const float* x, int n, float* y);
+  // n rows [padded_dim] to the rotated space, and back.
+  void (*rotate)(const Rotation& rotation, const float* x, int n, float* y);
+  void (*unrotate)(const Rotation& rotation, const float* x, int n, float* y);
   // row *= factor.
   void (*scale)(float* row, int count, float factor);
   // sum += factor * row.

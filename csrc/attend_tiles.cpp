@@ -1,6 +1,7 @@
 // Attention on one tile: float kernels for every codec on every instruction set, softmax, and the choice of integer
 // kernels where the instruction set has them.
 #include "attend_kernels.h"
+#include "rotate.h"
 #include "vector.h"
 #ifdef FIBKV_INTEGER
 #include "integer_kernels.h"
@@ -137,44 +138,8 @@ void numbers(const Side& side, const uint8_t* code, float* row) {
   }
 }
 
-// A strip of the outputs of `transform` for a few rows, which stays in registers while the columns pass once.
-template <int rows, int vectors>
-void transform_strip(const float* columns, int dim, const float* x, float* y, int width) {
-  vf sums[rows][vectors] = {};
-  for (int j = 0; j < dim; ++j) {
-    for (int v = 0; v < vectors; ++v) {
-      const vf column = load<vf>(columns + static_cast<size_t>(j) * dim + v * kLanes);
-      for (int row = 0; row < rows; ++row) sums[row][v] += splat(x[row * width + j]) * column;
-    }
-  }
-  for (int row = 0; row < rows; ++row) {
-    for (int v = 0; v < vectors; ++v) store(y + row * width + v * kLanes, sums[row][v]);
-  }
-}
-
-template <int rows>
-void transform_rows(const float* columns, int dim, const float* x, float* y, int width) {
-  constexpr int vectors = 4;
-  int i = 0;
-  for (; i + vectors * kLanes <= dim; i += vectors * kLanes) {
-    transform_strip<rows, vectors>(columns + i, dim, x, y + i, width);
-  }
-  for (; i + kLanes <= dim; i += kLanes) transform_strip<rows, 1>(columns + i, dim, x, y + i, width);
-  for (; i < width; ++i) {
-    for (int row = 0; row < rows; ++row) {
-      float sum = 0;
-      for (int j = 0; i < dim && j < dim; ++j) sum += x[row * width + j] * columns[static_cast<size_t>(j) * dim + i];
-      y[row * width + i] = sum;
-    }
-  }
-}
-
-void transform(const float* columns, int dim, const float* x, int n, float* y) {
-  const int width = padded_dim(dim);
-  int row = 0;
-  for (; row + 4 <= n; row += 4) transform_rows<4>(columns, dim, x + row * width, y + row * width, width);
-  for (; row < n; ++row) transform_rows<1>(columns, dim, x + row * width, y + row * width, width);
-}
+void rotate(const Rotation& rotation, const float* x, int n, float* y) { turn(rotation, true, x, n, y); }
+void unrotate(const Rotation& rotation, const float* x, int n, float* y) { turn(rotation, false, x, n, y); }
 
 void scale(float* row, int count, float factor) {
   for (int i = 0; i < count; ++i) row[i] *= factor;
@@ -189,7 +154,7 @@ void undo_channels(const Side& side, const Span& span, float* row) {
   float turned[padded_dim(4096)];
   const float* from = row;
   if (side.rotation) {
-    transform(side.rotation->matrix, side.dim, row, 1, turned);
+    unrotate(*side.rotation, row, 1, turned);
     from = turned;
   }
   for (int i = 0; i < side.dim; ++i) {
@@ -427,7 +392,7 @@ void soften(float* logits, int n, int tokens, const Softmax& softmax, const Visi
 }  // namespace
 
 const AttendKernels attend_kernels = {prepared_bytes, prepare, score, soften, mix,
-                                      finish,         transform, scale, add_scaled, scratch_floats};
+                                      finish,         rotate, unrotate, scale, add_scaled, scratch_floats};
 
 }  // namespace FIBKV_ISA
 }  // namespace fibkv

@@ -34,12 +34,14 @@ void each_run(const Side& side, int tokens, Visit visit) {
 
 }  // namespace
 
-OwnedRotation::OwnedRotation(const float* rows, int dim)
-    : matrix(rows, rows + static_cast<size_t>(dim) * dim), transposed(matrix.size()) {
+OwnedRotation::OwnedRotation(const float* rows, int dim, const float* of_rounds, int rounds)
+    : matrix(rows, rows + static_cast<size_t>(dim) * dim),
+      transposed(matrix.size()),
+      signs(of_rounds, of_rounds + static_cast<size_t>(rounds) * dim) {
   for (int i = 0; i < dim; ++i) {
     for (int j = 0; j < dim; ++j) transposed[static_cast<size_t>(j) * dim + i] = matrix[static_cast<size_t>(i) * dim + j];
   }
-  rotation = {dim, matrix.data(), transposed.data()};
+  rotation = {dim, matrix.data(), transposed.data(), rounds ? signs.data() : nullptr, rounds};
 }
 
 OwnedSide::OwnedSide(const SideSettings& s, const float* codewords, std::shared_ptr<OwnedRotation> rotation)

@@ -11,8 +11,9 @@
 namespace fibkv {
 
 struct OwnedRotation {
-  OwnedRotation(const float* rows, int dim);
-  std::vector<float> matrix, transposed;
+  // `signs` [rounds][dim], or null and 0 rounds.
+  OwnedRotation(const float* rows, int dim, const float* signs, int rounds);
+  std::vector<float> matrix, transposed, signs;
   Rotation rotation;
 };
 

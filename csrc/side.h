@@ -23,11 +23,14 @@ constexpr float kMostWord = 511.0f;
 constexpr int kTokenTile = 16;
 constexpr int kValueSlice = 16;
 
-// A rotation [dim][dim], row-major, and its transpose: y = matrix x, x = transposed y.
+// A rotation [dim][dim], row-major, and its transpose: y = matrix x, x = transposed y. A randomized Hadamard rotation
+// also by its signs [rounds][dim], +1 or -1: each round changes signs, then takes the Walsh-Hadamard transform.
 struct Rotation {
   int dim;
   const float* matrix;
   const float* transposed;
+  const float* signs;  // or null
+  int rounds;
 };
 
 // One side (keys or values) of one codec. Immutable; shared by all spans that it codes.

@@ -31,6 +31,7 @@ from fibkv.policy import Policy
 from fibkv.quarantine import Quarantine
 from fibkv.report import CacheReport
 from fibkv.settings import CacheSettings, Choice
+from fibkv.slabs import Slabs
 
 
 class Cache(StockCache):
@@ -83,14 +84,15 @@ class Cache(StockCache):
         )
         self.settings.check_head_dims(self.plan.head_dims)
         self.quarantine = Quarantine()
+        self.slabs = Slabs()
         super().__init__(layers=[self._layer(index, layer) for index, layer in enumerate(self.plan.layers)])
 
     def _layer(self, index: int, layer: LayerPlan) -> Any:
         if layer.why_stock is not None:
             return layer.stock
         if isinstance(layer.stock, LinearAttentionAndFullAttentionLayer):
-            return CompressedHybridLayer(index, self.settings, self.quarantine, layer.stock)
-        return CompressedLayer(index, self.settings, self.quarantine, self.plan.latent_widths)
+            return CompressedHybridLayer(index, self.settings, self.quarantine, self.slabs, layer.stock)
+        return CompressedLayer(index, self.settings, self.quarantine, self.slabs, self.plan.latent_widths)
 
     @outside_graphs
     def update(
@@ -220,6 +222,7 @@ class Cache(StockCache):
                 for index, layer in enumerate(self.layers)
             ),
             tables_nbytes=sum(shared.values()),
+            slack_nbytes=self.slabs.slack_nbytes,
         )
 
     def verify(self) -> tuple[Any, ...]:

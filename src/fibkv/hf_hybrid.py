@@ -12,6 +12,7 @@ from fibkv.hf_stock import state_tensors
 from fibkv.quarantine import Quarantine
 from fibkv.report import LayerReport
 from fibkv.settings import CacheSettings
+from fibkv.slabs import Slabs
 
 
 class CompressedHybridLayer(CompressedLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]  # None first
@@ -24,15 +25,21 @@ class CompressedHybridLayer(CompressedLayer, LinearAttentionAndFullAttentionLaye
         index: of the layer.
         settings: of the cache.
         quarantine: of the cache.
+        slabs: memory of the cache's pages.
         stock: transformers' layer, whose place it takes.
     """
 
     is_croppable = False
 
     def __init__(
-        self, index: int, settings: CacheSettings, quarantine: Quarantine, stock: LinearAttentionAndFullAttentionLayer
+        self,
+        index: int,
+        settings: CacheSettings,
+        quarantine: Quarantine,
+        slabs: Slabs,
+        stock: LinearAttentionAndFullAttentionLayer,
     ) -> None:
-        super().__init__(index, settings, quarantine)
+        super().__init__(index, settings, quarantine, slabs)
         LinearAttentionLayer.__init__(self, number_of_states=stock.number_of_states)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:

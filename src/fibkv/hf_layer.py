@@ -14,6 +14,7 @@ from fibkv.handle import Handle, Source
 from fibkv.quarantine import Quarantine
 from fibkv.report import LayerReport
 from fibkv.settings import CacheSettings
+from fibkv.slabs import Slabs
 
 # Newest tokens whose sealing waits while transformers records the past: more than assisted decoding drafts at once.
 ROLLBACK_TOKENS = 128
@@ -33,6 +34,7 @@ class CompressedLayer(CacheLayerMixin):
         index: of the layer.
         settings: of the cache.
         quarantine: of the cache.
+        slabs: memory of the cache's pages.
         latent_widths: see `fibkv.hf_model.ModelPlan`; tensors of other widths are taken for keys and values.
     """
 
@@ -41,9 +43,15 @@ class CompressedLayer(CacheLayerMixin):
     is_compileable = False
 
     def __init__(
-        self, index: int, settings: CacheSettings, quarantine: Quarantine, latent_widths: tuple[int, int] | None = None
+        self,
+        index: int,
+        settings: CacheSettings,
+        quarantine: Quarantine,
+        slabs: Slabs,
+        latent_widths: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.slabs = slabs
         self.index = index
         self.settings = settings
         self.quarantine = quarantine
@@ -58,7 +66,7 @@ class CompressedLayer(CacheLayerMixin):
         widths = (key_states.shape[-1], value_states.shape[-1])
         self.is_latent = key_states.shape[1] == 1 and widths == self.latent_widths
         settings = self.settings.for_layer(self.index, key_states, value_states, is_latent=self.is_latent)
-        self.store = LayerCache(settings, key_states, value_states, self.quarantine)
+        self.store = LayerCache(settings, key_states, value_states, self.quarantine, self.slabs)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 

@@ -42,10 +42,12 @@ class CacheReport(Contract):
     Attributes:
         layers: layer by layer.
         tables_nbytes: codebooks and rotations, counted once although all caches of a process share them.
+        slack_nbytes: memory allocated for pages and used by none, shared with forks of the cache.
     """
 
     layers: tuple[LayerReport, ...]
     tables_nbytes: Total
+    slack_nbytes: Total = 0
 
     @property
     def materialized(self) -> int:
@@ -55,7 +57,7 @@ class CacheReport(Contract):
     @property
     def nbytes(self) -> int:
         """All bytes: codes, norms, scales, raw windows with their slack, page metadata, tables."""
-        return self.tables_nbytes + sum(layer.nbytes for layer in self.layers)
+        return self.tables_nbytes + self.slack_nbytes + sum(layer.nbytes for layer in self.layers)
 
     @property
     def elements(self) -> int:
@@ -70,7 +72,7 @@ class CacheReport(Contract):
     def __str__(self) -> str:
         lines = [
             f"{self.nbytes / 1024:.1f} KiB in {len(self.layers)} layers, {self.bits_per_element:.3f} bits per element "
-            f"(tables {self.tables_nbytes / 1024:.1f} KiB), {self.materialized} materialized"
+            f"(tables {self.tables_nbytes / 1024:.1f} KiB, slack {self.slack_nbytes / 1024:.1f} KiB), {self.materialized} materialized"
         ]
         lines += [
             f"  layer {layer.layer}: {'compressed' if layer.compressed else 'stock'} ({layer.reason}), "

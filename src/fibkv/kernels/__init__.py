@@ -46,7 +46,7 @@ def resolve(name: str = "auto", device: torch.device = CPU) -> ModuleType | Nati
         KernelError: there is no such implementation, it is not available, or it does not run on that device.
     """
     if name == "auto":
-        return _native(None) if device.type == "cpu" and native.why_not() == "yes" else reference
+        return _on_cpu(None) if device.type == "cpu" and native.why_not() == "yes" else reference
     if name == REFERENCE:
         return reference
     if name not in INSTRUCTION_SETS:
@@ -54,11 +54,11 @@ def resolve(name: str = "auto", device: torch.device = CPU) -> ModuleType | Nati
         raise KernelError(f"kernel implementation: expected one of {known}, got {name!r}")
     if device.type != "cpu":
         raise KernelError(f"kernel implementation {name!r}: expected tensors on the CPU, got {device}")
-    return _native(INSTRUCTION_SETS[name])
+    return _on_cpu(INSTRUCTION_SETS[name])
 
 
 @cache
-def _native(instruction_set: str | None) -> Native:
+def _on_cpu(instruction_set: str | None) -> Native:
     return Native(instruction_set)
 
 

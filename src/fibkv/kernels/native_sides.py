@@ -12,10 +12,12 @@ from torch import Tensor
 from fibkv.codes import ChannelCodes, Codes, FibCodes, RawCodes, ScaledCodes
 from fibkv.packed import Packed
 from fibkv.packing import packed_nbytes
-from fibkv.rotation import Rotation
+from fibkv.rotation import Rotation, hadamard_signs
 from fibkv.shape import Role
 from fibkv.tables import ChannelTables, FibTables, RawTables, ScaledTables, Tables
 
+# Beyond, the float32 matrix of a Hadamard rotation is not the transform itself, and the matrix is what counts.
+MAX_EXACT_HADAMARD = 256
 # The compiled module, or None where it was built without a compiler or left out on request.
 extension: Any = None
 WHY_NOT = "yes"
@@ -71,7 +73,9 @@ def side_of(tables: Tables, role: Role, isa: Any, rotated: bool = True) -> Any:
 
 @lru_cache(maxsize=64)
 def _rotation(rotation: Rotation) -> Any:
-    return extension.Rotation(rotation.matrix.contiguous())
+    is_transform = rotation.kind == "hadamard" and rotation.dim <= MAX_EXACT_HADAMARD
+    signs = hadamard_signs(rotation.dim, rotation.seed) if is_transform else torch.empty(0, rotation.dim)
+    return extension.Rotation(rotation.matrix.contiguous(), signs.to(torch.float32))
 
 
 @lru_cache(maxsize=64)
