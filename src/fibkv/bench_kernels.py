@@ -28,7 +28,7 @@ from fibkv.metrics import relative_error
 from fibkv.progress import ProgressCallback, StepCounter
 from fibkv.quality import poison_outcome
 from fibkv.threads import torch_threads
-from fibkv.timing import Rounds, Timing, interleave, ratio
+from fibkv.timing import Rounds, Timing, interleave, ratio, strongest
 
 
 def run_kernels(settings: KernelSettings, progress: ProgressCallback) -> KernelResult:
@@ -154,16 +154,12 @@ class _Trials:
             name = trial.contender.name
             checks[name] = checks[name].model_copy(update={"error": trial.error})
         passed = [trial.contender for trial in timed if checks[trial.contender.name].passed]
-        strongest = min(
-            (rounds[contender.name] for contender in passed if contender.kind == "baseline"),
-            key=lambda taken: Timing.of(taken).median,
-            default=None,
-        )
+        yardstick = strongest([rounds[contender.name] for contender in passed if contender.kind == "baseline"])
         return [
             self._row(
                 trial.contender,
                 checks[trial.contender.name],
-                self._figures(trial.contender.form, rounds, trial.contender.name, strongest)
+                self._figures(trial.contender.form, rounds, trial.contender.name, yardstick)
                 if trial.contender in passed
                 else None,
             )
@@ -211,7 +207,7 @@ class _Trials:
         return interleave(turns, total, lambda index: self._say(f"round {index + 1} of {total}"))
 
     def _figures(
-        self, form: Form[Any], rounds: dict[str, list[list[float]]], name: str, strongest: Rounds | None
+        self, form: Form[Any], rounds: dict[str, list[list[float]]], name: str, yardstick: Rounds | None
     ) -> KernelFigures:
         timing = Timing.of(rounds[name])
         read = rounds[_read_name(form.nbytes)]
@@ -220,7 +216,7 @@ class _Trials:
             read=Timing.of(read),
             ns_per_token=1e9 * timing.median / (self._settings.batch * self._context * self._settings.kv_heads),
             gigabytes_per_second=form.nbytes / timing.median / 1e9,
-            speedup=None if strongest is None else ratio(strongest, rounds[name]),
+            speedup=None if yardstick is None else ratio(yardstick, rounds[name]),
             of_read=ratio(read, rounds[name]),
         )
 

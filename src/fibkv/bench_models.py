@@ -17,7 +17,7 @@ from fibkv.hf import Cache
 from fibkv.hf_attention import switched
 from fibkv.metrics import relative_error
 from fibkv.quality import CausalLM, PoisonOutcome, fork_logits, poison_filled, poison_outcome
-from fibkv.timing import Rounds, Timing, interleave, ratio
+from fibkv.timing import Rounds, Timing, interleave, ratio, strongest
 
 TOKEN = torch.zeros(1, dtype=torch.long)
 """The token [1] that is fed to a filled cache when it is checked."""
@@ -102,10 +102,8 @@ def rows_of(
         tokens_per_call: of what was timed.
         baselines: kinds of rows of which the fastest is what all are compared with.
     """
-    strongest = min(
-        (rounds[trial.contender.name] for trial in trials if trial.passed and trial.contender.kind in baselines),
-        key=lambda taken: Timing.of(taken).median,
-        default=None,
+    yardstick = strongest(
+        [rounds[trial.contender.name] for trial in trials if trial.passed and trial.contender.kind in baselines]
     )
     return tuple(
         CacheRow(
@@ -114,17 +112,17 @@ def rows_of(
             nbytes=trial.nbytes,
             of_dense=trial.of_dense,
             checks=trial.checks,
-            figures=_figures(rounds[trial.contender.name], strongest, tokens_per_call) if trial.passed else None,
+            figures=_figures(rounds[trial.contender.name], yardstick, tokens_per_call) if trial.passed else None,
         )
         for trial in trials
     )
 
 
-def _figures(rounds: Rounds, strongest: Rounds | None, tokens_per_call: int) -> CacheFigures:
+def _figures(rounds: Rounds, yardstick: Rounds | None, tokens_per_call: int) -> CacheFigures:
     timing = Timing.of(rounds)
     return CacheFigures(
         timing=timing,
         tokens_per_second=tokens_per_call / timing.mean,
-        speedup=None if strongest is None else ratio(strongest, rounds),
-        overhead=None if strongest is None else ratio(rounds, strongest) - 1,
+        speedup=None if yardstick is None else ratio(yardstick, rounds),
+        overhead=None if yardstick is None else ratio(rounds, yardstick) - 1,
     )

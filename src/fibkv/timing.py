@@ -49,6 +49,11 @@ def ratio(numerator: Rounds, denominator: Rounds) -> float:
     return median(median(over) / median(under) for over, under in zip(numerator, denominator, strict=True))
 
 
+def strongest(baselines: Sequence[Rounds]) -> Rounds | None:
+    """The fastest of several contenders by per-round ratios, as they are compared with it; None if there is none."""
+    return max(baselines, key=lambda rounds: ratio(baselines[0], rounds), default=None)
+
+
 def interleave(
     contenders: Mapping[str, Callable[[], Sequence[float]]],
     num_rounds: int,
@@ -69,7 +74,7 @@ def interleave(
     with _no_garbage_collection():
         for index in range(num_rounds):
             before_round(index)
-            first = index % len(names)
+            first = index % max(1, len(names))
             for name in (*names[first:], *names[:first]):
                 taken[name].append(list(contenders[name]()))
     return taken

@@ -60,9 +60,8 @@ def _check_rows(result: StepResult | PrefillResult, calls: int) -> None:
 
 def test_steps_have_their_figures(step_result: StepResult) -> None:
     _check_rows(step_result, QUICK_STEPS.rounds * QUICK_STEPS.tokens)
-    stock = {row.name: row.figures for row in step_result.rows if row.figures and row.kind != "fibkv"}
-    best = min(stock, key=lambda name: stock[name].timing.median)
-    assert (stock[best].speedup, stock[best].overhead) == (1.0, 0.0)
+    stock = [row.figures for row in step_result.rows if row.figures and row.kind != "fibkv"]
+    assert (1.0, 0.0) in [(figures.speedup, figures.overhead) for figures in stock]
     assert StepResult.from_json(step_result.to_json()) == step_result
 
 

@@ -5,7 +5,7 @@ import gc
 import pytest
 
 from fibkv.errors import ContractError
-from fibkv.timing import Timing, interleave, ratio
+from fibkv.timing import Timing, interleave, ratio, strongest
 
 
 def test_timing_is_over_all_calls_of_all_rounds() -> None:
@@ -32,6 +32,15 @@ def test_a_ratio_is_taken_within_rounds() -> None:
     assert ratio(slow, fast) == 2.0
     assert ratio(fast, slow) == 0.5
     assert ratio([[1.0, 9.0, 2.0]], [[1.0]]) == 2.0
+
+
+def test_the_strongest_is_found_by_ratios_within_rounds() -> None:
+    """The second wins two rounds of three; the third's medians and means are the least, thanks to one quiet round."""
+    first, second, third = [[3.0], [30.0], [3.0]], [[2.0], [20.0], [2.9]], [[2.5], [1.0], [2.95]]
+    assert strongest([first, second]) is second
+    assert strongest([second, first]) is second
+    assert strongest([first, second, third]) is second
+    assert strongest([]) is None
 
 
 def test_contenders_take_turns_in_rotated_order() -> None:
