@@ -1,7 +1,9 @@
 // FibQuant: kLanes vectors from memory to codes, and back.
 #pragma once
 
+#include "encode_bits.h"
 #include "encode_rotation.h"
+#include "encode_rows.h"
 #include "encode_search.h"
 
 namespace fibkv {
@@ -22,9 +24,7 @@ struct FibScratch {
   vf* scaled;    // [d]: a factor times `unit`
   vi* index;     // [blocks]
   vi* best;      // [blocks]: those of the best factor
-  vi* words;     // [words of a code]
-
-  static int num_words(const FibForm& form) { return (form.code_bytes() + 3) / 4; }
+  vi* words;     // [words of a code, and one]
 
   static size_t nbytes(const FibForm& form) {
     return sizeof(vf) * (5 * (size_t)form.dim + 2 * form.blocks() + num_words(form) + 1);
@@ -198,63 +198,6 @@ static Fit search_scales(const FibForm& form, const FibScratch& scratch) {
     }
   }
   return kept;
-}
-
-// Packs indices [blocks] into the little-endian bit stream of each lane, 32 bits at a time.
-static void pack_lanes(const FibForm& form, const vi* index, vi* words) {
-  vu open{};
-  int filled = 0, word = 0;
-  for (int b = 0; b < form.blocks(); ++b) {
-    const vu value = (vu)index[b];
-    open |= value << filled;
-    filled += form.bits;
-    if (filled >= 32) {
-      words[word++] = (vi)open;
-      filled -= 32;
-      open = filled ? value >> (form.bits - filled) : vu{};
-    }
-  }
-  words[word] = (vi)open;
-}
-
-// Codes beyond the book are refused where they enter the program; here they must only not reach beyond its memory.
-static void unpack_lanes(const FibForm& form, const vi* words, vi* index) {
-  const vi mask = splat((1 << form.bits) - 1), last = splat(form.size - 1);
-  for (int b = 0; b < form.blocks(); ++b) {
-    const int bit = b * form.bits, word = bit / 32, offset = bit % 32;
-    vu value = (vu)words[word] >> offset;
-    if (offset + form.bits > 32) value |= (vu)words[word + 1] << (32 - offset);
-    const vi found = (vi)value & mask;
-    index[b] = choose(found > last, last, found);
-  }
-}
-
-// Codes of `count` rows, from the words of each lane.
-static void write_codes(const FibForm& form, const vi* words, int count, uint8_t* codes) {
-  const int nbytes = form.code_bytes(), num_words = FibScratch::num_words(form);
-  vi tile[kLanes];
-  for (int first = 0; first < num_words; first += kLanes) {
-    for (int i = 0; i < kLanes; ++i) tile[i] = first + i < num_words ? words[first + i] : vi{};
-    transpose(tile);
-    const int left = nbytes - 4 * first, wanted = left < 4 * kLanes ? left : 4 * kLanes;
-    for (int lane = 0; lane < count; ++lane) {
-      std::memcpy(codes + (int64_t)lane * nbytes + 4 * first, &tile[lane], wanted);
-    }
-  }
-}
-
-static void read_codes(const FibForm& form, const uint8_t* codes, int count, vi* words) {
-  const int nbytes = form.code_bytes(), num_words = FibScratch::num_words(form);
-  vi tile[kLanes];
-  for (int first = 0; first < num_words; first += kLanes) {
-    const int left = nbytes - 4 * first, wanted = left < 4 * kLanes ? left : 4 * kLanes;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      tile[lane] = vi{};
-      std::memcpy(&tile[lane], codes + (int64_t)(lane < count ? lane : count - 1) * nbytes + 4 * first, wanted);
-    }
-    transpose(tile);
-    for (int i = 0; i < kLanes && first + i < num_words; ++i) words[first + i] = tile[i];
-  }
 }
 
 // Up to kLanes rows.

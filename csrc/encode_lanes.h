@@ -1,9 +1,7 @@
-// Vectors of many rows at once: one lane per row, one register per coordinate, and the way there and back.
-//
-// Beside the float32 lanes of vector.h there are float64 ones, half as many to a register.
+// What encoding does with the registers of an instruction set, beside what vector.h has: float64 lanes, half as many to
+// a register, gathers and transpositions.
 #pragma once
 
-#include "encode.h"
 #include "vector.h"
 
 namespace fibkv {
@@ -170,120 +168,21 @@ static inline void transpose(vi* tile) {
   }
 }
 
-// Elements of memory as float32 lanes, and back, rounded to the nearest (ties to even).
-template <Element>
-struct Format;
-
-template <>
-struct Format<Element::f32> {
-  typedef float stored;
-  static vf read(const float* from) { return load<vf>(from); }
-  static void write(float* to, vf v) { store(to, v); }
-};
-
-#if defined(__AVX512F__)
-static inline vh low_halves(vi v) { return (vh)_mm512_cvtepi32_epi16((__m512i)v); }
-#elif defined(__AVX2__)
-static inline vh low_halves(vi v) {
-  const __m256i halves = _mm256_shuffle_epi8(
-      (__m256i)v, _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1, 0, 1, 4, 5, 8, 9, 12, 13,
-                                   -1, -1, -1, -1, -1, -1, -1, -1));
-  return (vh)_mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0xD8));
-}
-#else
-static inline vh low_halves(vi v) { return __builtin_convertvector((vu)v, vh); }
-#endif
-
-template <>
-struct Format<Element::bf16> {
-  typedef uint16_t stored;
-  static vf read(const uint16_t* from) { return from_bf16(load<vh>(from)); }
-  static void write(uint16_t* to, vf v) {
-    const vu bits = (vu)v;
-    store(to, low_halves((vi)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)));
-  }
-};
-
-template <>
-struct Format<Element::f16> {
-  typedef uint16_t stored;
-#if defined(__AVX512F__)
-  static vf read(const uint16_t* from) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
-#elif defined(__F16C__)
-  static vf read(const uint16_t* from) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)); }
-#else
-  static vf read(const uint16_t* from) { return from_f16(load<vh>(from)); }
-#endif
-
-  // What is decoded may lie a little above the largest float16: it becomes that, not infinity.
-  static void write(uint16_t* to, vf v) {
-    v = clamp(v, -65504.0f, 65504.0f);
-#if defined(__AVX512F__)
-    _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
-    _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
-#else
-    const vi bits = as_int(v);
-    const vi magnitude = bits & splat(0x7FFFFFFF);
-    const vi rounded = magnitude + splat(0xFFF) + ((magnitude >> 13) & splat(1));
-    const vi normal = (rounded >> 13) - splat((127 - 15) << 10);
-    // Below 2^-14 numbers are multiples of 2^-24, as float32 is at 0.5: an addition rounds to them.
-    const vi denormal = as_int(as_float(magnitude) + splat(0.5f)) - as_int(splat(0.5f));
-    const vi small = magnitude < splat((127 - 14) << 23);
-    store(to, low_halves((small ? denormal : normal) | ((bits >> 16) & splat(0x8000))));
-#endif
-  }
-};
-
-// `count` < kLanes elements; the other lanes are zero.
-template <Element element>
-static inline vf read_some(const typename Format<element>::stored* from, int count) {
-  typename Format<element>::stored buffer[kLanes] = {};
-  std::memcpy(buffer, from, count * sizeof *buffer);
-  return Format<element>::read(buffer);
+// The first `nbytes` of a register, from and to memory; the rest of what is read is zero.
+template <class V>
+static inline V load_some(const void* from, int nbytes) {
+  if (nbytes == (int)sizeof(V)) return load<V>(from);
+  V v{};
+  std::memcpy(&v, from, nbytes);
+  return v;
 }
 
-template <Element element>
-static inline void write_some(typename Format<element>::stored* to, vf v, int count) {
-  typename Format<element>::stored buffer[kLanes];
-  Format<element>::write(buffer, v);
-  std::memcpy(to, buffer, count * sizeof *buffer);
-}
-
-// Reads up to kLanes rows [count][dim] and hands on each coordinate: emit(i, lanes of coordinate i). Lanes without a
-// row repeat the last one.
-template <Element element, class Emit>
-static inline void read_rows(const void* rows, int count, int dim, Emit emit) {
-  const auto* from = static_cast<const typename Format<element>::stored*>(rows);
-  vi tile[kLanes];
-  for (int first = 0; first < dim; first += kLanes) {
-    const int width = dim - first < kLanes ? dim - first : kLanes;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const auto* row = from + (int64_t)(lane < count ? lane : count - 1) * dim + first;
-      tile[lane] = as_int(width == kLanes ? Format<element>::read(row) : read_some<element>(row, width));
-    }
-    transpose(tile);
-    for (int i = 0; i < width; ++i) emit(first + i, as_float(tile[i]));
-  }
-}
-
-// The way back: `vectors(i)` are the lanes of coordinate i.
-template <Element element, class Vectors>
-static inline void write_rows(void* rows, int count, int dim, Vectors vectors) {
-  auto* to = static_cast<typename Format<element>::stored*>(rows);
-  vi tile[kLanes];
-  for (int first = 0; first < dim; first += kLanes) {
-    const int width = dim - first < kLanes ? dim - first : kLanes;
-    for (int i = 0; i < kLanes; ++i) tile[i] = i < width ? as_int(vectors(first + i)) : vi{};
-    transpose(tile);
-    for (int lane = 0; lane < count; ++lane) {
-      auto* row = to + (int64_t)lane * dim + first;
-      if (width == kLanes) {
-        Format<element>::write(row, as_float(tile[lane]));
-      } else {
-        write_some<element>(row, as_float(tile[lane]), width);
-      }
-    }
+template <class V>
+static inline void store_some(void* to, V v, int nbytes) {
+  if (nbytes == (int)sizeof(V)) {
+    store(to, v);
+  } else {
+    std::memcpy(to, &v, nbytes);
   }
 }
 

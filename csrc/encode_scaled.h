@@ -1,7 +1,7 @@
 // Eight-bit numbers with one scale per vector, and scales per channel: row by row, lanes are coordinates.
 #pragma once
 
-#include "encode_lanes.h"
+#include "encode_rows.h"
 
 namespace fibkv {
 namespace FIBKV_ISA {
@@ -19,9 +19,9 @@ static inline vf from_bf16_bits(vi bits) { return as_float(bits << 16); }
 static inline vf one_for_zero(vf v) { return v == splat(0.0f) ? splat(1.0f) : v; }
 
 #if defined(__AVX512F__)
-static inline void store_bytes(uint8_t* to, vi v) { _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)v)); }
+static inline vb low_bytes(vi v) { return (vb)_mm512_cvtepi32_epi8((__m512i)v); }
 #else
-static inline void store_bytes(uint8_t* to, vi v) { store(to, __builtin_convertvector(v, vsb)); }
+static inline vb low_bytes(vi v) { return __builtin_convertvector((vu)v, vb); }
 #endif
 
 // |v| <= 127 to integers: the nearest, ties to even.
@@ -31,7 +31,7 @@ struct Int8 {
     const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     return as_int(v + magic) - as_int(magic);
   }
-  static vf decode(const uint8_t* from) { return __builtin_convertvector(widen(load<vsb>(from)), vf); }
+  static vf decode(vb codes) { return __builtin_convertvector(widen((vsb)codes), vf); }
 };
 
 // |v| <= 448 to float8 e4m3: the nearest, ties to even.
@@ -46,28 +46,8 @@ struct E4m3 {
     const vi code = bits < splat((127 - 6) << 23) ? denormal : normal;
     return code | (vi)(((vu)as_int(v) >> 24) & 0x80);
   }
-  static vf decode(const uint8_t* from) { return from_e4m3(load<vb>(from)); }
+  static vf decode(vb codes) { return from_e4m3(codes); }
 };
-
-// Calls body(first, width) for the coordinates in steps of kLanes.
-template <class Body>
-static inline void each_step(int dim, Body body) {
-  for (int first = 0; first < dim; first += kLanes) body(first, dim - first < kLanes ? dim - first : kLanes);
-}
-
-template <Element element>
-static inline vf read_step(const typename Format<element>::stored* row, int first, int width) {
-  return width == kLanes ? Format<element>::read(row + first) : read_some<element>(row + first, width);
-}
-
-template <Element element>
-static inline void write_step(typename Format<element>::stored* row, int first, int width, vf v) {
-  if (width == kLanes) {
-    Format<element>::write(row + first, v);
-  } else {
-    write_some<element>(row + first, v, width);
-  }
-}
 
 template <class Number, Element element>
 static bool encode_scaled_rows(const void* rows, int64_t count, int dim, uint8_t* values, uint16_t* scales) {
@@ -76,7 +56,7 @@ static bool encode_scaled_rows(const void* rows, int64_t count, int dim, uint8_t
   for (int64_t i = 0; i < count; ++i, row += dim, values += dim) {
     vf peaks{};
     each_step(dim, [&](int first, int width) {
-      const vf v = read_step<element>(row, first, width);
+      const vf v = read_lanes<element>(row + first, width);
       bad |= not_finite(v);
       peaks = maximum(magnitude(v), peaks);
     });
@@ -84,10 +64,8 @@ static bool encode_scaled_rows(const void* rows, int64_t count, int dim, uint8_t
     scales[i] = (uint16_t)scale[0];
     const vf divisor = one_for_zero(from_bf16_bits(scale));
     each_step(dim, [&](int first, int width) {
-      const vf v = read_step<element>(row, first, width) / divisor;
-      uint8_t bytes[kLanes];
-      store_bytes(bytes, Number::encode(clamp(v, -Number::limit, Number::limit)));
-      std::memcpy(values + first, bytes, width);
+      const vf v = read_lanes<element>(row + first, width) / divisor;
+      store_some(values + first, low_bytes(Number::encode(clamp(v, -Number::limit, Number::limit))), width);
     });
   }
   return !any(bad);
@@ -99,9 +77,7 @@ static void decode_scaled_rows(const uint8_t* values, const uint16_t* scales, in
   for (int64_t i = 0; i < count; ++i, row += dim, values += dim) {
     const vf scale = from_bf16_bits(splat(scales[i]));
     each_step(dim, [&](int first, int width) {
-      uint8_t bytes[kLanes] = {};
-      std::memcpy(bytes, values + first, width);
-      write_step<element>(row, first, width, Number::decode(bytes) * scale);
+      write_lanes<element>(row + first, Number::decode(load_some<vb>(values + first, width)) * scale, width);
     });
   }
 }
@@ -113,7 +89,7 @@ static bool divide_channels(const void* rows, int64_t tokens, int dim, uint16_t*
   const auto* from = static_cast<const typename Format<element>::stored*>(rows);
   vi bad{};
   each_step(dim, [&](int first, int width) {
-    const auto channels = [&](int64_t token) { return read_step<element>(from + token * dim, first, width); };
+    const auto channels = [&](int64_t token) { return read_lanes<element>(from + token * dim + first, width); };
     vf peak{};
     for (int64_t t = 0; t < tokens; ++t) {
       const vf v = channels(t);
@@ -133,7 +109,7 @@ static bool divide_channels(const void* rows, int64_t tokens, int dim, uint16_t*
     for (int i = 0; i < width; ++i) scales[first + i] = (uint16_t)scale[i];
     const vf divisor = one_for_zero(from_bf16_bits(scale));
     for (int64_t t = 0; t < tokens; ++t) {
-      write_step<Element::f32>(divided + t * dim, first, width, channels(t) / divisor);
+      write_lanes<Element::f32>(divided + t * dim + first, channels(t) / divisor, width);
     }
   });
   return !any(bad);
@@ -144,8 +120,8 @@ static void multiply_channels(const float* rows, const uint16_t* scales, int64_t
   auto* row = static_cast<typename Format<element>::stored*>(out);
   for (int64_t t = 0; t < tokens; ++t, rows += dim, row += dim) {
     each_step(dim, [&](int first, int width) {
-      const vf scale = read_step<Element::bf16>(scales, first, width);
-      write_step<element>(row, first, width, read_step<Element::f32>(rows, first, width) * scale);
+      const vf scale = read_lanes<Element::bf16>(scales + first, width);
+      write_lanes<element>(row + first, read_lanes<Element::f32>(rows + first, width) * scale, width);
     });
   }
 }

@@ -5,6 +5,7 @@
 // with -ffp-contract=off, and fused operations are written out where they may stand.
 #pragma once
 
+#include "encode.h"
 #include "encode_lanes.h"
 
 namespace fibkv {

@@ -57,6 +57,11 @@ def test_rates(block_dim: int, size: int, paper_rate: float, wire_bits: int, wir
         ({"rotation_seed": -1}, r"FibParameters\.rotation_seed: expected greater than or equal to 0, got -1"),
         ({"codebook_seed": 2**64}, r"FibParameters\.codebook_seed: expected less than 18446744073709551616"),
         ({"norm_format": "f8"}, r"FibParameters\.norm_format: expected 'f16' or 'log8', got 'f8'"),
+        ({"codeword_search": "tree"}, r"FibParameters\.codeword_search: expected 'exact' or 'table', got 'tree'"),
+        (
+            {"scale_search": True, "gain_corrected": False},
+            r"FibParameters\.scale_search: expected False, as .* gain_corrected is False, got True",
+        ),
         (
             {"training": TrainingSettings(head_dim=2)},
             r"FibParameters\.training\.head_dim: expected above block_dim 2, got 2",
@@ -66,6 +71,24 @@ def test_rates(block_dim: int, size: int, paper_rate: float, wire_bits: int, wir
 def test_refusals(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ContractError, match=f"^{message}"):
         FIB.model_copy(update=fields)
+
+
+@pytest.mark.parametrize(("block_dim", "size"), [(1, 16), (4, 256), (2, 257)])
+def test_a_table_needs_a_plane_and_a_byte(block_dim: int, size: int) -> None:
+    message = "FibParameters.codeword_search: expected exact, as a table needs block_dim 2 and at most 256 codewords"
+    with pytest.raises(ContractError, match=message):
+        FibParameters.of(64, block_dim, size, codeword_search="table")
+
+
+def test_the_encoders_settings_are_part_of_the_digest() -> None:
+    settings = [{}, {"codeword_search": "table"}, {"scale_search": True}]
+    digests = {FibParameters.of(64, 2, 256, **fields).digest() for fields in settings}
+    assert len(digests) == 3
+    plain = FibParameters.of(64, 2, 256)
+    assert (plain.codeword_search, plain.scale_search) == ("exact", False)
+    for fields in settings:
+        parameters = FibParameters.of(64, 2, 256, **fields)
+        assert FibParameters.from_json(parameters.to_json()) == parameters
 
 
 def test_rates_may_be_off_by_a_rounding() -> None:

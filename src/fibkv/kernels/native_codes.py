@@ -8,11 +8,12 @@ vectors agree to 1e-5. Rows are read, and vectors written, in their own dtype; t
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import fibkv.kernels._native as native
+import fibkv.kernels._native as native  # type: ignore[import-not-found]  # a compiled module
 from fibkv.codes import ChannelCodes, Codes, FibCodes, RawCodes, ScaledCodes
 from fibkv.errors import KernelError
 from fibkv.kernels import reference
@@ -20,6 +21,9 @@ from fibkv.kernels.refusals import mismatch, require_finite, require_norms
 from fibkv.packing import packed_nbytes
 from fibkv.rotation import hadamard_signs
 from fibkv.tables import ChannelTables, FibTables, RawTables, ScaledTables, Tables
+
+Isa = Any
+"""An instruction set: ``fibkv.kernels._native.Isa``."""
 
 ELEMENTS = {
     torch.float32: native.Element.f32,
@@ -30,7 +34,7 @@ ELEMENTS = {
 MAX_EXACT_HADAMARD = 256
 
 
-def encode(rows: Tensor, tables: Tables, *, isa: native.Isa | None = None) -> Codes:
+def encode(rows: Tensor, tables: Tables, *, isa: Isa | None = None) -> Codes:
     """Encodes vectors.
 
     Args:
@@ -60,7 +64,7 @@ def encode(rows: Tensor, tables: Tables, *, isa: native.Isa | None = None) -> Co
             return _encode_channels(rows, tables, isa)
 
 
-def decode(codes: Codes, tables: Tables, *, out: Tensor | None = None, isa: native.Isa | None = None) -> Tensor:
+def decode(codes: Codes, tables: Tables, *, out: Tensor | None = None, isa: Isa | None = None) -> Tensor:
     """Decodes to vectors in their original space.
 
     Args:
@@ -97,7 +101,9 @@ def _require_cpu(tensor: Tensor, name: str) -> None:
 
 def _decoded_shape(codes: Codes, tables: Tables) -> torch.Size:
     match codes, tables:
-        case (RawCodes(), RawTables()) | (ScaledCodes(), ScaledTables()):
+        case RawCodes(), RawTables():
+            return codes.values.shape
+        case ScaledCodes(), ScaledTables():
             return codes.values.shape
         case FibCodes(), FibTables():
             return torch.Size((*codes.norms.shape, tables.head_dim))
@@ -107,7 +113,7 @@ def _decoded_shape(codes: Codes, tables: Tables) -> torch.Size:
             raise mismatch(codes, tables)
 
 
-def _decode_into(out: Tensor, codes: Codes, tables: Tables, isa: native.Isa) -> None:
+def _decode_into(out: Tensor, codes: Codes, tables: Tables, isa: Isa) -> None:
     """Decodes into ``out [..., T, d]``, contiguous and of a dtype in ELEMENTS."""
     if not out.numel():
         return
@@ -122,7 +128,7 @@ def _decode_into(out: Tensor, codes: Codes, tables: Tables, isa: native.Isa) -> 
             _decode_channels(out, codes, tables, isa)
 
 
-def _encode_scaled(rows: Tensor, tables: ScaledTables, isa: native.Isa) -> ScaledCodes:
+def _encode_scaled(rows: Tensor, tables: ScaledTables, isa: Isa) -> ScaledCodes:
     scales = torch.empty(rows.shape[:-1], dtype=torch.bfloat16)
     values = torch.empty(rows.shape, dtype=tables.dtype)
     kernel = native.encode_int8 if tables.dtype == torch.int8 else native.encode_e4m3
@@ -141,7 +147,7 @@ def _encode_scaled(rows: Tensor, tables: ScaledTables, isa: native.Isa) -> Scale
     return ScaledCodes(scales=scales, values=values)
 
 
-def _decode_scaled(out: Tensor, codes: ScaledCodes, isa: native.Isa) -> None:
+def _decode_scaled(out: Tensor, codes: ScaledCodes, isa: Isa) -> None:
     kernel = native.decode_int8 if codes.values.dtype == torch.int8 else native.decode_e4m3
     kernel(
         codes.values.data_ptr(),
@@ -155,7 +161,7 @@ def _decode_scaled(out: Tensor, codes: ScaledCodes, isa: native.Isa) -> None:
     )
 
 
-def _encode_fib(rows: Tensor, tables: FibTables, isa: native.Isa) -> FibCodes:
+def _encode_fib(rows: Tensor, tables: FibTables, isa: Isa) -> FibCodes:
     norms = torch.empty(rows.shape[:-1], dtype=torch.float64)
     indices = torch.empty((*norms.shape, packed_nbytes(tables.num_blocks, tables.bits)), dtype=torch.uint8)
     finite = native.encode_fib(
@@ -187,7 +193,7 @@ def _encode_fib(rows: Tensor, tables: FibTables, isa: native.Isa) -> FibCodes:
     return FibCodes(norm_range=ranges.to(torch.float16), norms=codes, indices=indices)
 
 
-def _decode_fib(out: Tensor, codes: FibCodes, tables: FibTables, isa: native.Isa) -> None:
+def _decode_fib(out: Tensor, codes: FibCodes, tables: FibTables, isa: Isa) -> None:
     norms = _decode_norms(codes)
     native.decode_fib(
         _coder(tables),
@@ -219,7 +225,7 @@ def _decode_norms(codes: FibCodes) -> Tensor:
     return norms
 
 
-def _encode_channels(rows: Tensor, tables: ChannelTables, isa: native.Isa) -> ChannelCodes:
+def _encode_channels(rows: Tensor, tables: ChannelTables, isa: Isa) -> ChannelCodes:
     *lead, tokens, dim = rows.shape
     scales = torch.empty((*lead, dim), dtype=torch.bfloat16)
     divided = torch.empty(rows.shape, dtype=torch.float32)
@@ -239,7 +245,7 @@ def _encode_channels(rows: Tensor, tables: ChannelTables, isa: native.Isa) -> Ch
     return ChannelCodes(channel_scales=scales, inner=encode(divided, tables.inner, isa=isa))
 
 
-def _decode_channels(out: Tensor, codes: ChannelCodes, tables: ChannelTables, isa: native.Isa) -> None:
+def _decode_channels(out: Tensor, codes: ChannelCodes, tables: ChannelTables, isa: Isa) -> None:
     inner = torch.empty(out.shape, dtype=torch.float32)
     _decode_into(inner, codes.inner, tables.inner, isa)
     native.multiply_channels(
@@ -256,7 +262,7 @@ def _decode_channels(out: Tensor, codes: ChannelCodes, tables: ChannelTables, is
 
 
 @lru_cache(maxsize=64)
-def _coder(tables: FibTables) -> native.FibCoder:
+def _coder(tables: FibTables) -> Any:
     """What C++ makes of tables, once: search structures and the signs of the transform."""
     rotation, decisions = tables.rotation, tables.decisions
     exact = rotation.kind == "hadamard" and rotation.dim <= MAX_EXACT_HADAMARD

@@ -1,0 +1,384 @@
+"""Encoding and decoding in C++ against the reference: the same codes bit for bit, on every instruction set here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fibkv.codecs import Codec, codec_for
+from fibkv.codes import Codes
+from fibkv.errors import EncodingError, KernelError
+from fibkv.kernels import reference
+from fibkv.parameters import CodecParameters, FibParameters, Fp8Parameters, Int8Parameters, RawParameters
+from fibkv.tables import FibTables, Tables
+from tests.codecs import test_codecs
+from tests.codecs.conformance import CodecConformance, equal, gaussian, relative_mse
+
+native = pytest.importorskip("fibkv.kernels._native", reason="the native kernels were not compiled")
+native_codes = pytest.importorskip("fibkv.kernels.native_codes")
+
+ISAS = [isa for isa in (native.Isa.portable, native.Isa.avx2, native.Isa.avx512) if native.has_isa(isa)]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# What rounding to a dtype costs decoded vectors: relative, and where it runs out of exponents.
+ROUNDOFF = {torch.float32: (0.0, 2.0**-149), torch.float16: (2.0**-11, 2.0**-25), torch.bfloat16: (2.0**-8, 2.0**-134)}
+
+
+class OnNative(Codec):
+    """A codec whose encoding and decoding run on one instruction set."""
+
+    def __init__(self, inner: Codec, isa: object) -> None:
+        self.inner, self.isa = inner, isa
+        self.parameters, self.tables = inner.parameters, inner.tables
+        self.layout, self.assemble, self.check = inner.layout, inner.assemble, inner.check
+
+    layout = assemble = check = None
+
+    def encode(self, rows: Tensor, *, implementation: str = "auto") -> Codes:
+        # What the kernels' front door checks belongs to it.
+        if rows.shape[-1] != self.head_dim or not rows.is_floating_point() or not rows.numel():
+            return self.inner.encode(rows)
+        return native_codes.encode(rows, self.tables, isa=self.isa)
+
+    def decode(self, codes: Codes, *, out: Tensor | None = None, implementation: str = "auto") -> Tensor:
+        return native_codes.decode(codes, self.tables, out=out, isa=self.isa)
+
+
+def _on_native(suite: type[CodecConformance]) -> type[CodecConformance]:
+    @pytest.fixture(params=ISAS, ids=lambda isa: isa.name)
+    def codec(self: CodecConformance, request: pytest.FixtureRequest) -> Codec:
+        return OnNative(codec_for(self.parameters, self.axis), request.param)
+
+    return type(f"{suite.__name__}Native", (suite,), {"codec": codec})
+
+
+# The whole suite of every codec, its golden bytes among it.
+for _suite in CodecConformance.__subclasses__():
+    globals()[f"{_suite.__name__}Native"] = _on_native(_suite)
+del _suite
+
+
+def fib(*shape: int, **fields: object) -> FibParameters:
+    return FibParameters.of(*shape, **fields)
+
+
+# Every search and rotation, sizes that are no multiple of any number of lanes, widths of codes that cross bytes.
+PARAMETERS: dict[str, CodecParameters] = {
+    "int8": Int8Parameters(head_dim=20),
+    "fp8": Fp8Parameters(head_dim=80),
+    "fib4": fib(128, 2, 256),
+    "fib4_plain": fib(128, 2, 256, norm_format="f16", gain_corrected=False),
+    "fib4_half": fib(128, 2, 256, norm_format="f16"),
+    "fib4_haar": fib(96, 2, 256),
+    "fib4_256": fib(256, 2, 256),
+    "fib4_scales": fib(128, 2, 256, scale_search=True),
+    "fib3": fib(64, 2, 64),
+    "fib2": fib(128, 4, 256),
+    "fib2_80": fib(80, 4, 256),
+    "fib2_scales": fib(64, 4, 256, scale_search=True),
+    "fib1": fib(64, 8, 256),
+    "fib_k16": fib(64, 16, 256),
+    "fib_k2_small": fib(20, 2, 16),
+    "scalar4": fib(128, 1, 16),
+    "scalar3": fib(80, 1, 8),
+    "scalar4_scales": fib(64, 1, 16, scale_search=True),
+    "hadamard_8": fib(8, 2, 16, rotation="hadamard"),
+}
+each_isa = pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
+each_setting = pytest.mark.parametrize("name", PARAMETERS)
+
+
+def hard_rows(dim: int) -> Tensor:
+    """``[..., 4, dim]``: what sits on borders, and what leaves the range of careless arithmetic."""
+    one_hot = torch.eye(dim)[:: max(1, dim // 32)][: dim // 4 * 4]
+    noise = gaussian(len(one_hot), dim, seed=7)
+    powers = torch.logspace(-44, 35, len(one_hot))[:, None]
+    sparse = torch.where(noise > 1.5, noise, torch.zeros(()))
+    integers = (noise * 2).round()
+    rows = [
+        one_hot,
+        -one_hot * 3,
+        one_hot + one_hot.roll(1, 0),
+        torch.full_like(noise, -3.25),
+        torch.sign(noise),
+        noise * powers,
+        noise * 1e-44,
+        sparse,
+        integers,
+        torch.zeros_like(noise),
+        one_hot * 1e-45,
+        noise + 100 * one_hot,
+    ]
+    return torch.cat(rows).reshape(-1, 4, dim)
+
+
+def half_safe(rows: Tensor, parameters: CodecParameters, dtype: torch.dtype) -> Tensor:
+    """Rows in a dtype, within float16 where it, or the format of the norms, asks for that."""
+    if dtype == torch.float16 or getattr(parameters, "norm_format", "") == "f16":
+        rows = rows.clamp(-3e3, 3e3)
+    return rows.to(dtype)
+
+
+def assert_same(expected: Codes, found: Codes) -> None:
+    for (field, a), (_, b) in zip(expected.named(), found.named(), strict=True):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        different = int((a.contiguous().view(torch.uint8) != b.contiguous().view(torch.uint8)).sum())
+        assert not different, f"{field}: {different} of {b.nbytes} bytes"
+
+
+def assert_equal_codes(rows: Tensor, codec: Codec, isa: object) -> None:
+    assert_same(reference.encode(rows, codec.tables), native_codes.encode(rows, codec.tables, isa=isa))
+
+
+def assert_decoded(
+    codes: Codes, expected: Tensor, tables: Tables, isa: object, dtype: torch.dtype = torch.float32
+) -> None:
+    """Codes decode to ``expected`` within 1e-5 of each vector, and what rounding to the dtype costs."""
+    out = torch.full(expected.shape, torch.nan, dtype=dtype)
+    assert native_codes.decode(codes, tables, out=out, isa=isa) is out
+    expected = expected.double()
+    wanted = expected.clamp(-65504, 65504) if dtype == torch.float16 else expected
+    relative, least = ROUNDOFF[dtype]
+    # The reference adds up d denormal numbers where a vector is one: hence the last term.
+    allowed = 1e-5 * expected.abs().amax(-1, keepdim=True) + relative * wanted.abs() + 2 * least + 2.0**-142
+    assert ((out.double() - wanted).abs() <= allowed).all(), dtype
+
+
+@cache
+def samples(name: str, axis: str) -> list[tuple[Tensor, Codes, Tensor]]:
+    """Ordinary and hard rows of every dtype, what the reference makes of them, and that decoded."""
+    codec = codec_for(PARAMETERS[name], axis)
+    found = []
+    for dtype in DTYPES:
+        for rows in (gaussian(3, 17, codec.head_dim), half_safe(hard_rows(codec.head_dim), codec.parameters, dtype)):
+            codes = reference.encode(rows.to(dtype), codec.tables)
+            found.append((rows.to(dtype), codes, reference.decode(codes, codec.tables)))
+    return found
+
+
+@each_isa
+@each_setting
+@pytest.mark.parametrize("axis", ["per_token", "per_channel"])
+def test_codes_equal_the_reference(name: str, axis: str, isa: object) -> None:
+    codec = codec_for(PARAMETERS[name], axis)
+    for rows, codes, _ in samples(name, axis):
+        assert_same(codes, native_codes.encode(rows, codec.tables, isa=isa))
+
+
+@each_isa
+@each_setting
+@pytest.mark.parametrize("axis", ["per_token", "per_channel"])
+def test_decoding_equals_the_reference(name: str, axis: str, isa: object) -> None:
+    codec = codec_for(PARAMETERS[name], axis)
+    for _, codes, decoded in samples(name, axis):
+        for dtype in DTYPES:
+            assert_decoded(codes, decoded, codec.tables, isa, dtype)
+
+
+@pytest.mark.parametrize(
+    "name", ["fib4", "fib4_plain", "fib4_half", "fib4_scales", "fib3", "fib2", "fib2_scales", "scalar4", "fib4_haar"]
+)
+def test_codes_equal_the_reference_on_many_vectors(name: str) -> None:
+    """Some 10^5 vectors in all, with the best instruction set."""
+    codec = codec_for(PARAMETERS[name])
+    vectors = 1024 if name.endswith("scales") else 4096
+    for seed, dtype in enumerate(DTYPES):
+        assert_equal_codes(gaussian(vectors // 64, 64, codec.head_dim, seed=seed).to(dtype), codec, native.best_isa())
+
+
+@each_isa
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_shape(isa: object, data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(PARAMETERS)))
+    codec = codec_for(PARAMETERS[name], data.draw(st.sampled_from(["per_token", "per_channel"])))
+    lead = data.draw(st.lists(st.integers(1, 3), max_size=2))
+    tokens = data.draw(st.sampled_from([1, 2, 3, 15, 16, 17, 33]))
+    rows = gaussian(*lead, tokens, codec.head_dim, seed=data.draw(st.integers(0, 1000)))
+    rows = rows.to(data.draw(st.sampled_from(DTYPES)))
+    assert_equal_codes(rows, codec, isa)
+    codes = reference.encode(rows, codec.tables)
+    assert_decoded(codes, reference.decode(codes, codec.tables), codec.tables, isa)
+
+
+def with_book(codewords: Tensor) -> FibTables:
+    """Tables at d = 32 of a codebook ``[N, k]`` that nobody trained, in units of a vector of norm sqrt(d)."""
+    tables = codec_for(fib(32, 2, 16)).tables
+    return replace(tables, codewords=codewords / 32**0.5, bits=(len(codewords) - 1).bit_length())
+
+
+@each_isa
+@pytest.mark.parametrize("block_dim", [1, 2, 4])
+@pytest.mark.parametrize("size", [2, 3, 5, 17, 100, 256, 300, 1000])
+def test_any_codebook(size: int, block_dim: int, isa: object) -> None:
+    """Sizes that are no power of two or take more than a byte; clustered books, of which cells see many words."""
+    words = gaussian(size, block_dim, seed=size)
+    ties = words.clone()
+    ties[size // 2 :] = words[: size - size // 2]
+    rows = torch.cat([gaussian(1, 64, 32), hard_rows(32).reshape(1, -1, 32)], 1)
+    for book in (words.sort(0).values, words, ties, words * 0.05, words**3):
+        tables = with_book(book)
+        expected = reference.encode(rows, tables)
+        found = native_codes.encode(rows, tables, isa=isa)
+        assert_same(expected, found)
+        assert_decoded(found, reference.decode(found, tables), tables, isa)
+
+
+@each_isa
+def test_points_on_the_border_of_two_codewords(isa: object) -> None:
+    """One step of float32 to either side of where the exact search changes its mind."""
+    codec = codec_for(fib(128, 2, 256))
+    matrix, words = codec.tables.rotation.matrix.double(), codec.tables.codewords.double()
+    pairs = torch.randint(0, 256, (64, 64, 2), generator=torch.Generator().manual_seed(0))
+    middles = words[pairs].mean(-2).flatten(-2)
+    rows = (middles @ matrix).to(torch.float32)[None]
+    for scaled in (rows, rows * (1 + 2.0**-23), rows * (1 - 2.0**-24)):
+        assert_equal_codes(scaled, codec, isa)
+
+
+class TestTable:
+    """The table's search: its own codes, close to the nearest ones."""
+
+    parameters = fib(128, 2, 256, codeword_search="table")
+
+    def test_costs_less_than_two_percent(self) -> None:
+        rows = gaussian(8, 256, 128)
+        exact, table = codec_for(fib(128, 2, 256)), codec_for(self.parameters)
+        errors = [relative_mse(rows, codec.decode(codec.encode(rows))) for codec in (exact, table)]
+        assert errors[0] < errors[1] < 1.02 * errors[0]
+
+    @each_isa
+    @pytest.mark.parametrize("scale_search", [False, True])
+    def test_native_differs_only_at_the_borders_of_cells(self, isa: object, scale_search: bool) -> None:
+        codec = codec_for(self.parameters.model_copy(update={"scale_search": scale_search}))
+        for rows in (gaussian(4, 512, 128), gaussian(4, 512, 128).to(torch.bfloat16)):
+            expected = reference.encode(rows, codec.tables)
+            found = native_codes.encode(rows, codec.tables, isa=isa)
+            # Float32 rotations err by 1e-7 of a vector, a cell is 5e-3 of it.
+            assert (expected.indices != found.indices).float().mean() < (1e-2 if scale_search else 2e-4)
+            same = (expected.indices == found.indices).all(-1)
+            assert ((expected.norms.int() - found.norms.int())[same].abs() <= 1).all()
+            assert (expected.norms != found.norms)[same].float().mean() < 1e-2
+            errors = [relative_mse(rows, codec.decode(codes)) for codes in (expected, found)]
+            assert errors[1] == pytest.approx(errors[0], rel=1e-4)
+
+    @each_isa
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_hard_rows(self, isa: object, dtype: torch.dtype) -> None:
+        rows = half_safe(hard_rows(128), self.parameters, dtype)
+        codec = codec_for(self.parameters)
+        expected, found = reference.encode(rows, codec.tables), native_codes.encode(rows, codec.tables, isa=isa)
+        assert torch.equal(expected.norms == 0, found.norms == 0)
+        assert torch.equal(expected.norm_range, found.norm_range)
+        decoded = [native_codes.decode(codes, codec.tables, isa=isa).double() for codes in (expected, found)]
+        scale = decoded[0].square().sum(-1, keepdim=True).sqrt().clamp(min=1e-300)
+        assert ((decoded[1] - decoded[0]) / scale).square().sum(-1).mean() < 1e-3
+
+
+@each_isa
+def test_rows_and_outputs_of_any_layout(isa: object) -> None:
+    for name in ("fib4", "int8", "fp8"):
+        codec = codec_for(PARAMETERS[name])
+        wide = gaussian(3, codec.head_dim, 34)
+        rows = wide[..., ::2].transpose(-1, -2)
+        assert not rows.is_contiguous()
+        assert_equal_codes(rows, codec, isa)
+        codes = reference.encode(rows, codec.tables)
+        out = torch.full_like(wide, torch.nan)[..., ::2].transpose(-1, -2)
+        assert native_codes.decode(codes, codec.tables, out=out, isa=isa) is out
+        torch.testing.assert_close(out, native_codes.decode(codes, codec.tables, isa=isa))
+        double = torch.full(rows.shape, torch.nan, dtype=torch.float64)
+        native_codes.decode(codes, codec.tables, out=double, isa=isa)
+        torch.testing.assert_close(double.float(), out)
+        some = native_codes.decode(codes.tokens(3, 9, lead=1), codec.tables, isa=isa)
+        assert torch.equal(some, native_codes.decode(codes, codec.tables, isa=isa)[:, 3:9])
+
+
+def test_threads_make_no_difference() -> None:
+    before = torch.get_num_threads()
+    try:
+        for name in ("fib4", "fib2", "int8"):
+            codec = codec_for(PARAMETERS[name], "per_channel")
+            rows = gaussian(7, 131, codec.head_dim).to(torch.bfloat16)
+            results = []
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                codes = native_codes.encode(rows, codec.tables)
+                results.append((codes, native_codes.decode(codes, codec.tables)))
+            assert equal(results[0][0], results[1][0])
+            assert torch.equal(results[0][1], results[1][1])
+    finally:
+        torch.set_num_threads(before)
+
+
+class TestErrors:
+    """The reference's refusals, in its words."""
+
+    @each_isa
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_not_finite(self, isa: object, bad: float, dtype: torch.dtype) -> None:
+        for name in ("fib4", "fib2", "scalar3", "int8", "fp8"):
+            for axis in ("per_token", "per_channel"):
+                codec = codec_for(PARAMETERS[name], axis)
+                rows = gaussian(2, 70, codec.head_dim).to(dtype)
+                rows[1, 69, 3] = rows[0, 20, -1] = bad
+                with pytest.raises(EncodingError, match=f"finite, got 2 NaN or infinite of {rows.numel()} elements"):
+                    native_codes.encode(rows, codec.tables, isa=isa)
+        codec = codec_for(TestTable.parameters)
+        with pytest.raises(EncodingError, match="finite, got 128 NaN or infinite"):
+            native_codes.encode(torch.full((1, 1, 128), bad, dtype=dtype), codec.tables, isa=isa)
+
+    def test_norms_out_of_range(self) -> None:
+        with pytest.raises(EncodingError, match=r"at most 65504 to be stored as float16, got 1\.13"):
+            native_codes.encode(torch.full((1, 2, 128), 1e6), codec_for(PARAMETERS["fib4_plain"]).tables)
+        with pytest.raises(EncodingError, match="finite in float32, got 3"):
+            native_codes.encode(torch.full((1, 1, 128), 3e38), codec_for(PARAMETERS["fib4"]).tables)
+
+    def test_codes_of_another_codec(self) -> None:
+        int8, fib4 = codec_for(PARAMETERS["int8"]), codec_for(PARAMETERS["fib4"])
+        codes = int8.encode(gaussian(1, 2, 20))
+        with pytest.raises(KernelError, match="ScaledCodes cannot be read with FibTables"):
+            native_codes.decode(codes, fib4.tables)
+
+    def test_out_of_another_shape(self) -> None:
+        codec = codec_for(PARAMETERS["fib4"])
+        codes = codec.encode(gaussian(1, 2, 128))
+        with pytest.raises(KernelError, match=r"out: expected shape \[1, 2, 128\], got \[1, 3, 128\]"):
+            native_codes.decode(codes, codec.tables, out=torch.empty(1, 3, 128))
+
+    def test_other_devices(self) -> None:
+        codec = codec_for(PARAMETERS["fib4"])
+        with pytest.raises(KernelError, match="rows: expected a tensor on the CPU for the native kernels, got meta"):
+            native_codes.encode(torch.empty(1, 2, 128, device="meta"), codec.tables)
+        codes = codec.encode(gaussian(1, 2, 128)).map(lambda tensor: tensor.to("meta"))
+        with pytest.raises(KernelError, match="norm_range: expected a tensor on the CPU"):
+            native_codes.decode(codes, codec.tables)
+
+
+def test_raw_vectors_are_copied() -> None:
+    codec = codec_for(RawParameters(head_dim=16, dtype="bf16"))
+    rows = gaussian(2, 3, 16)
+    codes = native_codes.encode(rows, codec.tables)
+    assert equal(codes, reference.encode(rows, codec.tables))
+    assert torch.equal(native_codes.decode(codes, codec.tables), rows.to(torch.bfloat16).float())
+
+
+def test_nothing_decodes_to_nothing() -> None:
+    for name in ("fib4", "int8"):
+        for axis in ("per_token", "per_channel"):
+            codec = codec_for(PARAMETERS[name], axis)
+            codes = codec.encode(gaussian(2, 3, codec.head_dim)).tokens(1, 1, lead=1)
+            assert native_codes.decode(codes, codec.tables).shape == (2, 0, codec.head_dim)
+
+
+def test_every_suite_runs_here_too() -> None:
+    plain = [name for name, value in vars(test_codecs).items() if isinstance(value, type) and name.startswith("Test")]
+    suites = {name for name in plain if issubclass(getattr(test_codecs, name), CodecConformance)}
+    assert suites <= {name.removesuffix("Native") for name in globals() if name.endswith("Native")}
