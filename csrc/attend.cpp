@@ -1,1 +1,354 @@
-// Filled in the next commits.
+// Threads, splits and merging; what happens inside a tile is the instruction set's (attend_kernels.h).
+#include "attend.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+namespace fibkv {
+namespace {
+
+// Queries that one task takes: enough to be worth decoding a tile for, few enough for the second-level cache.
+constexpr int kQueryBlock = 128;
+// A split of the context below this many tokens costs more in merging than it gains.
+constexpr int kSplitTokens = 512;
+// Tasks that each thread should find, so that one that is held up leaves work to the others.
+constexpr int kTasksPerThread = 8;
+constexpr float kNothing = -std::numeric_limits<float>::infinity();
+
+template <typename T>
+int index_of(const std::vector<T>& items, T item) {
+  return static_cast<int>(std::find(items.begin(), items.end(), item) - items.begin());
+}
+
+template <typename T>
+void add_once(std::vector<T>& items, T item) {
+  if (index_of(items, item) == static_cast<int>(items.size())) items.push_back(item);
+}
+
+// A block of queries of some KV heads of one row, over one split of the context. Heads of a page lie one after another
+// and are read in that order: memory delivers long sequential reads twice as fast as pieces of a page.
+struct Task {
+  int row, head0, head1, first_query, queries, split;
+  int heads() const { return head1 - head0; }
+};
+
+// What one task found for its queries.
+struct Partial {
+  std::vector<float> outs;       // [value sides][heads][queries][width], each in its side's own order
+  std::vector<bool> used;        // [value sides]
+  std::vector<Running> running;  // [heads][queries]
+};
+
+// Buffers of one thread.
+struct Scratch {
+  std::vector<float> logits;  // [heads][queries][kTile]
+  std::vector<float> tile, shrink;
+  std::vector<Visibility> visible;
+  std::vector<std::vector<uint8_t>> prepared;  // [key sides], [heads] of prepared queries
+};
+
+class Step {
+ public:
+  Step(const AttendKernels& kernels, const std::vector<const Run*>& runs, const Query& query, const Mask& mask,
+       const Softmax& softmax, int value_dim, int threads)
+      : k_(kernels), runs_(runs), query_(query), mask_(mask), softmax_(softmax), value_dim_(value_dim),
+        groups_(query.query_heads / query.kv_heads), key_width_(padded_dim(query.dim)),
+        value_width_(padded_dim(value_dim)) {
+    for (const Run* run : runs_) {
+      add_once(key_sides_, run->key);
+      add_once(value_sides_, run->value);
+      add_once(key_spaces_, run->key->space());
+      add_once(value_spaces_, run->value->space());
+      end_ = std::max(end_, run->start + run->spans * run->tokens);
+    }
+    plan_tasks(threads);
+    partials_.resize(tasks_.size());
+    scratch_.resize(threads);
+    rotated_.resize(key_spaces_.size() * query_rows() * key_width_);
+  }
+
+  void run(int threads, float* out, float* lse) {
+    const int heads = query_.batch * query_.kv_heads, tasks = static_cast<int>(tasks_.size());
+    const int merges = tasks / splits_;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(static)
+      for (int head = 0; head < heads; ++head) rotate(head);
+#pragma omp for schedule(dynamic, 1)
+      for (int task = 0; task < tasks; ++task) attend(tasks_[task], partials_[task], scratch_[omp_get_thread_num()]);
+#pragma omp for schedule(static)
+      for (int merge = 0; merge < merges; ++merge) finish(merge * splits_, out, lse);
+    }
+  }
+
+ private:
+  size_t query_rows() const { return static_cast<size_t>(query_.batch) * query_.query_heads * query_.length; }
+
+  void plan_tasks(int threads);
+  // All queries of one KV head of one row, in every space of the keys.
+  void rotate(int head) {
+    const int n = groups_ * query_.length;
+    const size_t first = static_cast<size_t>(head) * n;
+    std::vector<float> padded(static_cast<size_t>(n) * key_width_);
+    for (int i = 0; i < n; ++i) {
+      const float* from = query_.rows + (first + i) * query_.dim;
+      std::copy(from, from + query_.dim, padded.begin() + static_cast<size_t>(i) * key_width_);
+    }
+    for (size_t space = 0; space < key_spaces_.size(); ++space) {
+      float* to = rotated_.data() + (space * query_rows() + first) * key_width_;
+      if (key_spaces_[space]) {
+        k_.rotate(*key_spaces_[space], padded.data(), n, to);
+      } else {
+        std::copy(padded.begin(), padded.end(), to);
+      }
+    }
+  }
+
+  // Query i of a KV head is position i % length of query head i / length of its group: rows lie one after another.
+  size_t row_of(const Task& task, int head, int i) const {
+    const size_t first = static_cast<size_t>(task.row) * query_.query_heads + head * groups_;
+    return first * query_.length + task.first_query + i;
+  }
+
+  int position_of(const Task& task, int i) const { return query_.past + (task.first_query + i) % query_.length; }
+
+  void attend(const Task& task, Partial& partial, Scratch& scratch);
+  void attend_run(const Task& task, const Run& run, Partial& partial, Scratch& scratch);
+  void attend_tile(const Task& task, const Run& run, int span, int first, Partial& partial, Scratch& scratch);
+  const uint8_t* prepared(const Task& task, const Side& key, int head, Scratch& scratch);
+  void soften(const Task& task, int head, int start, int tokens, float* logits, Partial& partial, Scratch& scratch);
+  Visibility visible(const Task& task, int head, int i, int start, int tokens) const;
+  void finish(int first_task, float* out, float* lse);
+  void finish_head(int first_task, int head, float* out, float* lse);
+  void write(const Task& task, int head, const std::vector<float>& spaces, const std::vector<float>& top,
+             const std::vector<float>& sum, float* out, float* lse) const;
+
+  const AttendKernels& k_;
+  const std::vector<const Run*>& runs_;
+  const Query& query_;
+  const Mask& mask_;
+  const Softmax& softmax_;
+  int value_dim_, groups_, key_width_, value_width_, end_ = 0, splits_ = 1;
+  std::vector<const Side*> key_sides_, value_sides_;
+  std::vector<const Rotation*> key_spaces_, value_spaces_;
+  std::vector<Task> tasks_;
+  std::vector<Partial> partials_;
+  std::vector<Scratch> scratch_;
+  std::vector<float> rotated_;  // [key spaces][query rows][key width]
+};
+
+// Splits the context first, so that a task reads whole pages, and the heads only where that does not occupy all threads.
+void Step::plan_tasks(int threads) {
+  const int per_head = groups_ * query_.length, blocks = (per_head + kQueryBlock - 1) / kQueryBlock;
+  const int wanted = threads == 1 ? 1 : kTasksPerThread * threads;
+  splits_ = std::clamp((wanted - 1) / (query_.batch * blocks) + 1, 1, std::max(end_ / kSplitTokens, 1));
+  const int groups = std::clamp((wanted - 1) / (query_.batch * blocks * splits_) + 1, 1, query_.kv_heads);
+  const int heads = (query_.kv_heads + groups - 1) / groups;
+  for (int row = 0; row < query_.batch; ++row) {
+    for (int head = 0; head < query_.kv_heads; head += heads) {
+      for (int first = 0; first < per_head; first += kQueryBlock) {
+        for (int split = 0; split < splits_; ++split) {
+          tasks_.push_back({row, head, std::min(head + heads, query_.kv_heads), first,
+                            std::min(kQueryBlock, per_head - first), split});
+        }
+      }
+    }
+  }
+}
+
+void Step::attend(const Task& task, Partial& partial, Scratch& scratch) {
+  const size_t rows = static_cast<size_t>(task.heads()) * task.queries;
+  partial.outs.resize(value_sides_.size() * rows * value_width_);
+  partial.used.assign(value_sides_.size(), false);
+  partial.running.assign(rows, Running{kNothing, {}});
+  scratch.logits.resize(rows * kTile);
+  scratch.shrink.resize(task.queries);
+  scratch.visible.resize(task.queries);
+  scratch.prepared.assign(key_sides_.size(), {});
+  for (const Run* run : runs_) {
+    if (task.row >= run->row0 && task.row < run->row1 && task.head0 < run->head1 && task.head1 > run->head0) {
+      attend_run(task, *run, partial, scratch);
+    }
+  }
+}
+
+void Step::attend_run(const Task& task, const Run& run, Partial& partial, Scratch& scratch) {
+  const int begin = static_cast<int>(static_cast<int64_t>(end_) * task.split / splits_);
+  const int end = static_cast<int>(static_cast<int64_t>(end_) * (task.split + 1) / splits_);
+  // The last position that any query of the task can see.
+  const bool bounded = mask_.causal && !mask_.allowed && !mask_.added;
+  const int newest = bounded ? query_.past + query_.length - 1 : end_;
+  const int first_span = begin > run.start ? (begin - run.start) / run.tokens : 0;
+  for (int span = first_span; span < run.spans; ++span) {
+    const int start = run.start + span * run.tokens;
+    if (start >= end || start > newest) return;
+    for (int first = 0; first < run.tokens; first += kTile) {
+      const int at = start + first;
+      if (at >= begin && at < end && at <= newest) attend_tile(task, run, span, first, partial, scratch);
+    }
+  }
+}
+
+Visibility Step::visible(const Task& task, int head, int i, int start, int tokens) const {
+  Visibility visible{tokens, nullptr, nullptr};
+  if (mask_.allowed || mask_.added) {
+    const int query = task.first_query + i;
+    const int64_t at = task.row * mask_.batch_stride + (head * groups_ + query / query_.length) * mask_.head_stride +
+                       (query % query_.length) * mask_.query_stride + start;
+    if (mask_.allowed) visible.allowed = mask_.allowed + at;
+    if (mask_.added) visible.added = mask_.added + at;
+  } else if (mask_.causal) {
+    visible.limit = std::min(tokens, position_of(task, i) + 1 - start);
+  }
+  return visible;
+}
+
+const uint8_t* Step::prepared(const Task& task, const Side& key, int head, Scratch& scratch) {
+  std::vector<uint8_t>& all = scratch.prepared[index_of(key_sides_, &key)];
+  const size_t nbytes = k_.prepared_bytes(key, task.queries);
+  if (all.empty()) {
+    all.resize(nbytes * task.heads());
+    const size_t space = index_of(key_spaces_, key.space()) * query_rows();
+    for (int h = task.head0; h < task.head1; ++h) {
+      const float* rows = rotated_.data() + (space + row_of(task, h, 0)) * key_width_;
+      k_.prepare(key, rows, task.queries, all.data() + (h - task.head0) * nbytes);
+    }
+  }
+  return all.data() + (head - task.head0) * nbytes;
+}
+
+void Step::soften(const Task& task, int head, int start, int tokens, float* logits, Partial& partial,
+                  Scratch& scratch) {
+  const int n = task.queries;
+  for (int i = 0; i < n; ++i) scratch.visible[i] = visible(task, head, i, start, tokens);
+  const size_t first = static_cast<size_t>(head - task.head0) * n;
+  k_.soften(logits, n, tokens, softmax_, scratch.visible.data(), partial.running.data() + first, scratch.shrink.data());
+  for (int i = 0; i < n; ++i) {
+    if (scratch.shrink[i] == 1.0f) continue;
+    for (size_t side = 0; side < value_sides_.size(); ++side) {
+      if (!partial.used[side]) continue;
+      const size_t row = side * task.heads() * n + first + i;
+      k_.scale(partial.outs.data() + row * value_width_, value_width_, scratch.shrink[i]);
+    }
+  }
+}
+
+void Step::attend_tile(const Task& task, const Run& run, int span, int first, Partial& partial, Scratch& scratch) {
+  const int n = task.queries, tokens = std::min(kTile, run.tokens - first);
+  const int start = run.start + span * run.tokens + first;
+  const int head0 = std::max(task.head0, run.head0), head1 = std::min(task.head1, run.head1);
+  const size_t at = static_cast<size_t>(task.row - run.row0) * run.spans + span;
+  // The same place in the next span is prefetched while this one is read.
+  const size_t next = span + 1 < run.spans ? at + 1 : at;
+  scratch.tile.resize(std::max(
+      scratch.tile.size(), std::max(k_.scratch_floats(*run.key, n), k_.scratch_floats(*run.value, n))));
+  for (int head = head0; head < head1; ++head) {
+    const Span keys = Span::of(*run.key, run.key_rectangle, run.keys[at], head - run.head0);
+    const Span ahead = Span::of(*run.key, run.key_rectangle, run.keys[next], head - run.head0);
+    __builtin_prefetch(ahead.norms);
+    k_.score(*run.key, keys, first, tokens, prepared(task, *run.key, head, scratch), n,
+             scratch.logits.data() + static_cast<size_t>(head - task.head0) * n * kTile, scratch.tile.data(),
+             ahead.codes);
+  }
+  const int side = index_of(value_sides_, run.value);
+  for (int head = head0; head < head1; ++head) {
+    const Span values = Span::of(*run.value, run.value_rectangle, run.values[at], head - run.head0);
+    const Span ahead = Span::of(*run.value, run.value_rectangle, run.values[next], head - run.head0);
+    __builtin_prefetch(ahead.norms);
+    const size_t row = static_cast<size_t>(head - task.head0) * n;
+    float* logits = scratch.logits.data() + row * kTile;
+    soften(task, head, start, tokens, logits, partial, scratch);
+    k_.mix(*run.value, values, first, tokens, logits, n,
+           partial.outs.data() + (static_cast<size_t>(side) * task.heads() * n + row) * value_width_,
+           scratch.tile.data(), ahead.codes);
+  }
+  partial.used[side] = true;
+}
+
+// The factor that takes sums relative to a split's reference point to the common one.
+float share_of(const Running& running, float top) { return top == kNothing ? 0.0f : std::exp(running.top - top); }
+
+// Merges the splits of one block of queries by log-sum-exp and takes the outputs back to the original space.
+void Step::finish(int first_task, float* out, float* lse) {
+  const Task& task = tasks_[first_task];
+  for (int head = task.head0; head < task.head1; ++head) finish_head(first_task, head, out, lse);
+}
+
+void Step::finish_head(int first_task, int head, float* out, float* lse) {
+  const Task& task = tasks_[first_task];
+  const int n = task.queries;
+  const size_t first = static_cast<size_t>(head - task.head0) * n;
+  std::vector<float> top(n, kNothing), sum(n, 0.0f);
+  for (int split = 0; split < splits_; ++split) {
+    const Running* running = partials_[first_task + split].running.data() + first;
+    for (int i = 0; i < n; ++i) top[i] = std::max(top[i], running[i].top);
+  }
+  for (int split = 0; split < splits_; ++split) {
+    for (int i = 0; i < n; ++i) {
+      const Running& running = partials_[first_task + split].running[first + i];
+      sum[i] += share_of(running, top[i]) * std::accumulate(running.sums, running.sums + kPad, 0.0f);
+    }
+  }
+  const size_t size = static_cast<size_t>(n) * value_width_;
+  std::vector<float> spaces(value_spaces_.size() * size), merged(size);
+  for (size_t side = 0; side < value_sides_.size(); ++side) {
+    std::fill(merged.begin(), merged.end(), 0.0f);
+    for (int split = 0; split < splits_; ++split) {
+      const Partial& partial = partials_[first_task + split];
+      if (!partial.used[side]) continue;
+      const float* rows = partial.outs.data() + (side * task.heads() * n + first) * value_width_;
+      for (int i = 0; i < n; ++i) {
+        const size_t row = static_cast<size_t>(i) * value_width_;
+        k_.add_scaled(merged.data() + row, rows + row, value_width_, share_of(partial.running[first + i], top[i]));
+      }
+    }
+    const size_t space = index_of(value_spaces_, value_sides_[side]->space());
+    k_.finish(*value_sides_[side], merged.data(), n, spaces.data() + space * size);
+  }
+  write(task, head, spaces, top, sum, out, lse);
+}
+
+void Step::write(const Task& task, int head, const std::vector<float>& spaces, const std::vector<float>& top,
+                 const std::vector<float>& sum, float* out, float* lse) const {
+  const int n = task.queries;
+  const size_t size = static_cast<size_t>(n) * value_width_;
+  std::vector<float> turned(size), whole(size);
+  for (size_t space = 0; space < value_spaces_.size(); ++space) {
+    const float* rows = spaces.data() + space * size;
+    if (value_spaces_[space]) {
+      k_.unrotate(*value_spaces_[space], rows, n, turned.data());
+      rows = turned.data();
+    }
+    for (size_t i = 0; i < size; ++i) whole[i] += rows[i];
+  }
+  for (int i = 0; i < n; ++i) {
+    const size_t row = row_of(task, head, i);
+    const float inverse = sum[i] > 0 ? 1.0f / sum[i] : 0.0f;
+    for (int j = 0; j < value_dim_; ++j) {
+      out[row * value_dim_ + j] = whole[static_cast<size_t>(i) * value_width_ + j] * inverse;
+    }
+    lse[row] = sum[i] > 0 ? top[i] + std::log(sum[i]) : kNothing;
+  }
+}
+
+}  // namespace
+
+void attend(const AttendKernels& kernels, const std::vector<const Run*>& runs, const Query& query, const Mask& mask,
+            const Softmax& softmax, int value_dim, int threads, float* out, float* lse) {
+  Step(kernels, runs, query, mask, softmax, value_dim, threads).run(threads, out, lse);
+}
+
+const AttendKernels& attend_kernels(Isa isa) {
+#ifdef FIBKV_X86
+  if (isa == Isa::avx512) return avx512::attend_kernels;
+  if (isa == Isa::avx2) return avx2::attend_kernels;
+#endif
+  (void)isa;
+  return portable::attend_kernels;
+}
+
+}  // namespace fibkv

@@ -1,1 +1,348 @@
-// Filled in the next commits.
+// Scoring and mixing on the codes with AVX-512: byte tables in registers, four-way byte products.
+//
+// A 256-entry byte table is four registers: four one-register permutes, merged by the two top bits of the codes, look
+// up 64 codes at once. (Two two-register permutes take as long on Intel, where each is three micro-operations.) In tile
+// order the result needs no unpacking: each 32-bit lane holds four terms of one sum.
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "integer_blocks.h"
+#include "integer_kernels.h"
+
+namespace fibkv {
+namespace FIBKV_ISA {
+namespace {
+
+constexpr int kLanes = 16;
+
+// sums += four-way products of unsigned and signed bytes. Written out, because GCC 12 copies the sums of the intrinsic
+// from register to register, and the copies compete with the products for their two ports.
+inline void add_products(__m512i& sums, __m512i unsigned_bytes, __m512i signed_bytes) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(unsigned_bytes), "v"(signed_bytes));
+}
+
+inline void add_products(__m512i& sums, __m512i unsigned_bytes, const int32_t& four_signed_bytes) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(unsigned_bytes), "m"(four_signed_bytes));
+}
+
+// One plane of a 256-entry table.
+struct Table {
+  __m512i part[4];
+
+  Table(const int8_t* table, int8_t flip) {
+    for (int i = 0; i < 4; ++i) {
+      part[i] = _mm512_xor_si512(_mm512_loadu_si512(table + 64 * i), _mm512_set1_epi8(flip));
+    }
+  }
+
+  __m512i operator()(__m512i codes, __mmask64 bit6, __mmask64 bit7) const {
+    const __m512i low =
+        _mm512_mask_permutexvar_epi8(_mm512_permutexvar_epi8(codes, part[0]), bit6, codes, part[1]);
+    const __m512i high =
+        _mm512_mask_permutexvar_epi8(_mm512_permutexvar_epi8(codes, part[2]), bit6, codes, part[3]);
+    return _mm512_mask_mov_epi8(low, bit7, high);
+  }
+};
+
+// Looks up both planes of a pair.
+struct Pair {
+  Table even, odd;
+  __m512i x, y;
+
+  Pair(const int8_t* tables, int8_t flip) : even(tables, flip), odd(tables + 256, flip) {}
+
+  void look_up(__m512i codes) {
+    const __mmask64 bit7 = _mm512_movepi8_mask(codes), bit6 = _mm512_movepi8_mask(_mm512_add_epi8(codes, codes));
+    x = even(codes, bit6, bit7);
+    y = odd(codes, bit6, bit7);
+  }
+};
+
+// Queries of a side, quantized to bytes: for each block of at most eight queries
+//   float step[8]; int32 start[8]; int32 bytes[planes][code_bytes / 4][queries of the block]
+// A query is step * bytes, and `start` undoes the 128 that the unsigned keys are raised by.
+// int8 keys are met by two bytes of the query, high and low, as two planes.
+struct Prepared {
+  float* step;
+  int32_t* start;
+  int32_t* bytes;
+};
+
+int query_planes(const Side& side) { return side.form == Form::int8 ? 2 : side.planes; }
+
+size_t block_bytes(const Side& side) {
+  return kMostQueries * (sizeof(float) + 2 * sizeof(int32_t) +
+                         static_cast<size_t>(query_planes(side)) * side.code_bytes);
+}
+
+Prepared block_at(const Side& side, const uint8_t* prepared, int index) {
+  uint8_t* at = const_cast<uint8_t*>(prepared) + index * block_bytes(side);
+  return {reinterpret_cast<float*>(at), reinterpret_cast<int32_t*>(at + 4 * kMostQueries),
+          reinterpret_cast<int32_t*>(at + 12 * kMostQueries)};
+}
+
+float largest_magnitude(const float* row, int width) {
+  __m512 top = _mm512_setzero_ps();
+  for (int i = 0; i < width; i += kLanes) top = _mm512_max_ps(top, _mm512_abs_ps(_mm512_loadu_ps(row + i)));
+  return _mm512_reduce_max_ps(top);
+}
+
+// Puts the bytes of a query where the products of plane `plane` read them; returns their sum.
+int put_plane(const Prepared& block, const Side& side, int n, int q, int plane, const int16_t* numbers, int stride) {
+  int8_t* to = reinterpret_cast<int8_t*>(block.bytes + static_cast<size_t>(plane) * (side.code_bytes / 4) * n + q);
+  int sum = 0;
+  for (int byte = 0; byte < side.code_bytes; ++byte) {
+    const int8_t number = static_cast<int8_t>(numbers[byte * stride]);
+    to[byte / 4 * 4 * n + byte % 4] = number;
+    sum += number;
+  }
+  return sum;
+}
+
+void quantize_query(const Prepared& block, const Side& side, int n, int q, const float* row) {
+  const bool wide = side.form == Form::int8;
+  const int width = padded_dim(side.dim);
+  const float top = largest_magnitude(row, width);
+  const float limit = wide ? 32512.0f : 127.0f;  // 127 * 256: the high byte stays in range
+  const __m512 inverse = _mm512_set1_ps(top > 0 ? limit / top : 0);
+  int16_t numbers[padded_dim(4096)], high[padded_dim(4096)];
+  for (int i = 0; i < width; i += kLanes) {
+    const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(row + i), inverse));
+    // value = 256 * high + low, with low in -128..127: its low byte.
+    const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(numbers + i), _mm512_cvtepi32_epi16(whole));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + i), _mm512_cvtepi32_epi16(upper));
+  }
+  block.step[q] = top / limit * side.plane_step;
+  if (wide) {
+    block.start[q] = -128 * put_plane(block, side, n, q, 0, high, 1);
+    block.start[kMostQueries + q] = -128 * put_plane(block, side, n, q, 1, numbers, 1);
+    return;
+  }
+  block.start[q] = 0;
+  for (int plane = 0; plane < side.planes; ++plane) {
+    block.start[q] -= 128 * put_plane(block, side, n, q, plane, numbers + plane, side.planes);
+  }
+}
+
+// ---- Keys ----------------------------------------------------------------------------------------------------------
+
+template <int n>
+inline void add_products(__m512i (&sums)[n], __m512i keys, const int32_t* queries) {
+  for (int q = 0; q < n; ++q) add_products(sums[q], keys, queries[q]);
+}
+
+// Integer sums [groups][n] of 16 tokens each over two planes of a table.
+template <int n>
+void score_pair(const Side& side, const uint8_t* codes, int groups, int pair, const Prepared& block, __m512i* sums,
+                const uint8_t* ahead) {
+  Pair tables(side.tables + 512 * pair, int8_t(-128));
+  const int steps = side.code_bytes / 4;
+  const int32_t* queries = block.bytes + static_cast<size_t>(2 * pair) * steps * n;
+  for (int group = 0; group < groups; ++group) {
+    // One chain of sums per plane: a product takes five cycles.
+    __m512i even[n], odd[n];
+    for (int q = 0; q < n; ++q) {
+      even[q] = pair ? sums[group * n + q] : _mm512_set1_epi32(block.start[q]);
+      odd[q] = _mm512_setzero_si512();
+    }
+    for (int j = 0; j < steps; ++j) {
+      const size_t at = (static_cast<size_t>(group) * steps + j) * 64;
+      if (pair == 0) _mm_prefetch(ahead + at, _MM_HINT_T2);
+      tables.look_up(_mm512_loadu_si512(codes + at));
+      add_products<n>(even, tables.x, queries + j * n);
+      add_products<n>(odd, tables.y, queries + (steps + j) * n);
+    }
+    for (int q = 0; q < n; ++q) sums[group * n + q] = _mm512_add_epi32(even[q], odd[q]);
+  }
+}
+
+template <int n>
+void score_table(const Side& side, const uint8_t* codes, int groups, const Prepared& block, const float* norms,
+                 float* logits, const uint8_t* ahead) {
+  __m512i sums[kTile / kLanes * n];
+  for (int pair = 0; pair < side.planes / 2; ++pair) score_pair<n>(side, codes, groups, pair, block, sums, ahead);
+  for (int group = 0; group < groups; ++group) {
+    const __m512 norm = _mm512_loadu_ps(norms + group * kLanes);
+    for (int q = 0; q < n; ++q) {
+      const __m512 factor = _mm512_mul_ps(norm, _mm512_set1_ps(block.step[q]));
+      _mm512_storeu_ps(logits + q * kTile + group * kLanes,
+                       _mm512_mul_ps(_mm512_cvtepi32_ps(sums[group * n + q]), factor));
+    }
+  }
+}
+
+template <int n>
+void score_int8(const Side& side, const uint8_t* codes, int groups, const Prepared& block, const float* norms,
+                float* logits, const uint8_t* ahead) {
+  const int steps = side.code_bytes / 4;
+  const int32_t* queries = block.bytes;
+  const __m512i raise = _mm512_set1_epi8(int8_t(-128));
+  for (int group = 0; group < groups; ++group) {
+    __m512i high[n], low[n];
+    for (int q = 0; q < n; ++q) {
+      high[q] = _mm512_set1_epi32(block.start[q]);
+      low[q] = _mm512_set1_epi32(block.start[kMostQueries + q]);
+    }
+    for (int j = 0; j < steps; ++j) {
+      const size_t at = (static_cast<size_t>(group) * steps + j) * 64;
+      const __m512i keys = _mm512_xor_si512(_mm512_loadu_si512(codes + at), raise);
+      _mm_prefetch(ahead + at, _MM_HINT_T2);
+      add_products<n>(high, keys, queries + j * n);
+      add_products<n>(low, keys, queries + (steps + j) * n);
+    }
+    const __m512 norm = _mm512_loadu_ps(norms + group * kLanes);
+    for (int q = 0; q < n; ++q) {
+      const __m512 whole = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[q]), _mm512_set1_ps(256.0f),
+                                           _mm512_cvtepi32_ps(low[q]));
+      const __m512 factor = _mm512_mul_ps(norm, _mm512_set1_ps(block.step[q]));
+      _mm512_storeu_ps(logits + q * kTile + group * kLanes, _mm512_mul_ps(whole, factor));
+    }
+  }
+}
+
+template <int n>
+void score_block(const Side& side, const uint8_t* codes, int groups, const Prepared& block, const float* norms,
+                 float* logits, const uint8_t* ahead) {
+  if (side.form == Form::int8) {
+    score_int8<n>(side, codes, groups, block, norms, logits, ahead);
+  } else {
+    score_table<n>(side, codes, groups, block, norms, logits, ahead);
+  }
+}
+
+// ---- Values --------------------------------------------------------------------------------------------------------
+
+// Weights of a tile as bytes: weight = step * (256 * high + low), with high unused for tables.
+struct Weights {
+  alignas(64) uint8_t high[kMostQueries][kTile];
+  alignas(64) uint8_t low[kMostQueries][kTile];
+  float step[kMostQueries];
+};
+
+void quantize_weights(const float* weights, const float* norms, bool wide, int q, Weights& bytes) {
+  __m512 parts[4];
+  __m512 most = _mm512_setzero_ps();
+  for (int i = 0; i < 4; ++i) {
+    parts[i] = _mm512_mul_ps(_mm512_loadu_ps(weights + kLanes * i), _mm512_loadu_ps(norms + kLanes * i));
+    most = _mm512_max_ps(most, parts[i]);
+  }
+  const float top = _mm512_reduce_max_ps(most);
+  const float limit = wide ? 65535.0f : 255.0f;
+  const __m512 inverse = _mm512_set1_ps(top > 0 ? limit / top : 0);
+  bytes.step[q] = top / limit;
+  for (int i = 0; i < 4; ++i) {
+    const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(parts[i], inverse));
+    const __m128i low = _mm512_cvtepi32_epi8(whole);
+    _mm_store_si128(reinterpret_cast<__m128i*>(bytes.low[q] + kLanes * i), low);
+    if (wide) {
+      const __m128i high = _mm512_cvtepi32_epi8(_mm512_srli_epi32(whole, 8));
+      _mm_store_si128(reinterpret_cast<__m128i*>(bytes.high[q] + kLanes * i), high);
+    }
+  }
+}
+
+inline __m512i four_weights(const uint8_t* bytes) {
+  int32_t word;
+  std::memcpy(&word, bytes, 4);
+  return _mm512_set1_epi32(word);
+}
+
+inline void add_scaled(float* out, __m512i sums, float step) {
+  _mm512_storeu_ps(out, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), _mm512_set1_ps(step), _mm512_loadu_ps(out)));
+}
+
+template <int n>
+void mix_pair(const Side& side, const uint8_t* codes, size_t pitch, int quads, int pair, const Weights& weights,
+              float* out, int width, const uint8_t* ahead) {
+  Pair tables(side.tables + 512 * pair, 0);
+  for (int slice = 0; slice < side.code_bytes / kValueSlice; ++slice) {
+    __m512i first[n], second[n];
+    for (int q = 0; q < n; ++q) first[q] = second[q] = _mm512_setzero_si512();
+    for (int quad = 0; quad < quads; ++quad) {
+      if (pair == 0) _mm_prefetch(ahead + (slice * quads + quad) * 64, _MM_HINT_T2);
+      tables.look_up(_mm512_loadu_si512(codes + slice * pitch + static_cast<size_t>(quad) * 64));
+      for (int q = 0; q < n; ++q) {
+        const __m512i weight = four_weights(weights.low[q] + 4 * quad);
+        add_products(first[q], weight, tables.x);
+        add_products(second[q], weight, tables.y);
+      }
+    }
+    for (int q = 0; q < n; ++q) {
+      float* row = out + q * width + 2 * pair * side.code_bytes + slice * kValueSlice;
+      add_scaled(row, first[q], weights.step[q] * side.plane_step);
+      add_scaled(row + side.code_bytes, second[q], weights.step[q] * side.plane_step);
+    }
+  }
+}
+
+template <int n>
+void mix_int8(const Side& side, const uint8_t* codes, size_t pitch, int quads, const Weights& weights, float* out,
+              int width, const uint8_t* ahead) {
+  for (int slice = 0; slice < side.code_bytes / kValueSlice; ++slice) {
+    __m512i high[n], low[n];
+    for (int q = 0; q < n; ++q) high[q] = low[q] = _mm512_setzero_si512();
+    for (int quad = 0; quad < quads; ++quad) {
+      const __m512i numbers = _mm512_loadu_si512(codes + slice * pitch + static_cast<size_t>(quad) * 64);
+      _mm_prefetch(ahead + (slice * quads + quad) * 64, _MM_HINT_T2);
+      for (int q = 0; q < n; ++q) {
+        add_products(high[q], four_weights(weights.high[q] + 4 * quad), numbers);
+        add_products(low[q], four_weights(weights.low[q] + 4 * quad), numbers);
+      }
+    }
+    for (int q = 0; q < n; ++q) {
+      float* row = out + q * width + slice * kValueSlice;
+      add_scaled(row, high[q], 256.0f * weights.step[q]);
+      add_scaled(row, low[q], weights.step[q]);
+    }
+  }
+}
+
+template <int n>
+void mix_block(const Side& side, const uint8_t* codes, size_t pitch, int quads, const float* weights,
+               const float* norms, float* out, int width, const uint8_t* ahead) {
+  Weights bytes;
+  for (int q = 0; q < n; ++q) quantize_weights(weights + q * kTile, norms, side.form == Form::int8, q, bytes);
+  if (side.form == Form::int8) return mix_int8<n>(side, codes, pitch, quads, bytes, out, width, ahead);
+  for (int pair = 0; pair < side.planes / 2; ++pair) {
+    mix_pair<n>(side, codes, pitch, quads, pair, bytes, out, width, ahead);
+  }
+}
+
+}  // namespace
+
+size_t integer_prepared_bytes(const Side& key, int n) { return num_blocks(n) * block_bytes(key); }
+
+void integer_prepare(const Side& key, const float* queries, int n, uint8_t* prepared) {
+  each_block(n, [&](auto block) {
+    for (int i = 0; i < block.size; ++i) {
+      const float* row = queries + static_cast<size_t>(block.first + i) * padded_dim(key.dim);
+      quantize_query(block_at(key, prepared, block.index), key, block.size, i, row);
+    }
+  });
+}
+
+void integer_score(const Side& key, const Span& span, int first, int tokens, const uint8_t* prepared, int n,
+                   const float* norms, float* logits, const uint8_t* ahead) {
+  const uint8_t* codes = span.codes + static_cast<size_t>(first) * key.code_bytes;
+  const int groups = (tokens + kTokenTile - 1) / kTokenTile;
+  each_block(n, [&](auto block) {
+    score_block<block.size>(key, codes, groups, block_at(key, prepared, block.index), norms,
+                            logits + block.first * kTile, ahead);
+  });
+}
+
+void integer_mix(const Side& value, const Span& span, int first, int tokens, const float* weights, int n,
+                 const float* norms, float* out, const uint8_t* ahead) {
+  const uint8_t* codes = span.codes + static_cast<size_t>(first) * kValueSlice;
+  const size_t pitch = static_cast<size_t>(span.padded) * kValueSlice;
+  const int quads = (tokens + 3) / 4, width = padded_dim(value.dim);
+  each_block(n, [&](auto block) {
+    mix_block<block.size>(value, codes, pitch, quads, weights + block.first * kTile, norms,
+                          out + static_cast<size_t>(block.first) * width, width, ahead);
+  });
+}
+
+}  // namespace FIBKV_ISA
+}  // namespace fibkv

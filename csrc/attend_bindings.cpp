@@ -1,7 +1,154 @@
+// Sides, plans and attention as Python sees them.
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+
 #include "bindings.h"
+#include "owned.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
 
 namespace fibkv {
+namespace {
 
-void bind_attention(nanobind::module_&) {}
+template <typename T, int ndim>
+using Array = nb::ndarray<T, nb::ndim<ndim>, nb::c_contig, nb::device::cpu>;
+using Bytes = Array<uint8_t, 1>;
+
+std::shared_ptr<OwnedSide> make_side(Form form, bool is_key, bool tiled, int dim, int code_bytes, int norm_bytes,
+                                     int block, int size, int bits, bool log_norms, bool channels,
+                                     std::optional<Array<float, 2>> codewords,
+                                     std::shared_ptr<OwnedRotation> rotation) {
+  const SideSettings settings{form, is_key, tiled, dim, code_bytes, norm_bytes, block, size, bits, log_norms, channels};
+  return std::make_shared<OwnedSide>(settings, codewords ? codewords->data() : nullptr, std::move(rotation));
+}
+
+OwnedSide::Canonical canonical(const Bytes& codes, const Bytes& norms, const Bytes& ranges, const Bytes& channels) {
+  return {codes.data(), norms.data(), ranges.data(), channels.data()};
+}
+
+std::vector<const uint8_t*> pointers(const std::vector<uintptr_t>& addresses) {
+  std::vector<const uint8_t*> found;
+  found.reserve(addresses.size());
+  for (uintptr_t address : addresses) found.push_back(reinterpret_cast<const uint8_t*>(address));
+  return found;
+}
+
+void add_run(Plan& plan, int row0, int row1, int head0, int head1, int start, int tokens, int spans,
+             std::shared_ptr<OwnedSide> key, std::shared_ptr<OwnedSide> value, const std::vector<uintptr_t>& keys,
+             const std::vector<uintptr_t>& values) {
+  Run run{};
+  run.row0 = row0;
+  run.row1 = row1;
+  run.head0 = head0;
+  run.head1 = head1;
+  run.start = start;
+  run.tokens = tokens;
+  run.spans = spans;
+  run.keys = pointers(keys);
+  run.values = pointers(values);
+  plan.add(std::move(run), std::move(key), std::move(value));
+}
+
+// The raw tail: [rows][heads][capacity][dim], of which the first `length` tokens are in use.
+struct Tail {
+  const OwnedSide* key;
+  const OwnedSide* value;
+  uintptr_t keys, values;
+  int start, length, capacity;
+};
+
+Run tail_run(const Tail& tail, int rows, int heads) {
+  Run run{};
+  run.row1 = rows;
+  run.head1 = heads;
+  run.start = tail.start;
+  run.tokens = tail.length;
+  run.spans = 1;
+  run.key = &tail.key->side();
+  run.value = &tail.value->side();
+  // Rectangles with the buffer's pitch: nothing but codes stands in them.
+  run.key_rectangle = Rectangle::of(*run.key, heads, tail.capacity);
+  run.value_rectangle = Rectangle::of(*run.value, heads, tail.capacity);
+  for (int row = 0; row < rows; ++row) {
+    run.keys.push_back(reinterpret_cast<const uint8_t*>(tail.keys) + row * run.key_rectangle.nbytes);
+    run.values.push_back(reinterpret_cast<const uint8_t*>(tail.values) + row * run.value_rectangle.nbytes);
+  }
+  return run;
+}
+
+struct MaskPointer {
+  uintptr_t allowed, added;
+  int64_t batch_stride, head_stride, query_stride;
+  bool causal;
+};
+
+void run_attend(const Plan& plan, const Tail& tail, Array<const float, 4> query, int kv_heads, int past,
+                const MaskPointer& mask, float scale, float softcap, Array<float, 4> out, Array<float, 3> lse,
+                int threads, Isa isa) {
+  const Query q{query.data(), static_cast<int>(query.shape(0)), static_cast<int>(query.shape(1)), kv_heads,
+                static_cast<int>(query.shape(2)), static_cast<int>(query.shape(3)), past};
+  std::vector<const Run*> runs;
+  for (const Run& run : plan.runs()) runs.push_back(&run);
+  const Run last = tail.length ? tail_run(tail, q.batch, kv_heads) : Run{};
+  if (tail.length) runs.push_back(&last);
+  const Mask m{reinterpret_cast<const uint8_t*>(mask.allowed), reinterpret_cast<const float*>(mask.added),
+               mask.batch_stride, mask.head_stride, mask.query_stride, mask.causal};
+  const int value_dim = static_cast<int>(out.shape(3));
+  nb::gil_scoped_release unlocked;
+  attend(attend_kernels(isa), runs, q, m, Softmax{scale, softcap}, value_dim, threads, out.data(), lse.data());
+}
+
+}  // namespace
+
+void bind_attention(nb::module_& m) {
+  nb::enum_<Form>(m, "Form")
+      .value("f32", Form::f32)
+      .value("f16", Form::f16)
+      .value("bf16", Form::bf16)
+      .value("int8", Form::int8)
+      .value("fp8", Form::fp8)
+      .value("fib", Form::fib);
+  nb::class_<OwnedRotation>(m, "Rotation").def(
+      "__init__", [](OwnedRotation* self, Array<const float, 2> matrix, Array<const float, 2> signs) {
+        const int rounds = static_cast<int>(signs.shape(0));
+        new (self) OwnedRotation(matrix.data(), static_cast<int>(matrix.shape(0)), signs.data(), rounds);
+      });
+  nb::class_<OwnedSide>(m, "Side")
+      .def(nb::new_(&make_side), nb::kw_only(), "form"_a, "is_key"_a, "tiled"_a, "dim"_a, "code_bytes"_a,
+           "norm_bytes"_a, "block"_a, "size"_a, "bits"_a, "log_norms"_a, "channels"_a, "codewords"_a.none(),
+           "rotation"_a.none())
+      .def("nbytes", &OwnedSide::nbytes, "heads"_a, "tokens"_a)
+      .def_prop_ro("on_integers", [](const OwnedSide& self) { return self.side().planes > 0; })
+      .def("pack",
+           [](const OwnedSide& self, int heads, int tokens, Bytes codes, Bytes norms, Bytes ranges, Bytes channels,
+              Bytes packed) {
+             self.pack(heads, tokens, canonical(codes, norms, ranges, channels), packed.data());
+           })
+      .def("unpack", [](const OwnedSide& self, int heads, int tokens, Bytes packed, Bytes codes, Bytes norms,
+                        Bytes ranges, Bytes channels) {
+        self.unpack(heads, tokens, packed.data(), canonical(codes, norms, ranges, channels));
+      });
+  nb::class_<Plan>(m, "Plan")
+      .def(nb::init<>())
+      .def("add", &add_run, nb::kw_only(), "row0"_a, "row1"_a, "head0"_a, "head1"_a, "start"_a, "tokens"_a, "spans"_a,
+           "key"_a, "value"_a, "keys"_a, "values"_a);
+  nb::class_<Tail>(m, "Tail")
+      .def("__init__",
+           [](Tail* self, const OwnedSide& key, const OwnedSide& value, uintptr_t keys, uintptr_t values, int start,
+              int length, int capacity) { new (self) Tail{&key, &value, keys, values, start, length, capacity}; },
+           nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>());
+  nb::class_<MaskPointer>(m, "Mask")
+      .def("__init__", [](MaskPointer* self, uintptr_t allowed, uintptr_t added, int64_t batch_stride,
+                          int64_t head_stride, int64_t query_stride, bool causal) {
+        new (self) MaskPointer{allowed, added, batch_stride, head_stride, query_stride, causal};
+      });
+  m.def("attend", &run_attend, "plan"_a, "tail"_a, "query"_a, "kv_heads"_a, "past"_a, "mask"_a, "scale"_a, "softcap"_a,
+        "out"_a, "lse"_a, "threads"_a, "isa"_a);
+}
 
 }  // namespace fibkv

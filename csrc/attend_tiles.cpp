@@ -1,1 +1,398 @@
-// Filled in the next commits.
+// Attention on one tile: float kernels for every codec on every instruction set, softmax, and the choice of integer
+// kernels where the instruction set has them.
+#include "attend_kernels.h"
+#include "rotate.h"
+#include "vector.h"
+#ifdef FIBKV_INTEGER
+#include "integer_kernels.h"
+#endif
+
+namespace fibkv {
+namespace FIBKV_ISA {
+namespace {
+
+#ifdef FIBKV_INTEGER
+bool on_integers(const Side& side, int n) {
+  return side.planes > 0 && side.order != Order::rows && n <= kIntegerQueries;
+}
+#endif
+
+// ---- Norms and scales ----------------------------------------------------------------------------------------------
+
+float half_at(const uint8_t* from) {
+  uint16_t bits;
+  std::memcpy(&bits, from, 2);
+#if defined(__AVX2__)
+  return _cvtsh_ss(bits);
+#else
+  return from_f16(__builtin_convertvector(splat(static_cast<int32_t>(bits)), vh))[0];
+#endif
+}
+
+// A vector of elements [index, index + kLanes) of an array of `count`; what lies behind its end is zero.
+template <typename V>
+V load_part(const uint8_t* array, int index, int count) {
+  constexpr int width = sizeof(V) / kLanes;
+  if (index + kLanes <= count) return load<V>(array + index * width);
+  V part = {};
+  if (index < count) std::memcpy(&part, array + index * width, static_cast<size_t>(count - index) * width);
+  return part;
+}
+
+// Factors [kTile] by which the decoded directions or numbers of a tile are multiplied; 0 behind its last token.
+void factors_of(const Side& side, const Span& span, int first, float* factors) {
+  if (side.log_norms) {
+    const vf low = splat(half_at(span.range)), step = splat(half_at(span.range + 2));
+    for (int t = 0; t < kTile; t += kLanes) {
+      const vi codes = widen(load_part<vb>(span.norms, first + t, span.padded));
+      const vf logs = __builtin_convertvector(codes - splat(1), vf) * step + low;
+      store(factors + t, codes == splat(0) ? splat(0.0f) : exp2v(logs));
+    }
+    return;
+  }
+  for (int t = 0; t < kTile; t += kLanes) {
+    const vh bits = load_part<vh>(span.norms, first + t, span.padded);
+    store(factors + t, side.form == Form::fib ? from_f16(bits) : from_bf16(bits));
+  }
+}
+
+// ---- Decoding a tile to float32 rows -------------------------------------------------------------------------------
+
+// The code bytes of one token in canonical order.
+const uint8_t* code_row(const Side& side, const Span& span, int token, uint8_t* room) {
+  const int bytes = side.code_bytes;
+  switch (side.order) {
+    case Order::rows:
+      return span.codes + static_cast<size_t>(token) * bytes;
+    case Order::key_tiles: {
+      const uint8_t* from = span.codes + static_cast<size_t>(token / kTokenTile) * bytes * kTokenTile +
+                            static_cast<size_t>(token % kTokenTile) * 4;
+      for (int j = 0; j < bytes; j += 4) std::memcpy(room + j, from + static_cast<size_t>(j) * kTokenTile, 4);
+      return room;
+    }
+    default: {
+      const uint8_t* from = span.codes + static_cast<size_t>(token / 4) * 4 * kValueSlice + token % 4;
+      for (int slice = 0; slice < bytes / kValueSlice; ++slice) {
+        const uint8_t* at = from + static_cast<size_t>(slice) * span.padded * kValueSlice;
+        for (int j = 0; j < kValueSlice; ++j) room[slice * kValueSlice + j] = at[4 * j];
+      }
+      return room;
+    }
+  }
+}
+
+template <int block>
+void copy_codewords(const Side& side, const uint8_t* code, float* row) {
+  for (int m = 0; m < side.dim / block; ++m) {
+    std::memcpy(row + m * block, side.codewords + code[m] * block, block * sizeof(float));
+  }
+}
+
+// The code of width `bits` at index m of a little-endian bit stream of `bytes` bytes.
+uint32_t index_at(const uint8_t* code, int bytes, int m, int bits) {
+  const int bit = m * bits, from = bit >> 3;
+  uint32_t window = 0;
+  for (int i = 0; i < 4 && from + i < bytes; ++i) window |= static_cast<uint32_t>(code[from + i]) << (8 * i);
+  return (window >> (bit & 7)) & ((1u << bits) - 1);
+}
+
+void direction(const Side& side, const uint8_t* code, float* row) {
+  if (side.bits == 8 && side.block == 2) return copy_codewords<2>(side, code, row);
+  if (side.bits == 8 && side.block == 4) return copy_codewords<4>(side, code, row);
+  for (int m = 0; m < side.dim / side.block; ++m) {
+    const float* word = side.codewords + static_cast<size_t>(index_at(code, side.code_bytes, m, side.bits)) * side.block;
+    for (int j = 0; j < side.block; ++j) row[m * side.block + j] = word[j];
+  }
+}
+
+// One vector of a form whose elements stand one after another; `dim` need not be a multiple of the lanes.
+template <typename Narrow, vf (*widen)(Narrow)>
+void widen_row(const uint8_t* from, int dim, float* row) {
+  constexpr int width = sizeof(Narrow) / kLanes;
+  int i = 0;
+  for (; i + kLanes <= dim; i += kLanes) store(row + i, widen(load<Narrow>(from + i * width)));
+  if (i < dim) {
+    uint8_t rest[sizeof(Narrow)] = {};
+    std::memcpy(rest, from + i * width, static_cast<size_t>(dim - i) * width);
+    store(row + i, widen(load<Narrow>(rest)));
+  }
+}
+
+vf from_int8(vsb numbers) { return __builtin_convertvector(widen(numbers), vf); }
+
+void numbers(const Side& side, const uint8_t* code, float* row) {
+  switch (side.form) {
+    case Form::f32:
+      std::memcpy(row, code, static_cast<size_t>(side.dim) * 4);
+      return;
+    case Form::f16:
+      return widen_row<vh, from_f16>(code, side.dim, row);
+    case Form::bf16:
+      return widen_row<vh, from_bf16>(code, side.dim, row);
+    case Form::int8:
+      return widen_row<vsb, from_int8>(code, side.dim, row);
+    case Form::fp8:
+      return widen_row<vb, from_e4m3>(code, side.dim, row);
+    case Form::fib:
+      return direction(side, code, row);
+  }
+}
+
+void rotate(const Rotation& rotation, const float* x, int n, float* y) { turn(rotation, true, x, n, y); }
+void unrotate(const Rotation& rotation, const float* x, int n, float* y) { turn(rotation, false, x, n, y); }
+
+void scale(float* row, int count, float factor) {
+  for (int i = 0; i < count; ++i) row[i] *= factor;
+}
+
+void add_scaled(float* sum, const float* row, int count, float factor) {
+  for (int i = 0; i < count; ++i) sum[i] += factor * row[i];
+}
+
+// A vector behind per-channel scales goes back to its original space: every group has scales of its own.
+void undo_channels(const Side& side, const Span& span, float* row) {
+  float turned[padded_dim(4096)];
+  const float* from = row;
+  if (side.rotation) {
+    unrotate(*side.rotation, row, 1, turned);
+    from = turned;
+  }
+  for (int i = 0; i < side.dim; ++i) {
+    uint16_t bits;
+    std::memcpy(&bits, span.channels + 2 * i, 2);
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float factor;
+    std::memcpy(&factor, &wide, 4);
+    row[i] = from[i] * factor;
+  }
+}
+
+// Rows [tokens][padded_dim] in the space of the side.
+void decode(const Side& side, const Span& span, int first, int tokens, float* rows) {
+  float factors[kTile];
+  uint8_t room[4 * 4096];
+  const int width = padded_dim(side.dim);
+  if (side.norm_bytes) factors_of(side, span, first, factors);
+  for (int t = 0; t < tokens; ++t) {
+    float* row = rows + static_cast<size_t>(t) * width;
+    for (int i = width - kPad; i < width; ++i) row[i] = 0;
+    numbers(side, code_row(side, span, first + t, room), row);
+    if (side.norm_bytes) scale(row, side.dim, factors[t]);
+    if (side.channels) undo_channels(side, span, row);
+  }
+}
+
+// ---- Scoring and mixing on decoded rows ----------------------------------------------------------------------------
+
+// Dot products of up to four queries with each row.
+template <int n>
+void dots(const float* rows, int width, int tokens, const float* queries, float* logits) {
+  for (int t = 0; t < tokens; ++t) {
+    const float* row = rows + static_cast<size_t>(t) * width;
+    vf sums[n] = {};
+    for (int i = 0; i < width; i += kLanes) {
+      const vf key = load<vf>(row + i);
+      for (int q = 0; q < n; ++q) sums[q] += key * load<vf>(queries + q * width + i);
+    }
+    for (int q = 0; q < n; ++q) logits[q * kTile + t] = total(sums[q]);
+  }
+}
+
+void score_rows(const float* rows, int width, int tokens, const float* queries, int n, float* logits) {
+  int q = 0;
+  for (; q + 4 <= n; q += 4) dots<4>(rows, width, tokens, queries + q * width, logits + q * kTile);
+  for (; q < n; ++q) dots<1>(rows, width, tokens, queries + q * width, logits + q * kTile);
+}
+
+// Many queries: the tile is transposed to [width][kTile], so that a broadcast element of a query meets a vector of
+// tokens and no sum runs across lanes.
+template <int n>
+void score_columns(const float* columns, int width, const float* queries, float* logits) {
+  constexpr int strip = 4 * kLanes > kTile ? kTile : 4 * kLanes;
+  for (int t = 0; t < kTile; t += strip) {
+    vf sums[n][strip / kLanes] = {};
+    for (int i = 0; i < width; ++i) {
+      vf keys[strip / kLanes];
+      for (int s = 0; s < strip / kLanes; ++s) keys[s] = load<vf>(columns + i * kTile + t + s * kLanes);
+      for (int q = 0; q < n; ++q) {
+        const vf element = splat(queries[q * width + i]);
+        for (int s = 0; s < strip / kLanes; ++s) sums[q][s] += element * keys[s];
+      }
+    }
+    for (int q = 0; q < n; ++q) {
+      for (int s = 0; s < strip / kLanes; ++s) store(logits + q * kTile + t + s * kLanes, sums[q][s]);
+    }
+  }
+}
+
+void score_many(const float* rows, int width, int tokens, const float* queries, int n, float* logits, float* columns) {
+  for (int t = 0; t < kTile; ++t) {
+    for (int i = 0; i < width; ++i) columns[i * kTile + t] = t < tokens ? rows[static_cast<size_t>(t) * width + i] : 0;
+  }
+  int q = 0;
+  for (; q + 4 <= n; q += 4) score_columns<4>(columns, width, queries + q * width, logits + q * kTile);
+  for (; q < n; ++q) score_columns<1>(columns, width, queries + q * width, logits + q * kTile);
+}
+
+template <int n>
+void mix_rows(const float* rows, int width, int tokens, const float* weights, float* out) {
+  constexpr int strip = (kLanes >= 16 ? 4 : 2) * kLanes;
+  int i = 0;
+  for (; i + strip <= width; i += strip) {
+    vf sums[n][strip / kLanes];
+    for (int q = 0; q < n; ++q) {
+      for (int s = 0; s < strip / kLanes; ++s) sums[q][s] = load<vf>(out + q * width + i + s * kLanes);
+    }
+    for (int t = 0; t < tokens; ++t) {
+      const float* row = rows + static_cast<size_t>(t) * width + i;
+      for (int q = 0; q < n; ++q) {
+        const vf weight = splat(weights[q * kTile + t]);
+        for (int s = 0; s < strip / kLanes; ++s) sums[q][s] += weight * load<vf>(row + s * kLanes);
+      }
+    }
+    for (int q = 0; q < n; ++q) {
+      for (int s = 0; s < strip / kLanes; ++s) store(out + q * width + i + s * kLanes, sums[q][s]);
+    }
+  }
+  for (; i < width; ++i) {
+    for (int q = 0; q < n; ++q) {
+      float sum = out[q * width + i];
+      for (int t = 0; t < tokens; ++t) sum += weights[q * kTile + t] * rows[static_cast<size_t>(t) * width + i];
+      out[q * width + i] = sum;
+    }
+  }
+}
+
+// ---- The table -----------------------------------------------------------------------------------------------------
+
+size_t prepared_bytes(const Side& key, int n) {
+#ifdef FIBKV_INTEGER
+  if (on_integers(key, n)) return integer_prepared_bytes(key, n);
+#endif
+  return static_cast<size_t>(n) * padded_dim(key.dim) * sizeof(float);
+}
+
+void prepare(const Side& key, const float* queries, int n, uint8_t* prepared) {
+#ifdef FIBKV_INTEGER
+  if (on_integers(key, n)) return integer_prepare(key, queries, n, prepared);
+#endif
+  std::memcpy(prepared, queries, prepared_bytes(key, n));
+}
+
+size_t scratch_floats(const Side& side, int n) {
+  const size_t tile = static_cast<size_t>(kTile) * padded_dim(side.dim);
+  return n > 8 ? 2 * tile : tile;
+}
+
+void score(const Side& key, const Span& span, int first, int tokens, const uint8_t* prepared, int n, float* logits,
+           float* scratch, [[maybe_unused]] const uint8_t* ahead) {
+#ifdef FIBKV_INTEGER
+  if (on_integers(key, n)) {
+    float norms[kTile];
+    factors_of(key, span, first, norms);
+    return integer_score(key, span, first, tokens, prepared, n, norms, logits, ahead);
+  }
+#endif
+  const int width = padded_dim(key.dim);
+  const float* queries = reinterpret_cast<const float*>(prepared);
+  decode(key, span, first, tokens, scratch);
+  if (n > 8) {
+    score_many(scratch, width, tokens, queries, n, logits, scratch + static_cast<size_t>(kTile) * width);
+  } else {
+    score_rows(scratch, width, tokens, queries, n, logits);
+  }
+}
+
+void mix(const Side& value, const Span& span, int first, int tokens, float* weights, int n, float* out, float* scratch,
+         [[maybe_unused]] const uint8_t* ahead) {
+#ifdef FIBKV_INTEGER
+  if (on_integers(value, n)) {
+    float norms[kTile];
+    factors_of(value, span, first, norms);
+    return integer_mix(value, span, first, tokens, weights, n, norms, out, ahead);
+  }
+#endif
+  const int width = padded_dim(value.dim);
+  decode(value, span, first, tokens, scratch);
+  int q = 0;
+  for (; q + 4 <= n; q += 4) mix_rows<4>(scratch, width, tokens, weights + q * kTile, out + q * width);
+  for (; q < n; ++q) mix_rows<1>(scratch, width, tokens, weights + q * kTile, out + q * width);
+}
+
+void finish(const Side& value, const float* rows, int n, float* out) {
+  const int width = padded_dim(value.dim);
+#ifdef FIBKV_INTEGER
+  if (on_integers(value, n)) {
+    for (int q = 0; q < n; ++q) {
+      for (int plane = 0; plane < value.planes; ++plane) {
+        for (int byte = 0; byte < value.code_bytes; ++byte) {
+          out[q * width + byte * value.planes + plane] += rows[q * width + plane * value.code_bytes + byte];
+        }
+      }
+    }
+    return;
+  }
+#endif
+  for (int i = 0; i < n * width; ++i) out[i] += rows[i];
+}
+
+constexpr float kLowest = -__builtin_inff();
+
+constexpr int kVectors = kTile / kLanes;
+
+// Scales, caps and hides: logits [kTile] of one query as the softmax takes them.
+void shape_logits(float* logits, int tokens, const Softmax& softmax, const Visibility& visible) {
+  for (int t = 0; t < kTile; t += kLanes) {
+    vf x = load<vf>(logits + t) * splat(softmax.scale);
+    if (softmax.softcap > 0) x = splat(softmax.softcap) * tanhv(x * splat(1.0f / softmax.softcap));
+    store(logits + t, x);
+  }
+  int limit = visible.limit < tokens ? visible.limit : tokens;
+  limit = limit < 0 ? 0 : limit;
+  if (visible.allowed) {
+    for (int t = 0; t < limit; ++t) logits[t] = visible.allowed[t] ? logits[t] : kLowest;
+  }
+  if (visible.added) {
+    for (int t = 0; t < limit; ++t) logits[t] += visible.added[t];
+  }
+  for (int t = limit; t < kTile; ++t) logits[t] = kLowest;
+}
+
+// Raises the reference point where a logit exceeds it; returns the factor by which earlier sums shrink.
+float raise_top(const float* logits, Running& running) {
+  vf most = load<vf>(logits);
+  for (int i = 1; i < kVectors; ++i) most = larger(most, load<vf>(logits + i * kLanes));
+  if (!any_above(most, splat(running.top))) return 1.0f;
+  const float before = running.top;
+  running.top = largest(most);
+  const float shrink = expv(splat(before - running.top))[0];
+  for (int i = 0; i < kPad; ++i) running.sums[i] *= shrink;
+  return shrink;
+}
+
+void soften(float* logits, int n, int tokens, const Softmax& softmax, const Visibility* visible, Running* running,
+            float* shrink) {
+  for (int q = 0; q < n; ++q) {
+    shape_logits(logits + q * kTile, tokens, softmax, visible[q]);
+    shrink[q] = raise_top(logits + q * kTile, running[q]);
+  }
+  for (int q = 0; q < n; ++q) {
+    // A query that has seen nothing yet has no reference point: exp(-inf - 0) is 0.
+    const vf top = splat(running[q].top == kLowest ? 0.0f : running[q].top);
+    vf sum = load<vf>(running[q].sums);
+    for (int i = 0; i < kVectors; ++i) {
+      const vf weight = expv(load<vf>(logits + q * kTile + i * kLanes) - top);
+      store(logits + q * kTile + i * kLanes, weight);
+      sum += weight;
+    }
+    store(running[q].sums, sum);
+  }
+}
+
+}  // namespace
+
+const AttendKernels attend_kernels = {prepared_bytes, prepare, score, soften, mix,
+                                      finish,         rotate, unrotate, scale, add_scaled, scratch_floats};
+
+}  // namespace FIBKV_ISA
+}  // namespace fibkv

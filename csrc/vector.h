@@ -79,7 +79,10 @@ static inline bool any_above(vf a, vf b) {
 #if defined(__AVX2__)
   return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)) != 0;
 #else
-  return largest(a - b) > 0;
+  // Lane by lane: the difference of two infinities is no number.
+  bool any = false;
+  for (int i = 0; i < kLanes; ++i) any |= a[i] > b[i];
+  return any;
 #endif
 }
 #endif

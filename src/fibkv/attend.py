@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fibkv import kernels
 from fibkv.errors import KernelError
+from fibkv.kernels.native import Masking, Native
 from fibkv.rotation import Rotation
 from fibkv.tables import Tables
 from fibkv.view import TILE_TOKENS, Part, View
@@ -39,14 +40,14 @@ class Scores:
     causal: bool = True
 
 
-def attend(query: Tensor, view: View, scores: Scores, *, implementation: str = "auto") -> tuple[Tensor, Tensor]:
+def attend(query: Tensor, view: View, scores: Scores, *, implementation: str | None = None) -> tuple[Tensor, Tensor]:
     """Attention of queries on everything that a view holds.
 
     Args:
         query: ``[B, Hq, Q, d]``, any floating dtype; ``Hq`` is a multiple of the view's KV heads.
         view: snapshot of one layer.
         scores: scale, mask, softcap.
-        implementation: of the kernels.
+        implementation: of the kernels; None = the view's.
 
     Returns:
         ``out [B, Hq, Q, d_value]`` in the query's dtype, and ``lse [B, Hq, Q]`` float32. Queries that may attend to
@@ -62,6 +63,11 @@ def attend(query: Tensor, view: View, scores: Scores, *, implementation: str = "
             f"query: expected {len(view.rows)} rows and a multiple of {heads} heads, got shape {list(query.shape)}"
         )
     _check_mask(scores.mask, query, view.length)
+    implementation = view.implementation if implementation is None else implementation
+    chosen = kernels.resolve(implementation, query.device)
+    if isinstance(chosen, Native):
+        out, lse = _attend_in_place(query, view, scores, chosen)
+        return out.to(query.dtype), lse
     step = max(1, LOGITS_LIMIT // (batch * query_heads * min(TILE_TOKENS, view.length)))
     # Codes are read in the dtypes they are kept in, and float32 means float32, also inside an autocast region.
     with torch.autocast(query.device.type, enabled=False):
@@ -71,6 +77,19 @@ def attend(query: Tensor, view: View, scores: Scores, *, implementation: str = "
         ]
     outs, lses = zip(*blocks, strict=True)
     return torch.cat(outs, 2).to(query.dtype), torch.cat(lses, 2)
+
+
+def _attend_in_place(query: Tensor, view: View, scores: Scores, native: Native) -> tuple[Tensor, Tensor]:
+    """All parts in one call, on the pages where they lie."""
+    return native.attend_plan(
+        query,
+        view.rows.plan(native),
+        (view.tail.keys, view.tail.values, view.tail.length),
+        Masking(scores.mask, scores.causal),
+        length=view.length,
+        scale=scores.scale,
+        softcap=scores.softcap,
+    )
 
 
 def _check_mask(mask: Tensor | None, query: Tensor, length: int) -> None:
@@ -105,7 +124,7 @@ def _attend_block(
         if not visible:
             continue
         if key_tables.rotation not in rotated:
-            rotated[key_tables.rotation] = kernels.rotate(grouped, key_tables, implementation=implementation)
+            rotated[key_tables.rotation] = kernels.rotate(grouped, key_tables)
         out, lse = kernels.attend(
             rotated[key_tables.rotation][part.rows, None, part.heads[0] : part.heads[1]],
             part.keys,
@@ -118,9 +137,9 @@ def _attend_block(
             implementation=implementation,
         )
         if value_tables.rotation not in sums:
-            sums[value_tables.rotation] = _Sum(grouped, out.shape[-1], value_tables, implementation)
+            sums[value_tables.rotation] = _Sum(grouped, out.shape[-1], value_tables)
         sums[value_tables.rotation].add(part, out, lse)
-    out, lse = _total(list(sums.values()), implementation)
+    out, lse = _total(list(sums.values()))
     return out.view(batch, query_heads, length, -1), lse.view(batch, query_heads, length)
 
 
@@ -169,26 +188,25 @@ class _Block:
 class _Sum:
     """Attention over the parts of one value space so far: ``out [B, H, G * Q, d_value]`` and its lse."""
 
-    def __init__(self, query: Tensor, width: int, tables: Tables, implementation: str) -> None:
+    def __init__(self, query: Tensor, width: int, tables: Tables) -> None:
         self.out = query.new_zeros((*query.shape[:-1], width))
         self.lse = query.new_full(query.shape[:-1], -torch.inf)
         self.tables = tables
-        self.implementation = implementation
 
     def add(self, part: Part, outs: Tensor, lses: Tensor) -> None:
         """Adds ``outs [b, P, heads, G * Q, d_value]`` and ``lses [b, P, heads, G * Q]``."""
         where = (part.rows, slice(*part.heads))
         outs = torch.cat([self.out[where].unsqueeze(1), outs], 1).transpose(0, 1)
         lses = torch.cat([self.lse[where].unsqueeze(1), lses], 1).transpose(0, 1)
-        self.out[where], self.lse[where] = kernels.merge(outs, lses, implementation=self.implementation)
+        self.out[where], self.lse[where] = kernels.merge(outs, lses)
 
     def finished(self) -> tuple[Tensor, Tensor]:
         """The output in the original space, un-rotated once."""
-        return kernels.unrotate(self.out, self.tables, implementation=self.implementation), self.lse
+        return kernels.unrotate(self.out, self.tables), self.lse
 
 
-def _total(sums: list[_Sum], implementation: str) -> tuple[Tensor, Tensor]:
+def _total(sums: list[_Sum]) -> tuple[Tensor, Tensor]:
     outs, lses = zip(*(part.finished() for part in sums), strict=True)
     if len(outs) == 1:
         return outs[0], lses[0]
-    return kernels.merge(torch.stack(outs), torch.stack(lses), implementation=implementation)
+    return kernels.merge(torch.stack(outs), torch.stack(lses))

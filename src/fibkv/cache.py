@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,9 @@ from torch import Tensor
 from fibkv.errors import PageError
 from fibkv.page import Page, Segment
 from fibkv.quarantine import Quarantine
-from fibkv.sealing import LayerSettings, full_spans, seal
-from fibkv.view import Tail, View
+from fibkv.sealing import LayerSettings, Span, full_spans, resident, seal
+from fibkv.slabs import Slabs
+from fibkv.view import PageRows, Tail, View
 
 
 class LayerCache:
@@ -26,11 +28,22 @@ class LayerCache:
     Not safe for use from several threads at once. Copies (`copy.deepcopy`) share sealed pages.
     """
 
-    def __init__(self, settings: LayerSettings, keys: Tensor, values: Tensor, quarantine: Quarantine) -> None:
-        """An empty cache for tensors like ``keys [B, H, t, d]`` and ``values [B, H, t, d_value]``."""
+    def __init__(
+        self,
+        settings: LayerSettings,
+        keys: Tensor,
+        values: Tensor,
+        quarantine: Quarantine,
+        slabs: Slabs | None = None,
+    ) -> None:
+        """An empty cache for tensors like ``keys [B, H, t, d]`` and ``values [B, H, t, d_value]``.
+
+        Layers of one model share their ``slabs``, the memory behind packed pages.
+        """
         self.settings = settings
         self.quarantine = quarantine
-        self._rows: list[tuple[Page, ...]] = [()] * keys.shape[0]
+        self._slabs = slabs or Slabs()
+        self._rows = PageRows([()] * keys.shape[0])
         self._capacity = settings.tokens_per_page + settings.last_tokens_raw
         with _plain_tensors(keys):
             self._tail = self._tail_of(Tail(keys.detach(), values.detach(), 0), 0, 0)
@@ -42,21 +55,26 @@ class LayerCache:
         return self._length
 
     @property
+    def implementation(self) -> str:
+        """Of the kernels."""
+        return self.settings.keys.implementation
+
+    @property
     def batch(self) -> int:
         """Batch rows."""
         return len(self._rows)
 
     @property
-    def rows(self) -> tuple[tuple[Page, ...], ...]:
+    def rows(self) -> PageRows:
         """The page tables."""
-        return tuple(self._rows)
+        return self._rows
 
     @property
     def tail(self) -> Tail:
         """The newest tokens."""
         return self._tail
 
-    def append(self, keys: Tensor, values: Tensor) -> View:
+    def append(self, keys: Tensor, values: Tensor, *, hold_back: int = 0) -> View:
         """Adds tokens and returns what attention over all tokens has to read.
 
         Full pages are sealed behind the returned snapshot: this call still reads the new tokens exactly, later ones
@@ -65,6 +83,8 @@ class LayerCache:
         Args:
             keys: ``[B, H, t, d]``.
             values: ``[B, H, t, d_value]``.
+            hold_back: newest tokens that a crop may take back: what is due because of them alone is sealed by the
+                next append or crop. Not with ``read_through``.
 
         Raises:
             PageError: another batch size, heads or widths than the cache's, or a page in quarantine.
@@ -73,39 +93,49 @@ class LayerCache:
         self._check(keys, values)
         self._refuse_quarantined()
         with _plain_tensors(keys):
+            self._seal_due()
             recent = self._tail.extended(keys.detach(), values.detach())
             length = self._length + keys.shape[2]
-            before = View(self.rows, recent, length, self.settings.keys.implementation)
-            self._seal(recent, length)
+            before = View(self._rows, recent, length, self.implementation)
+            held = 0 if self.settings.read_through else hold_back
+            self._seal(recent, length, full_spans(self.settings, recent.length - held, length))
         return self.view() if self.settings.read_through else before
 
     def view(self) -> View:
         """A snapshot of everything held."""
         self._refuse_quarantined()
-        return View(self.rows, self._tail, self._length, self.settings.keys.implementation)
+        return View(self._rows, self._tail, self._length, self.implementation)
 
     def crop(self, length: int) -> None:
-        """Keeps the first ``length`` tokens. A page that the cut goes through is shortened without loss."""
-        if length >= self._length:
-            return
-        tail_start = self._length - self._tail.length
-        keep = max(0, length - tail_start)
+        """Keeps the first ``length`` tokens. A page that the cut goes through is shortened without loss.
+
+        Tokens that `append` held back leave no trace: it is as if they had never been added.
+        """
         with _plain_tensors(self._tail.keys):
-            if length < tail_start:
-                self._map_pages(lambda page: page.cut(length - page.start))
-            self._tail = self._tail_of(self._tail, 0, keep)
-        self._length = length
+            if length < self._length:
+                tail_start = self._length - self._tail.length
+                if length < tail_start:
+                    self._map_pages(lambda page: self._resident(page.cut(length - page.start)))
+                self._tail = self._tail_of(self._tail, 0, max(0, length - tail_start))
+                self._length = length
+            self._seal_due()
 
     def select(self, indices: Sequence[int]) -> None:
-        """Makes row ``i`` a copy of row ``indices[i]``: beams, repeats and selections. Pages are shared."""
-        self._rows = [self._rows[index] for index in indices]
+        """Makes row ``i`` a copy of row ``indices[i]``: beams, repeats and selections. Pages are shared.
+
+        Raises:
+            PageError: a row that the cache does not have.
+        """
+        if not all(0 <= index < self.batch for index in indices):
+            raise PageError(f"layer {self.settings.layer}: expected rows of 0..{self.batch - 1}, got {list(indices)}")
+        self._rows = PageRows(self._rows[index] for index in indices)
         where = torch.as_tensor(indices, dtype=torch.long, device=self._tail.keys.device)
         with _plain_tensors(where):
             self._tail = self._tail.map(lambda tensor: tensor.index_select(0, where))
 
     def to(self, device: torch.device) -> None:
         """Moves everything to a device."""
-        self._map_pages(lambda page: page.to(device))
+        self._map_pages(lambda page: self._resident(page.to(device)))
         self._tail = self._tail.map(lambda tensor: tensor.to(device))
 
     def pages(self) -> Iterator[Page]:
@@ -165,12 +195,18 @@ class LayerCache:
                 if self.quarantine.is_quarantined("page", _name(page)):
                     raise PageError(f"page {_name(page)} is in quarantine: its codes do not match its digest")
 
-    def _seal(self, recent: Tail, length: int) -> None:
-        """Seals what is full, then takes over: nothing of the cache changes before every page is encoded."""
-        spans = full_spans(self.settings, recent.length, length)
+    def _seal_due(self) -> None:
+        """Seals what was held back and has not been taken back."""
+        if spans := full_spans(self.settings, self._tail.length, self._length):
+            self._seal(self._tail, self._length, spans)
+
+    def _seal(self, recent: Tail, length: int, spans: Sequence[Span]) -> None:
+        """Seals spans, then takes over: nothing of the cache changes before every page is encoded."""
         sealed = seal(self.settings, recent, length, spans)
         done = spans[-1][1] if spans else 0
-        self._rows = [(*row, *pages) for row, pages in zip(self._rows, sealed, strict=True)]
+        if any(sealed):
+            placed = [resident(pages, self.implementation, self._slabs) for pages in sealed]
+            self._rows = PageRows((*row, *pages) for row, pages in zip(self._rows, placed, strict=True))
         has_room = done == 0 and recent.length < recent.keys.shape[2]
         self._tail = recent if has_room else self._tail_of(recent, done, recent.length)
         self._length = length
@@ -178,7 +214,16 @@ class LayerCache:
     def _map_pages(self, function: Callable[[Page], Page | None]) -> None:
         """Replaces every distinct page once, so that rows go on sharing it; None removes it."""
         changed = {id(page): function(page) for page in self.pages()}
-        self._rows = [tuple(new for page in row if (new := changed[id(page)]) is not None) for row in self._rows]
+        self._rows = PageRows(
+            tuple(new for page in row if (new := changed[id(page)]) is not None) for row in self._rows
+        )
+
+    def _resident(self, page: Page | None) -> Page | None:
+        return None if page is None else resident([page], self.implementation, self._slabs)[0]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._map_pages(self._resident)
 
     def _tail_of(self, tail: Tail, start: int, stop: int) -> Tail:
         """Tokens ``start:stop`` of a tail with room to fill a page; an empty tail takes no memory."""
@@ -199,6 +244,8 @@ def _name(page: Page) -> str:
 
 def _reverse_tokens(segment: Segment) -> None:
     """Reverses the token order of the payload, in place; doing it twice restores it."""
-    *_, (_, payload) = segment.codes.named()
+    codes = segment.codes
+    *_, (_, payload) = codes.named()
     raw = payload.view(torch.uint8)
     raw.copy_(raw.flip(1))
+    segment.held.store(codes)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fibkv
-from fibkv import codebook, embedded
+from fibkv import cli_bench, codebook, embedded
 from fibkv.codecs.fib import unit_distortion
 from fibkv.demo_result import DemoSettings
 from fibkv.errors import FibkvError
@@ -30,6 +30,7 @@ codebooks = typer.Typer(
     help="FibQuant codebooks: those that are shipped, and how they were made.", no_args_is_help=True
 )
 app.add_typer(codebooks, name="codebooks")
+app.add_typer(cli_bench.app, name="bench")
 
 DEFAULTS = DemoSettings()
 

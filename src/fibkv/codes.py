@@ -36,6 +36,24 @@ class Codes:
         """Bytes of all tensors."""
         return sum(tensor.numel() * tensor.element_size() for _, tensor in self.named())
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return next(self.named())[1].device
+
+    def canonical(self) -> Self:
+        """The codes in canonical order: themselves. (`fibkv.packed.Packed` are codes in another order.)"""
+        return self
+
+    def store(self, codes: Self) -> None:
+        """Overwrites the tensors, in place, with those of other codes of the same shape."""
+        for (_, own), (_, new) in zip(self.named(), codes.named(), strict=True):
+            own.copy_(new)
+
+    def to(self, device: torch.device) -> Self:
+        """The codes on a device."""
+        return self if self.device == device else self.map(lambda tensor: tensor.to(device))
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The same codes with ``function`` applied to every tensor (it must keep the meaning of the axes)."""
         return self._rebuild(lambda _, tensor: function(tensor), lambda inner: inner.map(function))

@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from statistics import median
 from time import perf_counter
@@ -19,6 +18,7 @@ from fibkv.demo_result import DemoResult, DemoSettings, DenseRow, VariantRow
 from fibkv.errors import ContractError
 from fibkv.hf import Cache
 from fibkv.hf_attention import attention
+from fibkv.progress import ProgressCallback, StepCounter
 from fibkv.prompts import NeedlePrompt, bos_prefix, needle_prompts, spread_windows
 from fibkv.quality import (
     CacheVariant,
@@ -34,9 +34,7 @@ from fibkv.quality import (
     summarize,
 )
 from fibkv.report import CacheReport
-
-ProgressCallback = Callable[[str, int, int], None]
-"""Called before each step with what comes next, the steps done, and the steps in all."""
+from fibkv.threads import torch_threads
 
 DENSE = "dense"
 """Name of the row that the others are compared with."""
@@ -100,7 +98,7 @@ def run_demo(
         seed=settings.seed,
     )
     run = _Run(model, variants, settings, progress)
-    with _threads(settings.num_threads):
+    with torch_threads(settings.num_threads):
         dense, rows = run.rows(windows, prompts)
     return DemoResult(
         model=name,
@@ -124,16 +122,6 @@ def _check_positions(model: CausalLM, settings: DemoSettings) -> None:
         raise ContractError("window_tokens", expected, settings.window_tokens)
 
 
-@contextmanager
-def _threads(num_threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 class _Run:
     """The measurements of one run; the methods behind `rows` give figures by name of the row."""
 
@@ -147,10 +135,8 @@ class _Run:
         self._model = model
         self._variants = variants
         self._settings = settings
-        self._progress = progress
-        self._steps_done = 0
         per_row = settings.num_windows + settings.num_prompts + settings.rounds
-        self._steps = len(variants) + (1 + len(variants)) * per_row
+        self._step = StepCounter(progress, len(variants) + (1 + len(variants)) * per_row)
 
     def rows(
         self, windows: Sequence[Tensor], prompts: Sequence[NeedlePrompt]
@@ -229,10 +215,6 @@ class _Run:
             logits = cached_logits(self._model, ids, cache, chunk_tokens=self._settings.chunk_tokens)
         self._reports[variant.name].append(cache.report())
         return logits
-
-    def _step(self, label: str) -> None:
-        self._progress(label, self._steps_done, self._steps)
-        self._steps_done += 1
 
 
 @torch.no_grad()

@@ -12,9 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from fibkv.demo import ProgressCallback
 from fibkv.demo_result import DemoResult, VariantRow
-from fibkv.errors import FibkvError
+from fibkv.plot import new_figure
+from fibkv.progress import ProgressCallback
 from fibkv.quality import PoisonOutcome
 
 
@@ -89,7 +89,7 @@ def _cells(row: VariantRow, result: DemoResult) -> list[str]:
 def _poison_tests(result: DemoResult) -> Table:
     table = Table("cache", "poison test", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for row in result.variants:
-        table.add_row(row.title, _verdict(row.poison))
+        table.add_row(row.title, verdict(row.poison))
     return table
 
 
@@ -97,19 +97,27 @@ def _share(recalled: int, result: DemoResult) -> str:
     return f"{recalled / result.needles_planted:.1%}"
 
 
-def _verdict(outcome: PoisonOutcome) -> str:
-    moved = f"logits moved by {outcome.moved:.3g}" if outcome.moved > 0 else "FAILED: logits did not move"
+def verdict(outcome: PoisonOutcome, output: str = "logits") -> str:
+    """The outcome of a poison test in words; ``output`` says what was looked at."""
+    moved = f"{output} moved by {outcome.moved:.3g}" if outcome.moved > 0 else f"FAILED: {output} did not move"
     restored = "restored exactly" if outcome.restored else "FAILED: not restored"
     return f"{moved}; {restored}"
 
 
 @contextmanager
-def progress_bar(console: Console) -> Iterator[ProgressCallback]:
-    """A bar on the console while the context lasts; what it yields is `run_demo`'s ``progress``."""
+def progress_bar(console: Console, *, ticking: bool = True) -> Iterator[ProgressCallback]:
+    """A bar on the console while the context lasts; what it yields is the ``progress`` of a run.
+
+    Args:
+        console: to draw on.
+        ticking: whether the clock goes on between steps. That takes a thread, which has no place beside timings.
+    """
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, auto_refresh=ticking) as bar:
         task = bar.add_task("loading", total=None)
-        yield lambda label, done, total: bar.update(task, description=label, completed=done, total=total)
+        yield lambda label, done, total: bar.update(
+            task, description=label, completed=done, total=total, refresh=not ticking
+        )
 
 
 def save_plot(result: DemoResult, path: Path) -> None:
@@ -122,12 +130,7 @@ def save_plot(result: DemoResult, path: Path) -> None:
     Raises:
         FibkvError: matplotlib is not installed.
     """
-    try:
-        # Not at the top: matplotlib is an optional extra.
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ImportError as error:
-        raise FibkvError("plots need matplotlib: pip install 'fibkv[plot]'") from error
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = new_figure(6, 4)
     axes = figure.add_subplot()
     for row in result.variants:
         point = (row.bits_per_element, row.quality.kl_mean)

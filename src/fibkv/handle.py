@@ -7,13 +7,21 @@ the snapshot behind it; any other operation decodes the snapshot first, gives th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from fibkv.view import View
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def outside_graphs(function: Function) -> Function:
+    """Keeps a function out of what `torch.compile` traces: handles and page tables have no static form."""
+    eager: Function = torch.compiler.disable(function)
+    return eager
 
 
 class Source:

@@ -4,31 +4,42 @@
     with fibkv.attention(model):
         model.generate(**inputs, past_key_values=cache)
 
-Layers of full attention are kept in compressed pages. Sliding-window, linear and shared layers, and layers whose
-cache is not keys and values (multi-head latent attention), stay in the stock classes; `Cache.report` says so.
+Layers of full attention, and the latents of multi-head latent attention, are kept in compressed pages. Windows,
+states and everything else stay in transformers' own classes; `Cache.report` says which and why.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache as StockCache
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAttentionLayer
 
 from fibkv.errors import ModelError
-from fibkv.hf_layer import CompressedLayer, untouched_report
+from fibkv.handle import outside_graphs
+from fibkv.hf_hybrid import CompressedHybridLayer
+from fibkv.hf_layer import CompressedLayer
+from fibkv.hf_model import LayerPlan, plan_model
+from fibkv.hf_stock import holds_state, num_rows, report_of, why_not_cropped
 from fibkv.policy import Policy
 from fibkv.quarantine import Quarantine
 from fibkv.report import CacheReport
 from fibkv.settings import CacheSettings, Choice
+from fibkv.slabs import Slabs
 
 
 class Cache(StockCache):
     """A cache for ``model.generate(past_key_values=...)`` or for direct calls of a model.
+
+    Everything that can be done with transformers' DynamicCache can be done with it: turns, chunks, beams, crops,
+    assisted decoding, `copy.deepcopy`. Shapes are not static. Under `torch.compile` of the model's forward, cache and
+    attention run outside the compiled graphs, so ``fullgraph=True`` is refused by torch.
 
     Args:
         model: a causal language model of transformers, or its configuration.
@@ -58,19 +69,7 @@ class Cache(StockCache):
         read_through: bool = False,
         implementation: str = "auto",
     ) -> None:
-        if not isinstance(model, PreTrainedModel | PretrainedConfig):
-            raise ModelError(
-                f"Cache: expected a model of transformers or its configuration, got {type(model).__name__}"
-            )
-        config = model if isinstance(model, PretrainedConfig) else model.config
-        if config.is_encoder_decoder:
-            raise ModelError(
-                f"{type(config).__name__}: encoder-decoder models are not supported; use EncoderDecoderCache"
-            )
-        text = config.get_text_config(decoder=True)
-        if getattr(text, "num_attention_heads", None) is None:
-            raise ModelError(f"{type(text).__name__}: it has no attention heads, so there is nothing to compress")
-        stock = DynamicCache(config=config).layers
+        self.plan = plan_model(model)
         self.settings = CacheSettings.of(
             bits=bits,
             profile=profile,
@@ -79,34 +78,43 @@ class Cache(StockCache):
             raw_dtype=raw_dtype,
             read_through=read_through,
             implementation=implementation,
-            layers=len(stock),
-            kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
-            query_heads=text.num_attention_heads,
+            layers=len(self.plan.layers),
+            kv_heads=self.plan.kv_heads,
+            query_heads=self.plan.query_heads,
         )
+        self.settings.check_head_dims(self.plan.head_dims)
         self.quarantine = Quarantine()
-        # Multi-head latent attention keeps (latent, rotary key) in the places of (keys, values).
-        self.latent = getattr(text, "kv_lora_rank", None) is not None
-        # Cross-attention (mllama) reads its layers' tensors directly.
-        crossing = getattr(text, "cross_attention_layers", None) or ()
-        layers = [
-            CompressedLayer(index, self.settings, self.quarantine)
-            if type(layer) is DynamicLayer and not self.latent and index not in crossing
-            else layer
-            for index, layer in enumerate(stock)
-        ]
-        super().__init__(layers=layers)
+        self.slabs = Slabs()
+        super().__init__(layers=[self._layer(index, layer) for index, layer in enumerate(self.plan.layers)])
 
+    def _layer(self, index: int, layer: LayerPlan) -> Any:
+        if layer.why_stock is not None:
+            return layer.stock
+        if isinstance(layer.stock, LinearAttentionAndFullAttentionLayer):
+            return CompressedHybridLayer(index, self.settings, self.quarantine, self.slabs, layer.stock)
+        return CompressedLayer(index, self.settings, self.quarantine, self.slabs, self.plan.latent_widths)
+
+    @outside_graphs
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Adds tokens to one layer; returns what attention reads.
 
         Raises:
-            ModelError: an earlier call failed between two layers, so that they hold different numbers of tokens.
+            ModelError: an earlier call failed between two layers, so that they hold different numbers of tokens; or
+                the call has another number of rows than the cache.
         """
+        self._check_rows(layer_idx, key_states.shape[0])
         self._check_step(layer_idx, key_states.shape[-2])
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return keys, values
+
+    def _check_rows(self, layer_idx: int, rows: int) -> None:
+        layer = self.layers[layer_idx]
+        held = (layer.num_rows if isinstance(layer, CompressedLayer) else 0) or rows
+        if rows != held:
+            expand = f"; for beams or num_return_sequences pass cache.fork({rows // held})" if rows % held == 0 else ""
+            raise ModelError(f"layer {layer_idx}: expected {held} rows, which the cache holds, got {rows}{expand}")
 
     def _check_step(self, layer_idx: int, tokens: int) -> None:
         """Layers are filled in turn: the first one leads by `tokens` while the others follow.
@@ -128,18 +136,78 @@ class Cache(StockCache):
                     f"expected {expected}; cache.crop_to({least}) mends it"
                 )
 
-    def crop_to(self, length: int) -> None:
-        """Keeps the first ``length`` tokens of every compressed layer, whatever each of them holds.
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        """Removes the newest ``-tokens_to_remove`` tokens (0 or negative, as transformers calls it).
 
         Raises:
-            ModelError: a layer that is left to transformers holds tokens too, and cannot be cut alike.
+            ModelError: a positive number, or a layer that is left to transformers cannot take them back. The cache is
+                as it was before the call.
         """
-        for layer in self.layers:
-            if not isinstance(layer, CompressedLayer) and getattr(layer, "is_initialized", False):
-                raise ModelError(f"crop_to: {type(layer).__name__} cannot be cut to a length; start with a new cache")
-        for compressed in self._compressed():
-            if compressed.store is not None:
-                compressed.store.crop(length)
+        # Assisted decoding of older releases counts in a tensor.
+        remove = -int(tokens_to_remove)
+        if remove < 0:
+            raise ModelError(f"crop: expected 0 or minus the number of tokens to remove, got {-remove}")
+        self._crop([remove] * len(self.layers))
+
+    def crop_to(self, length: int) -> None:
+        """Keeps the first ``length`` tokens of every layer, whatever each of them holds.
+
+        Raises:
+            ModelError: a layer that is left to transformers cannot be cut alike. The cache is as it was before.
+        """
+        for index, layer in enumerate(self.layers):
+            if holds_state(layer):
+                raise ModelError(
+                    f"crop_to: layer {index}: the state of {type(layer).__name__} cannot be cut; start with a new cache"
+                )
+        lengths = [layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else 0 for layer in self.layers]
+        self._crop([max(0, held - length) for held in lengths])
+
+    def _crop(self, removals: list[int]) -> None:
+        """Removes so many of the newest tokens of each layer: of all of them, or of none."""
+        for index, (layer, remove) in enumerate(zip(self.layers, removals, strict=True)):
+            if why := why_not_cropped(layer, remove):
+                raise ModelError(f"crop: layer {index} cannot lose {remove} tokens: {why}")
+        for layer, remove in zip(self.layers, removals, strict=True):
+            # Empty layers of transformers have nothing to cut; those that record their past shed it even at 0.
+            is_held = isinstance(layer, CompressedLayer) or num_rows(layer) > 0
+            if is_held and (remove or getattr(layer, "record_past", False)):
+                layer.crop(-remove)  # type: ignore[union-attr]  # all but abstract layers have it
+
+    def fork(self, repeats: int = 1) -> Cache:
+        """An independent copy that shares the sealed pages, every row ``repeats`` times.
+
+        Hand ``generate`` a fork to keep this cache as it is, and ``fork(n)`` with ``num_return_sequences=n`` or
+        ``num_beams=n``: it repeats the rows of the prompt, but not those of a filled cache.
+        """
+        copied = copy.deepcopy(self)
+        if repeats != 1:
+            copied.batch_repeat_interleave(repeats)
+        return copied
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times, next to one another; pages are shared."""
+        if repeats < 1:
+            raise ModelError(f"batch_repeat_interleave: expected at least 1, got {repeats}")
+        # Not every layer of transformers repeats and selects; all of them reorder, and that is the same.
+        if rows := self._num_rows():
+            self.reorder_cache(torch.arange(rows).repeat_interleave(repeats))  # type: ignore[arg-type]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the rows that ``indices [rows]`` (or a boolean mask) name."""
+        if rows := self._num_rows():
+            self.reorder_cache(torch.arange(rows)[indices.cpu()])  # type: ignore[arg-type]  # of type long
+
+    def _num_rows(self) -> int:
+        """Rows of the first layer that holds any, else 0."""
+        counts = (layer.num_rows if isinstance(layer, CompressedLayer) else num_rows(layer) for layer in self.layers)
+        return next((rows for rows in counts if rows), 0)
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop`, after `activate_past_recording`, puts the whole cache back as it was."""
+        # Layers of older releases do not say.
+        return all(getattr(layer, "is_croppable", False) for layer in self.layers)
 
     def report(self) -> CacheReport:
         """Bytes counted, per layer: what is compressed, what is left raw and why."""
@@ -150,11 +218,11 @@ class Cache(StockCache):
             layers=tuple(
                 layer.report()
                 if isinstance(layer, CompressedLayer)
-                else untouched_report(index, layer, self._why(layer))
+                else report_of(index, layer, self.plan.layers[index].why_stock or "")
                 for index, layer in enumerate(self.layers)
             ),
             tables_nbytes=sum(shared.values()),
-            materialized=sum(layer.materialized for layer in compressed),
+            slack_nbytes=self.slabs.slack_nbytes,
         )
 
     def verify(self) -> tuple[Any, ...]:
@@ -182,12 +250,6 @@ class Cache(StockCache):
                 f"layer {layer}: expected one of {len(rows)} rows x {len(rows[0])} pages, got {row}, {page}"
             )
         return held.store.corrupted(row, page)
-
-    def _why(self, layer: Any) -> str:
-        """Why a layer is left to transformers."""
-        if type(layer) is DynamicLayer and self.latent:
-            return "latent attention, left to transformers' DynamicLayer"
-        return f"left to transformers' {type(layer).__name__}"
 
     def _compressed(self) -> Iterator[CompressedLayer]:
         return (layer for layer in self.layers if isinstance(layer, CompressedLayer))

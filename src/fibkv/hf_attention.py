@@ -8,18 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from fibkv.attend import Scores, attend
 from fibkv.errors import ModelError
-from fibkv.handle import Handle
-from fibkv.view import Tail, View
+from fibkv.handle import Handle, outside_graphs
+from fibkv.hf_prompt import checked_prompts
+from fibkv.view import View
 
 ATTENTION_NAME = "fibkv"
+# What changes the result and is not handled: additive biases, sparse attention by an index, other kinds of sinks.
+_REFUSED = ("position_bias", "indices", "block_indices", "sinks")
 
 
+@outside_graphs
 def attention_forward(
     module: torch.nn.Module,
     query: Tensor,
@@ -42,7 +46,7 @@ def attention_forward(
         dropout: must be 0, except on plain tensors without softcap and sinks.
         scaling: factor of the logits; default 1/sqrt(d).
         is_causal: without a mask, whether queries see only their own past; default: what the module says.
-        **kwargs: ``softcap`` and the sinks ``s_aux [Hq]`` are honored, ``position_bias`` is refused.
+        **kwargs: ``softcap`` and the sinks ``s_aux [Hq]`` are honored, those of `_REFUSED` are refused.
 
     Returns:
         ``[B, Q, Hq, d_value]`` in the query's dtype, and None for the weights.
@@ -50,9 +54,11 @@ def attention_forward(
     Raises:
         ModelError: an argument that changes the result and is not handled.
     """
-    if kwargs.get("position_bias") is not None:
-        raise ModelError("fibkv.attention does not handle 'position_bias': run the model without it")
+    for name in _REFUSED:
+        if kwargs.get(name) is not None:
+            raise ModelError(f"fibkv.attention does not handle {name!r}: run the model without it, its cache works too")
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    key, value = _of_one_source(key, value)
     if isinstance(key, Handle):
         view = key.source.view
     elif softcap is None and sinks is None:
@@ -62,7 +68,7 @@ def attention_forward(
         return out, None
     else:
         # `sdpa` knows neither softcap nor sinks: plain tensors are a cache that is all tail.
-        view = View(((),) * key.shape[0], Tail(key, value, key.shape[2]), key.shape[2])
+        view = View.of_tensors(key, value)
     if dropout:
         raise ModelError(f"fibkv.attention has no dropout, got {dropout}: call model.eval()")
     scores = Scores(
@@ -78,6 +84,16 @@ def attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
+def _of_one_source(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as handles if they are those of one update, else both as plain tensors.
+
+    Some models change one of them on the way (DiffLlama splits its values): pages then no longer hold what it is.
+    """
+    if isinstance(key, Handle) and isinstance(value, Handle) and key.source is value.source:
+        return key, value
+    return (key.dense() if isinstance(key, Handle) else key), (value.dense() if isinstance(value, Handle) else value)
+
+
 # Both registries: a name that only the first one knows gets no mask at all, silently.
 AttentionInterface.register(ATTENTION_NAME, attention_forward)
 AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
@@ -90,15 +106,37 @@ def attention(model: PreTrainedModel) -> Iterator[None]:
     Without it a `Cache` works too: whatever attention the model uses then decodes the layer at every step, and
     `Cache.report` counts that.
 
+    Prompts of ``model.generate`` that a filled cache cannot go on with are refused while it lasts (`fibkv.hf_prompt`).
+
     Args:
         model: a model of transformers. One that does not follow its attention interface keeps its own attention.
     """
-    config = model.config
-    subs = {name: getattr(config, name) for name in config.sub_configs}
-    before = {"": config._attn_implementation}
-    before |= {name: part._attn_implementation for name, part in subs.items() if part is not None}
-    model.set_attn_implementation(ATTENTION_NAME)
+    with switched(model, ATTENTION_NAME), checked_prompts(model):
+        yield
+
+
+@contextmanager
+def switched(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Switches a model and its parts to the attention registered under a name while the context lasts."""
+    before = [(config, config._attn_implementation) for config in _configs(model)]
     try:
+        model.set_attn_implementation(name)
         yield
     finally:
-        model.set_attn_implementation(before)
+        # Wholes come before their parts: setting one sets its parts too.
+        for config, implementation in before:
+            config._attn_implementation = implementation
+
+
+def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:
+    """Every configuration that the switch may touch, wholes before their parts."""
+    modules = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    found = {id(config): config for module in modules for config in _with_parts(module.config)}
+    return list(found.values())
+
+
+def _with_parts(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
+    yield config
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            yield from _with_parts(part)

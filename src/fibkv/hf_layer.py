@@ -14,6 +14,10 @@ from fibkv.handle import Handle, Source
 from fibkv.quarantine import Quarantine
 from fibkv.report import LayerReport
 from fibkv.settings import CacheSettings
+from fibkv.slabs import Slabs
+
+# Newest tokens whose sealing waits while transformers records the past: more than assisted decoding drafts at once.
+ROLLBACK_TOKENS = 128
 
 
 class CompressedLayer(CacheLayerMixin):
@@ -21,24 +25,48 @@ class CompressedLayer(CacheLayerMixin):
 
     The first update of an empty layer returns the tensors it was given: prefill attends exactly. Later ones return
     handles: the past as stored, the new tokens exactly (all through the codec with ``read_through``).
+
+    A `crop` keeps what is stored of the tokens before it, bit for bit. After `activate_past_recording`, which assisted
+    decoding calls, a crop of at most `ROLLBACK_TOKENS` tokens of the last update leaves no trace at all: the pages
+    are those of a cache that never saw them.
+
+    Args:
+        index: of the layer.
+        settings: of the cache.
+        quarantine: of the cache.
+        slabs: memory of the cache's pages.
+        latent_widths: see `fibkv.hf_model.ModelPlan`; tensors of other widths are taken for keys and values.
     """
 
     is_sliding = False
     is_croppable = True
     is_compileable = False
 
-    def __init__(self, index: int, settings: CacheSettings, quarantine: Quarantine) -> None:
+    def __init__(
+        self,
+        index: int,
+        settings: CacheSettings,
+        quarantine: Quarantine,
+        slabs: Slabs,
+        latent_widths: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.slabs = slabs
         self.index = index
         self.settings = settings
         self.quarantine = quarantine
+        self.latent_widths = latent_widths
+        self.is_latent = False
+        self.record_past = False
         self.materialized = 0
         self.store: LayerCache | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Makes the store for tensors like ``key_states [B, H, t, d]`` and ``value_states [B, H, t, d_value]``."""
-        settings = self.settings.for_layer(self.index, key_states, value_states)
-        self.store = LayerCache(settings, key_states, value_states, self.quarantine)
+        widths = (key_states.shape[-1], value_states.shape[-1])
+        self.is_latent = key_states.shape[1] == 1 and widths == self.latent_widths
+        settings = self.settings.for_layer(self.index, key_states, value_states, is_latent=self.is_latent)
+        self.store = LayerCache(settings, key_states, value_states, self.quarantine, self.slabs)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
@@ -54,7 +82,8 @@ class CompressedLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.store is not None
         was_empty = self.store.length == 0
-        view = self.store.append(key_states, value_states)
+        hold_back = ROLLBACK_TOKENS if self.record_past else 0
+        view = self.store.append(key_states, value_states, hold_back=hold_back)
         if was_empty and not self.settings.read_through:
             return key_states, value_states
         source = Source(view, key_states.dtype, self._count)
@@ -68,9 +97,18 @@ class CompressedLayer(CacheLayerMixin):
         """Tokens held."""
         return 0 if self.store is None else self.store.length
 
+    @property
+    def num_rows(self) -> int:
+        """Batch rows held; 0 for an empty layer, which takes any batch."""
+        return self.store.batch if self.store is not None and self.store.length else 0
+
     def get_max_length(self) -> int:
         """-1: no maximum."""
         return -1
+
+    def activate_past_recording(self) -> None:
+        """From now on crops of the newest tokens leave no trace, see the class."""
+        self.record_past = True
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Removes the newest ``-tokens_to_remove`` tokens (0 or negative, as transformers calls it)."""
@@ -115,37 +153,30 @@ class CompressedLayer(CacheLayerMixin):
     def report(self) -> LayerReport:
         """What the layer holds."""
         store = self.store
+        kind = type(self).__name__
         if store is None:
-            return untouched_report(self.index, self, "empty")
+            return LayerReport(
+                layer=self.index, kind=kind, compressed=True, reason="empty", tokens=0, pages=0, elements=0, nbytes=0
+            )
         elements = sum(t.shape[0] * t.shape[1] * t.shape[3] for t in (store.tail.keys, store.tail.values))
         return LayerReport(
             layer=self.index,
-            kind=type(self).__name__,
+            kind=kind,
             compressed=True,
-            reason=f"keys {self.settings.key_name}, values {self.settings.value_name}",
+            reason=self._reason(),
             tokens=store.length,
             pages=sum(1 for _ in store.pages()),
             elements=elements * store.length,
             nbytes=store.nbytes,
             raw_vectors=tuple(sorted(store.raw_reasons().items())),
             tail_tokens=store.tail.length,
+            materialized=self.materialized,
         )
+
+    def _reason(self) -> str:
+        if self.is_latent:
+            return f"latents {self.settings.key_name}, rotary keys raw; the model expands them at every step"
+        return f"keys {self.settings.key_name}, values {self.settings.value_name}"
 
     def _count(self) -> None:
         self.materialized += 1
-
-
-def untouched_report(index: int, layer: Any, reason: str) -> LayerReport:
-    """The report of a layer that fibkv holds nothing of: stock ones, and compressed ones before their first token."""
-    tensors = [value for value in vars(layer).values() if isinstance(value, Tensor)]
-    states = [t for name in ("keys", "values") if isinstance(t := getattr(layer, name, None), Tensor)]
-    return LayerReport(
-        layer=index,
-        kind=type(layer).__name__,
-        compressed=isinstance(layer, CompressedLayer),
-        reason=reason,
-        tokens=layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else 0,
-        pages=0,
-        elements=sum(t.numel() for t in states),
-        nbytes=sum(t.numel() * t.element_size() for t in tensors),
-    )

@@ -1,4 +1,4 @@
-"""Metrics on a model's logits: perplexity, KL divergence and top-1 agreement (rank 6, float64 inside).
+"""Metrics on outputs and logits: relative error, perplexity, KL divergence, top-1 agreement (float64 inside).
 
 Logits are [tokens, vocab] of one sequence, in any floating dtype and on any device. Each function returns one
 figure per token, [tokens], so that means and percentiles can be taken over several sequences at once.
@@ -16,6 +16,26 @@ from fibkv.errors import ContractError
 
 # Rows of logits that are turned into float64 at a time: with a vocabulary of 150,000, 256 rows are 0.3 GB.
 _ROWS_AT_A_TIME = 256
+
+
+def relative_error(output: Tensor, expected: Tensor) -> float:
+    """|output - expected| / |expected| in the 2-norm over all elements.
+
+    Args:
+        output: any shape and floating dtype.
+        expected: of that shape, not zero everywhere.
+
+    Returns:
+        The largest float64 for an output that is not finite.
+
+    Raises:
+        ContractError: shapes that differ.
+    """
+    if output.shape != expected.shape:
+        raise ContractError("output", f"shape {list(expected.shape)}", list(output.shape))
+    norm = torch.linalg.vector_norm
+    error: Tensor = norm(output.double() - expected.double()) / norm(expected.double())
+    return float(error.nan_to_num(nan=torch.finfo(torch.float64).max))
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:

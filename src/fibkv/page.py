@@ -19,6 +19,7 @@ from fibkv.codes import Codes
 from fibkv.contract import Contract, Total
 from fibkv.digest import canonical_json, digest_bytes
 from fibkv.errors import DigestMismatch, PageError
+from fibkv.packed import Packed
 from fibkv.policy import Decision
 
 PAGE_DOMAIN = "fib_quant_kv_page_v1"
@@ -62,7 +63,7 @@ class Segment:
         decision: what the policy said.
         reasons: why it is raw, or on which axis it is compressed.
         codec: how it is coded.
-        codes: ``[heads, tokens, ...]``.
+        held: codes ``[heads, tokens, ...]``, in canonical order or in that of the kernels which read them.
     """
 
     heads: tuple[int, int]
@@ -70,7 +71,12 @@ class Segment:
     decision: Decision
     reasons: tuple[str, ...]
     codec: Codec
-    codes: Codes
+    held: Codes | Packed
+
+    @property
+    def codes(self) -> Codes:
+        """The codes in canonical order."""
+        return self.held.canonical()
 
     def header(self) -> SegmentHeader:
         """The segment without its codes."""
@@ -81,7 +87,10 @@ class Segment:
             action=self.decision.action,
             axis=self.decision.axis,
             reasons=self.reasons,
-            nbytes=self.codes.nbytes,
+            nbytes=self.codec.encoded_nbytes(
+                self.heads[1] - self.heads[0],
+                self.tokens[1] - self.tokens[0],
+            ),
         )
 
     def to_bytes(self) -> bytes:
@@ -94,7 +103,7 @@ class Segment:
         if stop <= self.tokens[0]:
             return None
         kept = self.codes.tokens(0, stop - self.tokens[0], lead=1)
-        return replace(self, tokens=(self.tokens[0], stop), codes=kept.map(Tensor.clone))
+        return replace(self, tokens=(self.tokens[0], stop), held=kept.map(Tensor.clone))
 
 
 def segment_from_bytes(header: SegmentHeader, decision: Decision, codec: Codec, data: memoryview) -> Segment:
@@ -108,11 +117,11 @@ def segment_from_bytes(header: SegmentHeader, decision: Decision, codec: Codec, 
     return Segment(header.heads, header.tokens, decision, header.reasons, codec, codes)
 
 
-def decode_segments(segments: Iterable[Segment], out: Tensor) -> Tensor:
+def decode_segments(segments: Iterable[Segment], out: Tensor, *, implementation: str = "auto") -> Tensor:
     """Decodes segments into ``out [heads, T, d]`` of any floating dtype, which they must cover; returns it."""
     for segment in segments:
         (h0, h1), (t0, t1) = segment.heads, segment.tokens
-        segment.codec.decode(segment.codes, out=out[h0:h1, t0:t1])
+        segment.codec.decode(segment.codes, out=out[h0:h1, t0:t1], implementation=implementation)
     return out
 
 
@@ -211,8 +220,8 @@ class Page:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and metadata."""
-        return METADATA_NBYTES + sum(segment.codes.nbytes for segment in (*self.keys, *self.values))
+        """Bytes of codes, as they are held, and metadata."""
+        return METADATA_NBYTES + sum(segment.held.nbytes for segment in (*self.keys, *self.values))
 
     def cut(self, tokens: int) -> Page | None:
         """The page's first ``tokens`` tokens: itself, a shorter page with the same codes bit for bit, or nothing.
@@ -234,10 +243,15 @@ class Page:
 
     def to(self, device: torch.device) -> Page:
         """The page with its codes on a device; the same object if they are there already."""
-        if all(t.device == device for s in (*self.keys, *self.values) for _, t in s.codes.named()):
+        if all(segment.held.device == device for segment in (*self.keys, *self.values)):
             return self
+        return self.holding([segment.held.to(device) for segment in (*self.keys, *self.values)])
 
-        def moved(segment: Segment) -> Segment:
-            return replace(segment, codes=segment.codes.map(lambda tensor: tensor.to(device)))
+    def copied(self) -> Page:
+        """The page with a copy of its codes, in canonical order."""
+        return self.holding([segment.codes.map(Tensor.clone) for segment in (*self.keys, *self.values)])
 
-        return replace(self, keys=tuple(map(moved, self.keys)), values=tuple(map(moved, self.values)))
+    def holding(self, held: Sequence[Codes | Packed]) -> Page:
+        """The page with the same codes in another order or place, for its keys' segments and then its values'."""
+        segments = [replace(old, held=new) for old, new in zip((*self.keys, *self.values), held, strict=True)]
+        return replace(self, keys=tuple(segments[: len(self.keys)]), values=tuple(segments[len(self.keys) :]))

@@ -161,9 +161,9 @@ def decide(
     return rule.at(layer, head, token)
 
 
-def carries(shape: KVShape, block_dim: int) -> bool:
-    """Whether vectors of a shape split into whole blocks, more than one."""
-    return 0 < block_dim < shape.head_dim and shape.head_dim % block_dim == 0
+def carries(head_dim: int, block_dim: int) -> bool:
+    """Whether vectors of ``head_dim`` elements split into whole blocks, more than one."""
+    return 0 < block_dim < head_dim and head_dim % block_dim == 0
 
 
 def plan(policy: Policy, shape: KVShape, has_calibration: bool, block_dim: int | None = None) -> Plan:
@@ -221,7 +221,7 @@ class _Rule:
             return _decision(action, "raw", "calibration_missing")
         if policy.strategy == "raw":
             return _decision("keep_raw", "raw", "raw_strategy")
-        if self.block_dim is not None and not carries(self.shape, self.block_dim):
+        if self.block_dim is not None and not carries(self.shape.head_dim, self.block_dim):
             if policy.allow_raw_fallback:
                 return _decision("keep_raw", "raw", "unsupported_shape")
             raise DecisionError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -17,6 +17,24 @@ class Progress(Protocol):
 
     def __call__(self, done: int, total: int, note: str) -> None:
         """Takes note of the progress; must return quickly."""
+
+
+ProgressCallback = Callable[[str, int, int], None]
+"""Called before each step with what comes next, the steps done, and the steps in all."""
+
+
+class StepCounter:
+    """Counts the steps of a run for a `ProgressCallback`: called with what comes next before each step."""
+
+    def __init__(self, progress: ProgressCallback, total: int) -> None:
+        self._progress = progress
+        self._total = total
+        self._done = 0
+
+    def __call__(self, label: str) -> None:
+        """Says what comes next, and counts it."""
+        self._progress(label, self._done, self._total)
+        self._done += 1
 
 
 def silent(done: int, total: int, note: str) -> None:

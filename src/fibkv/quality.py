@@ -66,11 +66,11 @@ class CacheVariant:
 
 
 class PoisonOutcome(Contract):
-    """What damage to one page did to the logits of the next token.
+    """What damage to one page did to an output: the logits of the next token, or one step's attention.
 
     Attributes:
-        moved: largest absolute change of a logit while the page was damaged.
-        restored: whether the logits were exactly equal again once the page was restored.
+        moved: largest absolute change while the page was damaged.
+        restored: whether the output was exactly equal again once the page was restored.
     """
 
     moved: float
@@ -173,12 +173,10 @@ def count_recalled(logits: Tensor, prompt: NeedlePrompt) -> int:
     return sum(torch.equal(predicted[start - 1 : stop - 1], prompt.ids[start:stop]) for start, stop in prompt.answers)
 
 
-@torch.no_grad()
 def poison(model: CausalLM, variant: CacheVariant, ids: Tensor, *, chunk_tokens: int) -> PoisonOutcome:
     """The poison test: damage one page in memory, and the next token's logits must change.
 
-    The cache is filled with all tokens but the last, in read-through mode. The last token is then fed to forks of
-    that cache (which share its pages): intact, with the first page of its first compressed layer damaged, restored.
+    The cache is filled with all tokens but the last, in read-through mode; the last one is fed by `poison_filled`.
 
     Args:
         model: the model.
@@ -190,22 +188,46 @@ def poison(model: CausalLM, variant: CacheVariant, ids: Tensor, *, chunk_tokens:
         ModelError: the cache compresses no layer of this model.
     """
     cache = variant.make_cache(model, read_through=True)
-    last = ids[None, -1:].to(model.device)
-
-    def next_logits() -> Tensor:
-        logits: Tensor = model(input_ids=last, past_key_values=copy.deepcopy(cache), use_cache=True).logits[0, -1]
-        return logits.double()
-
     with variant.attention(model):
         cached_logits(model, ids[:-1], cache, chunk_tokens=chunk_tokens)
-        layer = _first_compressed_layer(cache.report())
-        intact = next_logits()
-        with cache.corrupt_page(layer=layer, row=0, page=0):
-            damaged = next_logits()
-        restored = next_logits()
-    # Damaged codes may decode to inf or nan: then the logits have moved as far as a number can say.
-    moved = (damaged - intact).abs().nan_to_num(nan=torch.finfo(torch.float64).max).max()
-    return PoisonOutcome(moved=moved.item(), restored=torch.equal(restored, intact))
+        return poison_filled(model, cache, ids[-1:])
+
+
+def poison_filled(model: CausalLM, cache: MeasuredCache, token: Tensor) -> PoisonOutcome:
+    """The poison test on a filled cache, which is left as it was.
+
+    A token is fed to forks of the cache (which share its pages): intact, with the first page of its first compressed
+    layer damaged, restored.
+
+    Args:
+        model: in the attention mode that the caller has switched on.
+        cache: with at least one page.
+        token: id of the token that comes next, [1].
+
+    Raises:
+        ModelError: the cache compresses no layer of this model.
+    """
+    layer = _first_compressed_layer(cache.report())
+    intact = fork_logits(model, cache, token)
+    with cache.corrupt_page(layer=layer, row=0, page=0):
+        damaged = fork_logits(model, cache, token)
+    restored = fork_logits(model, cache, token)
+    return poison_outcome(intact, damaged, restored)
+
+
+def poison_outcome(intact: Tensor, damaged: Tensor, restored: Tensor) -> PoisonOutcome:
+    """The outcome of a poison test from the outputs, equal in shape, before, while and after a page was damaged."""
+    # Damaged codes may decode to inf or nan: then the output has moved as far as a number can say.
+    change = (damaged.double() - intact.double()).abs().nan_to_num(nan=torch.finfo(torch.float64).max)
+    return PoisonOutcome(moved=change.max().item(), restored=torch.equal(restored, intact))
+
+
+@torch.no_grad()
+def fork_logits(model: CausalLM, cache: object, token: Tensor) -> Tensor:
+    """Logits [vocab], float64, after one more token [1], fed to a copy of the cache."""
+    ids = token[None].to(model.device)
+    logits: Tensor = model(input_ids=ids, past_key_values=copy.deepcopy(cache), use_cache=True).logits[0, -1]
+    return logits.double()
 
 
 def _first_compressed_layer(report: CacheReport) -> int:
@@ -224,7 +246,28 @@ def decode_speed(model: CausalLM, ids: Tensor, *, new_tokens: int, cache: object
         new_tokens: how many tokens to generate, at least 2.
         cache: an empty cache, or None for the one that ``generate`` makes (dense).
     """
-    clock = _TokenClock()
+    times = decode_times(model, ids, new_tokens=new_tokens, cache=cache)
+    return len(times) / sum(times)
+
+
+def decode_times(
+    model: CausalLM,
+    ids: Tensor,
+    *,
+    new_tokens: int,
+    cache: object | None = None,
+    between: Callable[[], object] | None = None,
+) -> list[float]:
+    """Seconds of each greedily decoded token but the first, which comes with the prompt's own pass.
+
+    Args:
+        model: in whatever attention mode the caller has switched on.
+        ids: the prompt [tokens], of which the cache may hold all but the last already.
+        new_tokens: how many tokens to generate, at least 2.
+        cache: see `decode_speed`.
+        between: called after each token, its time not counted.
+    """
+    clock = _TokenClock(between)
     prompt = ids[None].to(model.device)
     model.generate(
         prompt,
@@ -236,19 +279,26 @@ def decode_speed(model: CausalLM, ids: Tensor, *, new_tokens: int, cache: object
         pad_token_id=0,
         streamer=clock,
     )
-    # The first call brings the prompt, the second the token that the prompt's pass predicts.
-    decoded = clock.times[1:]
-    return (len(decoded) - 1) / (decoded[-1] - decoded[0])
+    # The first interval ends with the prompt's own pass.
+    return clock.intervals[1:]
 
 
 class _TokenClock:
-    """A streamer of transformers that notes when each token arrives."""
+    """A streamer of transformers that notes how long each token took; it is called with the prompt first."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
+    def __init__(self, between: Callable[[], object] | None) -> None:
+        self.intervals: list[float] = []
+        self._between = between
+        self._started: float | None = None
 
     def put(self, value: Tensor) -> None:  # noqa: ARG002  the streamer's signature
-        self.times.append(perf_counter())
+        now = perf_counter()
+        if self._started is not None:
+            self.intervals.append(now - self._started)
+        if self._between is not None:
+            self._between()
+            now = perf_counter()
+        self._started = now
 
     def end(self) -> None:
         """Nothing is left to flush."""

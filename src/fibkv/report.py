@@ -19,6 +19,8 @@ class LayerReport(Contract):
         nbytes: bytes held.
         raw_vectors: vectors inside pages that are kept raw, by reason.
         tail_tokens: newest tokens, raw.
+        materialized: how often its keys or values were decoded to a dense tensor because something other than
+            attention on pages read them.
     """
 
     layer: Total
@@ -31,6 +33,7 @@ class LayerReport(Contract):
     nbytes: Total
     raw_vectors: tuple[tuple[str, Total], ...] = ()
     tail_tokens: Total = 0
+    materialized: Total = 0
 
 
 class CacheReport(Contract):
@@ -39,18 +42,22 @@ class CacheReport(Contract):
     Attributes:
         layers: layer by layer.
         tables_nbytes: codebooks and rotations, counted once although all caches of a process share them.
-        materialized: how often a layer's keys or values were decoded to a dense tensor because something other than
-            attention on pages read them.
+        slack_nbytes: memory allocated for pages and used by none, shared with forks of the cache.
     """
 
     layers: tuple[LayerReport, ...]
     tables_nbytes: Total
-    materialized: Total
+    slack_nbytes: Total = 0
+
+    @property
+    def materialized(self) -> int:
+        """How often a layer was decoded to dense tensors, summed over the layers."""
+        return sum(layer.materialized for layer in self.layers)
 
     @property
     def nbytes(self) -> int:
         """All bytes: codes, norms, scales, raw windows with their slack, page metadata, tables."""
-        return self.tables_nbytes + sum(layer.nbytes for layer in self.layers)
+        return self.tables_nbytes + self.slack_nbytes + sum(layer.nbytes for layer in self.layers)
 
     @property
     def elements(self) -> int:
@@ -65,11 +72,12 @@ class CacheReport(Contract):
     def __str__(self) -> str:
         lines = [
             f"{self.nbytes / 1024:.1f} KiB in {len(self.layers)} layers, {self.bits_per_element:.3f} bits per element "
-            f"(tables {self.tables_nbytes / 1024:.1f} KiB), {self.materialized} materialized"
+            f"(tables {self.tables_nbytes / 1024:.1f} KiB, slack {self.slack_nbytes / 1024:.1f} KiB), {self.materialized} materialized"
         ]
         lines += [
             f"  layer {layer.layer}: {'compressed' if layer.compressed else 'stock'} ({layer.reason}), "
             f"{layer.tokens} tokens, {layer.pages} pages, {layer.tail_tokens} in the raw tail, {layer.nbytes} bytes"
+            + (f", decoded {layer.materialized} times" if layer.materialized else "")
             + "".join(f", {count} raw vectors: {reason}" for reason, count in layer.raw_vectors)
             for layer in self.layers
         ]

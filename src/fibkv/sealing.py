@@ -9,10 +9,15 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from fibkv import kernels
 from fibkv.coder import RoleCoder
+from fibkv.codes import Codes
+from fibkv.kernels.native import Native
+from fibkv.packed import Packed
 from fibkv.page import Page
 from fibkv.policy import Run
-from fibkv.shape import KVShape
+from fibkv.shape import KVShape, Role
+from fibkv.slabs import Slabs
 from fibkv.tables import Tables
 from fibkv.view import Tail
 
@@ -106,6 +111,32 @@ def seal(settings: LayerSettings, tail: Tail, length: int, spans: Sequence[Span]
             page = Page.seal(settings.layer, (start + first, start + stop), key, value, profiles)
             rows[index // len(same)].append(page)
     return rows
+
+
+def resident(pages: Sequence[Page], implementation: str, slabs: Slabs) -> list[Page]:
+    """Pages with their codes as the kernels read them: in place, neighbours in memory; or in canonical order.
+
+    Args:
+        pages: on one device.
+        implementation: of the kernels.
+        slabs: the memory of packed pages.
+    """
+    placed: list[Page] = []
+    for _, group in groupby(pages, key=lambda page: page.form):
+        same = list(group)
+        kernels_ = kernels.resolve(implementation, same[0].keys[0].held.device)
+        rectangles = [_rectangles(page) for page in same]
+        if not isinstance(kernels_, Native) or all(kernels_.holds(*one) for page in rectangles for one in page):
+            placed += same
+            continue
+        packed = kernels_.pack_all(rectangles, slabs)
+        placed += [page.holding(held) for page, held in zip(same, packed, strict=True)]
+    return placed
+
+
+def _rectangles(page: Page) -> list[tuple[Codes | Packed, Tables, Role]]:
+    keys: list[tuple[Codes | Packed, Tables, Role]] = [(s.held, s.codec.tables, "key") for s in page.keys]
+    return [*keys, *((s.held, s.codec.tables, "value") for s in page.values)]
 
 
 class _Plans:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self, get_args
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from fibkv import kernels
 from fibkv.coder import RoleCoder, bind_coder
-from fibkv.errors import ContractError, ModelError
+from fibkv.errors import ContractError, DecisionError, ModelError
 from fibkv.parameters import (
     FIB_SETTINGS,
     CodecParameters,
@@ -115,13 +116,39 @@ class CacheSettings:
         """The values' codec in words."""
         return self.values if isinstance(self.values, str) else self.values.codec
 
-    def for_layer(self, layer: int, keys: Tensor, values: Tensor) -> LayerSettings:
+    def check_head_dims(self, head_dims: Sequence[int]) -> None:
+        """Refuses, before the first token, what no layer of a model could be given.
+
+        Args:
+            head_dims: every width that the model's layers may have; with none, nothing is refused.
+
+        Raises:
+            ContractError: parameters for another head_dim.
+            DecisionError: no width splits into whole blocks, and the policy forbids to keep such vectors raw.
+        """
+        may_be_raw = self.policy is None or self.policy.allow_raw_fallback or self.policy.strategy == "raw"
+        for role, choice in (("keys", self.keys), ("values", self.values)):
+            block_dim = _block_dim(choice)
+            if not head_dims:
+                continue
+            if not isinstance(choice, str) and choice.head_dim not in head_dims:
+                expected = f"a head_dim of the model ({', '.join(map(str, head_dims))}) for {role}"
+                raise ContractError("Cache.profile.head_dim", expected, choice.head_dim)
+            if not may_be_raw and not any(carries(width, block_dim) for width in head_dims):
+                raise DecisionError(
+                    f"{role}: blocks of {block_dim} do not divide a head_dim of the model "
+                    f"({', '.join(map(str, head_dims))}), and the policy forbids raw fallback"
+                )
+
+    def for_layer(self, layer: int, keys: Tensor, values: Tensor, *, is_latent: bool = False) -> LayerSettings:
         """The settings of one layer.
 
         Args:
             layer: its index.
             keys: ``[B, H, t, d]``, like all keys to come.
             values: ``[B, H, t, d_value]``.
+            is_latent: the tensors are latents and rotary keys. The latents, which stand for keys and values alike,
+                get the codec of the keys; the rotary keys are few and stay raw.
 
         Raises:
             ModelError: a dtype that cannot be kept.
@@ -133,7 +160,7 @@ class CacheSettings:
         if keys.device.type == "meta":
             raise ModelError(f"layer {layer}: expected keys with data, got a meta tensor")
         key_shape, key_coder = self._role("key", keys, self.keys)
-        value_shape, value_coder = self._role("value", values, self.values)
+        value_shape, value_coder = self._role("value", values, "raw" if is_latent else self.values)
         return LayerSettings(
             layer=layer,
             key_shape=key_shape,
@@ -156,7 +183,7 @@ class CacheSettings:
         )
         block_dim = _block_dim(choice)
         # Where the shape cannot carry the choice, the raw codec stands in, if the policy allows that.
-        stands_in = policy.strategy == "raw" or not carries(shape, block_dim)
+        stands_in = policy.strategy == "raw" or not carries(shape.head_dim, block_dim)
         fitting = "raw" if stands_in and not isinstance(choice, RawParameters) else choice
         coder = bind_coder(
             shape,

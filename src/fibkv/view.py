@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fibkv.codecs import Codec, codec_for
 from fibkv.codes import Codes, RawCodes
+from fibkv.kernels.native import Native, Plan, Run
 from fibkv.page import Page, Segment, decode_segments
 from fibkv.parameters import RawParameters
 from fibkv.shape import Dtype
@@ -104,6 +106,23 @@ class Tail:
         return (self.keys, keys), (self.values, values)
 
 
+class PageRows(tuple[tuple[Page, ...], ...]):
+    """Page tables, one per batch row, with what kernels that read pages in place derive from them once."""
+
+    def __deepcopy__(self, memo: dict[int, object]) -> PageRows:
+        return self  # immutable
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PageRows, (tuple(self),)
+
+    def plan(self, native: Native) -> Plan:
+        """The plan by which native kernels read these pages."""
+        plans: dict[Native, Plan] = self.__dict__.setdefault("plans", {})
+        if native not in plans:
+            plans[native] = native.plan(list(_runs(self)))
+        return plans[native]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class View:
     """An immutable snapshot of one layer: what a handle reads, however the layer goes on.
@@ -115,17 +134,23 @@ class View:
         implementation: of the kernels that read it.
     """
 
-    rows: tuple[tuple[Page, ...], ...]
+    rows: PageRows
     tail: Tail
     length: int
     implementation: str = "auto"
+
+    @classmethod
+    def of_tensors(cls, keys: Tensor, values: Tensor) -> View:
+        """A view of plain tensors ``[B, H, length, d]``: a layer that is all tail."""
+        length = keys.shape[2]
+        return cls(PageRows([()] * keys.shape[0]), Tail(keys, values, length), length)
 
     def parts(self) -> Iterator[Part]:
         """The layer in tiles of at most `TILE_TOKENS` tokens, stacked one at a time."""
         yield from _page_parts(self.rows)
         yield from self._tail_parts()
 
-    def decode(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def decode(self, dtype: torch.dtype, *, implementation: str = "auto") -> tuple[Tensor, Tensor]:
         """Dense keys ``[B, H, length, d]`` and values ``[B, H, length, d_value]``."""
         keys, values = (
             old.new_empty((*old.shape[:2], self.length, old.shape[3]), dtype=dtype)
@@ -134,8 +159,8 @@ class View:
         for row, pages in enumerate(self.rows):
             for page in pages:
                 span = slice(page.start, page.start + page.tokens)
-                decode_segments(page.keys, keys[row, :, span])
-                decode_segments(page.values, values[row, :, span])
+                decode_segments(page.keys, keys[row, :, span], implementation=implementation)
+                decode_segments(page.values, values[row, :, span], implementation=implementation)
         start = self.length - self.tail.length
         keys[:, :, start:] = self.tail.keys[:, :, : self.tail.length]
         values[:, :, start:] = self.tail.values[:, :, : self.tail.length]
@@ -162,17 +187,43 @@ class View:
             )
 
 
-def _page_parts(rows: tuple[tuple[Page, ...], ...]) -> Iterator[Part]:
-    """Tiles of consecutive pages of equal form; rows of another form (a raw fallback) are read on their own."""
+def _columns(rows: PageRows) -> Iterator[tuple[slice, slice]]:
+    """(rows, pages) that attention can read together: consecutive pages of equal form.
+
+    Rows of another form (a raw fallback) are read on their own.
+    """
     columns = list(zip(*rows, strict=True))
     for forms, group in groupby(range(len(columns)), key=lambda index: tuple(page.form for page in columns[index])):
         indices = list(group)
-        step = max(1, TILE_TOKENS // columns[indices[0]][0].tokens)
         together = [slice(0, len(rows))] if len(set(forms)) == 1 else [slice(r, r + 1) for r in range(len(rows))]
-        for first in range(0, len(indices), step):
-            span = slice(indices[first], indices[min(first + step, len(indices)) - 1] + 1)
-            for chosen in together:
-                yield from _stacked(chosen, [row[span] for row in rows[chosen]])
+        for chosen in together:
+            yield chosen, slice(indices[0], indices[-1] + 1)
+
+
+def _page_parts(rows: PageRows) -> Iterator[Part]:
+    """Pages in tiles of at most `TILE_TOKENS` tokens."""
+    for chosen, pages in _columns(rows):
+        step = max(1, TILE_TOKENS // rows[chosen.start][pages.start].tokens)
+        for first in range(pages.start, pages.stop, step):
+            span = slice(first, min(first + step, pages.stop))
+            yield from _stacked(chosen, [row[span] for row in rows[chosen]])
+
+
+def _runs(rows: PageRows) -> Iterator[Run]:
+    """Pages where they lie, one run per segment of pages of equal form."""
+    for chosen, pages in _columns(rows):
+        first = rows[chosen.start][pages.start]
+        for index, (key, value) in enumerate(zip(first.keys, first.values, strict=True)):
+            yield Run(
+                rows=(chosen.start, chosen.stop),
+                heads=key.heads,
+                start=first.start + key.tokens[0],
+                tokens=key.tokens[1] - key.tokens[0],
+                key_tables=key.codec.tables,
+                keys=[[page.keys[index].held for page in row[pages]] for row in rows[chosen]],
+                value_tables=value.codec.tables,
+                values=[[page.values[index].held for page in row[pages]] for row in rows[chosen]],
+            )
 
 
 def _stacked(chosen: slice, rows: list[tuple[Page, ...]]) -> Iterator[Part]:
@@ -192,5 +243,6 @@ def _stacked(chosen: slice, rows: list[tuple[Page, ...]]) -> Iterator[Part]:
 
 
 def _stack(segments: list[list[Segment]]) -> Codes:
-    rows = [type(row[0].codes).stack([segment.codes for segment in row]) for row in segments]
-    return type(rows[0]).stack(rows)
+    rows = [[segment.codes for segment in row] for row in segments]
+    stacked = [type(row[0]).stack(row) for row in rows]
+    return type(stacked[0]).stack(stacked)

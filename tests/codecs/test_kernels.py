@@ -13,10 +13,19 @@ from tests.codecs.conformance import gaussian
 
 
 def test_available_names_what_auto_tries() -> None:
-    assert kernels.available() == {"reference": "yes"}
-    assert kernels.resolve("auto") is kernels.resolve("reference")
-    with pytest.raises(KernelError, match="expected one of auto, reference, got 'native'"):
-        kernels.resolve("native")
+    available = kernels.available()
+    assert list(available) == ["native", "native-avx512", "native-avx2", "native-portable", "reference"]
+    assert available["reference"] == "yes"
+    expected = "native" if available["native"] == "yes" else "reference"
+    assert kernels.resolve("auto") is kernels.resolve(expected)
+    assert kernels.resolve("auto", torch.device("cuda")) is kernels.resolve("reference")
+
+
+def test_unknown_and_misplaced_implementations_are_refused() -> None:
+    with pytest.raises(KernelError, match=r"expected one of auto, native, native-avx512, .*reference, got 'cuda'"):
+        kernels.resolve("cuda")
+    with pytest.raises(KernelError, match="'native': expected tensors on the CPU, got cuda"):
+        kernels.resolve("native", torch.device("cuda"))
 
 
 def test_merged_parts_equal_the_whole() -> None:

@@ -94,5 +94,5 @@ EXAMPLES: list[Contract] = [
     Admission(action="admit", reason=""),
     COMPRESS_RECEIPT,
     LAYER_REPORT,
-    CacheReport(layers=(LAYER_REPORT,), tables_nbytes=100, materialized=0),
+    CacheReport(layers=(LAYER_REPORT,), tables_nbytes=100),
 ]

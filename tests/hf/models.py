@@ -1,4 +1,4 @@
-"""Small models with random weights, one per architecture."""
+"""Small models with random weights, for long contexts; `architectures.py` has one of every kind, and smaller."""
 
 from __future__ import annotations
 
@@ -22,29 +22,9 @@ COMMON = {
 }
 
 
-def _without(*names: str) -> dict[str, object]:
-    return {name: value for name, value in COMMON.items() if name not in names}
-
-
 CONFIGS: dict[str, Callable[[], tf.PretrainedConfig]] = {
     "llama": lambda: tf.LlamaConfig(**COMMON),
     "qwen2": lambda: tf.Qwen2Config(**COMMON),
-    "qwen3": lambda: tf.Qwen3Config(**COMMON, head_dim=32),
-    "mistral": lambda: tf.MistralConfig(**COMMON, sliding_window=None),
-    "gemma": lambda: tf.GemmaConfig(**COMMON, head_dim=64),
-    "phi3": lambda: tf.Phi3Config(**COMMON),
-    "gpt2": lambda: tf.GPT2Config(
-        vocab_size=199,
-        n_embd=128,
-        n_layer=3,
-        n_head=4,
-        n_positions=1024,
-        initializer_range=0.15,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=None,
-    ),
-    "gpt_neox": lambda: tf.GPTNeoXConfig(**_without("num_key_value_heads")),
 }
 
 

@@ -82,17 +82,11 @@ class TestLayers:
         assert kinds == [DynamicSlidingWindowLayer, DynamicSlidingWindowLayer, CompressedLayer]
         report = cache.report()
         assert [layer.compressed for layer in report.layers] == [False, False, True]
-        assert report.layers[0].reason == "left to transformers' DynamicSlidingWindowLayer"
+        assert report.layers[0].reason == "a window of fixed size"
         window = cache.layers[0].keys
         assert report.layers[0].nbytes >= 2 * window.numel() * 4
         assert report.layers[0].elements == 2 * window.numel()
-        assert "stock (left to transformers' DynamicSlidingWindowLayer)" in str(report)
-
-    def test_latent_attention_is_left_alone(self) -> None:
-        config = tf.DeepseekV3Config(vocab_size=64, num_hidden_layers=2)
-        layers = fibkv.Cache(config).report().layers
-        assert not any(layer.compressed for layer in layers)
-        assert layers[0].reason == "latent attention, left to transformers' DynamicLayer"
+        assert "stock (a window of fixed size)" in str(report)
 
     def test_stock_classes_are_not_replaced(self) -> None:
         assert DYNAMIC_LAYER_TYPE_MAPPING["full_attention"] is DynamicLayer
@@ -230,7 +224,7 @@ class TestSettings:
         _, cache = filled(profile=RawParameters(head_dim=32, dtype="f16"))
         page = next(cache.layers[0].store.pages())
         assert {segment.codes.values.dtype for segment in (*page.keys, *page.values)} == {torch.float16}
-        with pytest.raises(ContractError, match=r"Profile\.codec\.head_dim: expected 32 of the shape, got 64"):
+        with pytest.raises(ContractError, match=r"Cache\.profile\.head_dim: expected a head_dim of the model \(32\)"):
             filled(profile=RawParameters(head_dim=64, dtype="f16"))
 
     def test_raw_dtype_halves_the_pages_of_a_float32_model(self) -> None:
@@ -285,8 +279,13 @@ class TestSettings:
             fibkv.Cache(tf.T5Config())
 
     def test_a_codec_that_does_not_fit_the_head_dim_is_refused(self) -> None:
-        with pytest.raises(ContractError, match=r"Profile\.codec\.head_dim: expected 32 of the shape, got 64"):
-            filled(profile=FibParameters.of(64, 2, 16))
+        with pytest.raises(ContractError, match=r"expected a head_dim of the model \(32\) for keys, got 64"):
+            fibkv.Cache(build("llama"), profile=FibParameters.of(64, 2, 16))
+        # A configuration may not say what its layers really hold: then the first token tells.
+        cache = fibkv.Cache(tf.LlamaConfig(**COMMON), profile=FibParameters.of(32, 2, 16))
+        wide = torch.ones(1, 2, 4, 64)
+        with pytest.raises(ContractError, match=r"Profile\.codec\.head_dim: expected 64 of the shape, got 32"):
+            cache.update(wide, wide, 0)
 
     def test_a_shape_that_the_codec_cannot_carry_is_kept_raw_and_said_so(self) -> None:
         config = tf.LlamaConfig(**{**COMMON, "head_dim": 36, "pad_token_id": None})
@@ -295,8 +294,8 @@ class TestSettings:
         cache.update(keys, keys, 0)
         assert dict(cache.report().layers[0].raw_vectors) == {"protected_region": 16, "unsupported_shape": 2 * 2 * 60}
         strict = fibkv.Policy.per_token().model_copy(update={"allow_raw_fallback": False})
-        with pytest.raises(DecisionError, match="cannot carry head_dim 36 in blocks of 8"):
-            fibkv.Cache(config, bits=1, policy=strict).update(keys, keys, 0)
+        with pytest.raises(DecisionError, match=r"keys: blocks of 8 do not divide a head_dim of the model \(36\)"):
+            fibkv.Cache(config, bits=1, policy=strict)
 
     def test_raw_layers_and_heads(self) -> None:
         regions = fibkv.ProtectedRegions(raw_layers=(0,), raw_heads=(1,))

@@ -52,7 +52,6 @@ class RoundingCache(DynamicCache):
                 for index, layer in enumerate(self.layers)
             ),
             tables_nbytes=0,
-            materialized=0,
         )
 
     @contextmanager

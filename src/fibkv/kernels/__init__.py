@@ -1,44 +1,65 @@
 """Kernels: encode, decode and attend on codes. One small interface, chosen here after all validation.
 
-An implementation is a module with the functions of `fibkv.kernels.reference`. An explicit choice never falls back;
-``auto`` takes the first available one in a fixed order by device. `available` says yes, or why not.
+An implementation offers the functions of `fibkv.kernels.reference`. An explicit choice never falls back; ``auto`` takes
+the first available one for the tensors' device in a fixed order. `available` says yes, or why not.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from fibkv.codes import Codes
 from fibkv.errors import KernelError
-from fibkv.kernels import reference
+from fibkv.kernels import native, reference
+from fibkv.kernels.native import Native
 from fibkv.tables import Tables
 
 __all__ = ["attend", "available", "decode", "encode", "merge", "resolve", "rotate", "unrotate"]
 
-# Fastest first. The reference runs everywhere, so `auto` always finds one.
-IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference}
+CPU = torch.device("cpu")
+# Names in the order in which `auto` tries them, with the instruction set that a name forces. The reference runs on
+# every device, so `auto` always finds one.
+INSTRUCTION_SETS: dict[str, str | None] = {
+    "native": None,
+    **{f"native-{name}": name for name in native.INSTRUCTION_SETS},
+}
+REFERENCE = "reference"
 
 
 def available() -> dict[str, str]:
     """Implementation names in the order in which ``auto`` tries them, each with "yes" or the reason why not."""
-    return dict.fromkeys(IMPLEMENTATIONS, "yes")
+    return {**{name: native.why_not(isa) for name, isa in INSTRUCTION_SETS.items()}, REFERENCE: "yes"}
 
 
-def resolve(name: str = "auto") -> ModuleType:
+def resolve(name: str = "auto", device: torch.device = CPU) -> ModuleType | Native:
     """The implementation of that name.
 
+    Args:
+        name: "auto", or one of `available`.
+        device: where the tensors are.
+
     Raises:
-        KernelError: there is no such implementation.
+        KernelError: there is no such implementation, it is not available, or it does not run on that device.
     """
     if name == "auto":
-        return next(iter(IMPLEMENTATIONS.values()))
-    try:
-        return IMPLEMENTATIONS[name]
-    except KeyError:
-        known = ", ".join(["auto", *IMPLEMENTATIONS])
-        raise KernelError(f"kernel implementation: expected one of {known}, got {name!r}") from None
+        return _on_cpu(None) if device.type == "cpu" and native.why_not() == "yes" else reference
+    if name == REFERENCE:
+        return reference
+    if name not in INSTRUCTION_SETS:
+        known = ", ".join(["auto", *available()])
+        raise KernelError(f"kernel implementation: expected one of {known}, got {name!r}")
+    if device.type != "cpu":
+        raise KernelError(f"kernel implementation {name!r}: expected tensors on the CPU, got {device}")
+    return _on_cpu(INSTRUCTION_SETS[name])
+
+
+@cache
+def _on_cpu(instruction_set: str | None) -> Native:
+    return Native(instruction_set)
 
 
 def encode(rows: Tensor, tables: Tables, *, implementation: str = "auto") -> Codes:
@@ -54,26 +75,24 @@ def encode(rows: Tensor, tables: Tables, *, implementation: str = "auto") -> Cod
         raise KernelError(f"rows: expected shape [..., T, {tables.head_dim}], got {list(rows.shape)}")
     if rows.numel() == 0:
         raise KernelError(f"rows: expected at least one vector, got shape {list(rows.shape)}")
-    codes: Codes = resolve(implementation).encode(rows.detach(), tables)
+    codes: Codes = resolve(implementation, rows.device).encode(rows.detach(), tables)
     return codes
 
 
 def decode(codes: Codes, tables: Tables, *, out: Tensor | None = None, implementation: str = "auto") -> Tensor:
     """Decodes to ``[..., T, d]`` in the original space; see `reference.decode`."""
-    vectors: Tensor = resolve(implementation).decode(codes, tables, out=out)
+    vectors: Tensor = resolve(implementation, codes.device).decode(codes, tables, out=out)
     return vectors
 
 
-def rotate(query: Tensor, tables: Tables, *, implementation: str = "auto") -> Tensor:
+def rotate(query: Tensor, tables: Tables) -> Tensor:
     """Takes queries ``[..., Q, d]`` to the codes' space; see `reference.rotate`."""
-    rotated: Tensor = resolve(implementation).rotate(query, tables)
-    return rotated
+    return reference.rotate(query, tables)
 
 
-def unrotate(out: Tensor, tables: Tables, *, implementation: str = "auto") -> Tensor:
+def unrotate(out: Tensor, tables: Tables) -> Tensor:
     """Takes outputs ``[..., Q, d]`` back to the original space; see `reference.unrotate`."""
-    original: Tensor = resolve(implementation).unrotate(out, tables)
-    return original
+    return reference.unrotate(out, tables)
 
 
 def attend(
@@ -97,13 +116,12 @@ def attend(
         raise KernelError(f"query: expected head_dim {key_tables.head_dim} of the keys, got shape {list(query.shape)}")
     if softcap is not None and not softcap > 0:
         raise KernelError(f"softcap: expected a positive number or None, got {softcap!r}")
-    out, lse = resolve(implementation).attend(
+    out, lse = resolve(implementation, query.device).attend(
         query, key_codes, key_tables, value_codes, value_tables, scale=scale, mask=mask, softcap=softcap
     )
     return out, lse
 
 
-def merge(outs: Tensor, lses: Tensor, *, implementation: str = "auto") -> tuple[Tensor, Tensor]:
+def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """Merges parts by log-sum-exp; see `reference.merge`."""
-    out, lse = resolve(implementation).merge(outs, lses)
-    return out, lse
+    return reference.merge(outs, lses)

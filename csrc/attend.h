@@ -1,0 +1,46 @@
+// Attention of a step on everything that a layer holds: pages where they lie, and the raw tail.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "attend_kernels.h"
+#include "isa.h"
+
+namespace fibkv {
+
+// Consecutive spans of equal form, for a range of batch rows and of KV heads.
+struct Run {
+  int row0, row1;
+  int head0, head1;
+  int start;   // first token
+  int tokens;  // of a span
+  int spans;
+  const Side* key;
+  const Side* value;
+  Rectangle key_rectangle, value_rectangle;
+  std::vector<const uint8_t*> keys, values;  // [rows][spans] base pointers
+};
+
+struct Query {
+  const float* rows;  // [batch][query_heads][length][dim]
+  int batch, query_heads, kv_heads, length, dim;
+  int past;  // query i is at position past + i
+};
+
+struct Mask {
+  const uint8_t* allowed;  // one byte a token, or null
+  const float* added;      // or null
+  int64_t batch_stride, head_stride, query_stride;  // in elements
+  bool causal;             // without a mask: query i sees tokens up to its own position
+};
+
+// Attends; `out` [batch][query_heads][length][value_dim] in the original space, `lse` [batch][query_heads][length].
+// Queries that see nothing get zeros and -inf.
+void attend(const AttendKernels& kernels, const std::vector<const Run*>& runs, const Query& query, const Mask& mask,
+            const Softmax& softmax, int value_dim, int threads, float* out, float* lse);
+
+const AttendKernels& attend_kernels(Isa isa);
+
+}  // namespace fibkv

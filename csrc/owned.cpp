@@ -1,0 +1,132 @@
+#include "owned.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace fibkv {
+namespace {
+
+// Calls visit(canonical offset, packed offset, bytes) for all code bytes of one head.
+template <typename Visit>
+void each_run(const Side& side, int tokens, Visit visit) {
+  const size_t bytes = side.code_bytes, padded = side.padded(tokens);
+  switch (side.order) {
+    case Order::rows:
+      visit(size_t{0}, size_t{0}, bytes * tokens);
+      return;
+    case Order::key_tiles:
+      for (size_t t = 0; t < static_cast<size_t>(tokens); ++t) {
+        for (size_t j = 0; j < bytes; j += 4) {
+          visit(t * bytes + j, t / kTokenTile * kTokenTile * bytes + j * kTokenTile + t % kTokenTile * 4, size_t{4});
+        }
+      }
+      return;
+    case Order::value_tiles:
+      for (size_t t = 0; t < static_cast<size_t>(tokens); ++t) {
+        for (size_t j = 0; j < bytes; ++j) {
+          const size_t slice = j / kValueSlice * kValueSlice;
+          visit(t * bytes + j, slice * padded + t / 4 * 4 * kValueSlice + (j - slice) * 4 + t % 4, size_t{1});
+        }
+      }
+  }
+}
+
+}  // namespace
+
+OwnedRotation::OwnedRotation(const float* rows, int dim, const float* of_rounds, int rounds)
+    : matrix(rows, rows + static_cast<size_t>(dim) * dim),
+      transposed(matrix.size()),
+      signs(of_rounds, of_rounds + static_cast<size_t>(rounds) * dim) {
+  for (int i = 0; i < dim; ++i) {
+    for (int j = 0; j < dim; ++j) transposed[static_cast<size_t>(j) * dim + i] = matrix[static_cast<size_t>(i) * dim + j];
+  }
+  rotation = {dim, matrix.data(), transposed.data(), rounds ? signs.data() : nullptr, rounds};
+}
+
+OwnedSide::OwnedSide(const SideSettings& s, const float* codewords, std::shared_ptr<OwnedRotation> rotation)
+    : rotation_(std::move(rotation)) {
+  side_ = Side{s.form, Order::rows, s.dim, s.code_bytes, s.norm_bytes, s.block, s.size, s.bits,
+               s.log_norms, s.channels, nullptr, rotation_ ? &rotation_->rotation : nullptr, 0, nullptr, 1.0f, nullptr, 1.0f};
+  if (s.form == Form::fib) {
+    // Room for every index of the width, so that no damaged code can read outside the book.
+    codewords_.assign((size_t{1} << s.bits) * s.block, 0.0f);
+    std::copy(codewords, codewords + static_cast<size_t>(s.size) * s.block, codewords_.begin());
+    side_.codewords = codewords_.data();
+  }
+  // Integer kernels take two planes at a time, or whole int8 numbers.
+  const int planes = s.form == Form::int8 ? 1 : s.form == Form::fib && 8 % s.bits == 0 ? 8 / s.bits * s.block : 0;
+  const bool fits = s.dim % (s.is_key ? 4 : kValueSlice) == 0 && s.code_bytes % (s.is_key ? 4 : kValueSlice) == 0 &&
+                    s.code_bytes * planes == s.dim && (s.form == Form::int8 || planes % 2 == 0);
+  if (!s.tiled || s.channels || planes == 0 || !fits) return;
+  side_.order = s.is_key ? Order::key_tiles : Order::value_tiles;
+  side_.planes = planes;
+  if (s.form == Form::fib) build_tables();
+}
+
+// Coordinate `plane` of what a code byte stands for.
+float OwnedSide::coordinate(int byte, int plane) const {
+  const int index = byte >> (plane / side_.block * side_.bits) & ((1 << side_.bits) - 1);
+  return codewords_[static_cast<size_t>(index) * side_.block + plane % side_.block];
+}
+
+void OwnedSide::build_tables() {
+  float top = 0;
+  for (float x : codewords_) top = std::max(top, std::fabs(x));
+  side_.plane_step = top / 127.0f;
+  side_.word_step = top / kMostWord;
+  tables_.resize(static_cast<size_t>(side_.planes) * 256);
+  words_.resize(static_cast<size_t>(side_.planes) / 2 * 256);
+  for (int byte = 0; byte < 256; ++byte) {
+    for (int plane = 0; plane < side_.planes; ++plane) {
+      tables_[static_cast<size_t>(plane) * 256 + byte] =
+          static_cast<int8_t>(std::lround(coordinate(byte, plane) / side_.plane_step));
+    }
+    for (int pair = 0; pair < side_.planes / 2; ++pair) {
+      const auto low = static_cast<uint16_t>(std::lround(coordinate(byte, 2 * pair) / side_.word_step));
+      const auto high = static_cast<uint16_t>(std::lround(coordinate(byte, 2 * pair + 1) / side_.word_step));
+      words_[static_cast<size_t>(pair) * 256 + byte] = static_cast<int32_t>(low | static_cast<uint32_t>(high) << 16);
+    }
+  }
+  side_.tables = tables_.data();
+  side_.words = words_.data();
+}
+
+void OwnedSide::pack(int heads, int tokens, const Canonical& from, uint8_t* to) const {
+  const Rectangle r = Rectangle::of(side_, heads, tokens);
+  std::memset(to, 0, r.nbytes);
+  const size_t code = static_cast<size_t>(tokens) * side_.code_bytes, norm = static_cast<size_t>(tokens) * side_.norm_bytes;
+  for (size_t h = 0; h < static_cast<size_t>(heads); ++h) {
+    const uint8_t* codes = from.codes + h * code;
+    uint8_t* packed = to + h * r.code_stride;
+    each_run(side_, tokens, [&](size_t a, size_t b, size_t n) { std::memcpy(packed + b, codes + a, n); });
+    if (norm) std::memcpy(to + r.norm_offset + h * r.norm_stride, from.norms + h * norm, norm);
+  }
+  if (side_.log_norms) std::memcpy(to + r.range_offset, from.ranges, r.channel_offset - r.range_offset);
+  if (side_.channels) std::memcpy(to + r.channel_offset, from.channels, r.nbytes - r.channel_offset);
+}
+
+void OwnedSide::unpack(int heads, int tokens, const uint8_t* from, const Canonical& to) const {
+  const Rectangle r = Rectangle::of(side_, heads, tokens);
+  const size_t code = static_cast<size_t>(tokens) * side_.code_bytes, norm = static_cast<size_t>(tokens) * side_.norm_bytes;
+  for (size_t h = 0; h < static_cast<size_t>(heads); ++h) {
+    uint8_t* codes = to.codes + h * code;
+    const uint8_t* packed = from + h * r.code_stride;
+    each_run(side_, tokens, [&](size_t a, size_t b, size_t n) { std::memcpy(codes + a, packed + b, n); });
+    if (norm) std::memcpy(to.norms + h * norm, from + r.norm_offset + h * r.norm_stride, norm);
+  }
+  if (side_.log_norms) std::memcpy(to.ranges, from + r.range_offset, r.channel_offset - r.range_offset);
+  if (side_.channels) std::memcpy(to.channels, from + r.channel_offset, r.nbytes - r.channel_offset);
+}
+
+void Plan::add(Run run, std::shared_ptr<OwnedSide> key, std::shared_ptr<OwnedSide> value) {
+  run.key = &key->side();
+  run.value = &value->side();
+  run.key_rectangle = Rectangle::of(*run.key, run.head1 - run.head0, run.tokens);
+  run.value_rectangle = Rectangle::of(*run.value, run.head1 - run.head0, run.tokens);
+  runs_.push_back(std::move(run));
+  sides_.push_back(std::move(key));
+  sides_.push_back(std::move(value));
+}
+
+}  // namespace fibkv

@@ -1,0 +1,67 @@
+// Sides and plans with the memory behind them, as Python holds them.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "attend.h"
+#include "side.h"
+
+namespace fibkv {
+
+struct OwnedRotation {
+  // `signs` [rounds][dim], or null and 0 rounds.
+  OwnedRotation(const float* rows, int dim, const float* signs, int rounds);
+  std::vector<float> matrix, transposed, signs;
+  Rotation rotation;
+};
+
+// What Python says of a side; the order in memory and the integer tables follow from it.
+struct SideSettings {
+  Form form;
+  bool is_key;
+  bool tiled;  // lay tiles out for integer kernels where the code allows it
+  int dim, code_bytes, norm_bytes, block, size, bits;
+  bool log_norms, channels;
+};
+
+class OwnedSide {
+ public:
+  // `codewords` [size][block], null unless fib; `rotation` may be null.
+  OwnedSide(const SideSettings& settings, const float* codewords, std::shared_ptr<OwnedRotation> rotation);
+
+  const Side& side() const { return side_; }
+  // Bytes of a rectangle of codes.
+  size_t nbytes(int heads, int tokens) const { return Rectangle::of(side_, heads, tokens).nbytes; }
+
+  // A rectangle's parts in canonical order: codes [heads][tokens][code_bytes], norms [heads][tokens][norm_bytes],
+  // ranges [heads][4 or 0], channel scales [heads][2 * dim or 0].
+  struct Canonical {
+    uint8_t *codes, *norms, *ranges, *channels;
+  };
+  void pack(int heads, int tokens, const Canonical& from, uint8_t* to) const;
+  void unpack(int heads, int tokens, const uint8_t* from, const Canonical& to) const;
+
+ private:
+  float coordinate(int byte, int plane) const;
+  void build_tables();
+  Side side_{};
+  std::vector<float> codewords_;
+  std::vector<int8_t> tables_;
+  std::vector<int32_t> words_;
+  std::shared_ptr<OwnedRotation> rotation_;
+};
+
+// The page runs of a layer. Holds pointers into pages, which Python keeps alive.
+class Plan {
+ public:
+  void add(Run run, std::shared_ptr<OwnedSide> key, std::shared_ptr<OwnedSide> value);
+  const std::vector<Run>& runs() const { return runs_; }
+
+ private:
+  std::vector<Run> runs_;
+  std::vector<std::shared_ptr<OwnedSide>> sides_;
+};
+
+}  // namespace fibkv

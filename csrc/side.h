@@ -1,0 +1,101 @@
+// How keys or values stand in memory, and what attention needs to read them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fibkv {
+
+enum class Form : int32_t { f32, f16, bf16, int8, fp8, fib };
+
+// In which order the code bytes of a span (T tokens of one head, B bytes a token) stand.
+//   rows         [T][B], the canonical order
+//   key_tiles    [T/16][B/4][16 tokens][4 bytes]: a 32-bit lane holds four bytes of one token, which is what a
+//                four-way integer dot product adds up; 64 consecutive bytes belong to 16 tokens
+//   value_tiles  [B/16][T/4][16 bytes][4 tokens]: a lane holds one code byte of four tokens, so that the same
+//                instruction adds up over tokens
+// Tiles pad T to a multiple of 16 with zero bytes.
+enum class Order : int32_t { rows, key_tiles, value_tiles };
+
+// Largest magnitude in the int16 tables: with queries and weights of 14 bits, sums over 256 dimensions stay in int32.
+constexpr float kMostWord = 511.0f;
+
+constexpr int kTokenTile = 16;
+constexpr int kValueSlice = 16;
+
+// A rotation [dim][dim], row-major, and its transpose: y = matrix x, x = transposed y. A randomized Hadamard rotation
+// also by its signs [rounds][dim], +1 or -1: each round changes signs, then takes the Walsh-Hadamard transform.
+struct Rotation {
+  int dim;
+  const float* matrix;
+  const float* transposed;
+  const float* signs;  // or null
+  int rounds;
+};
+
+// One side (keys or values) of one codec. Immutable; shared by all spans that it codes.
+struct Side {
+  Form form;
+  Order order;
+  int dim;         // elements of a vector
+  int code_bytes;  // bytes of one vector's code, without its norm or scale
+  int norm_bytes;  // of one vector's norm (fib) or scale (int8, fp8): 0, 1 or 2
+  int block;       // fib: coordinates of a codeword
+  int size;        // fib: codewords
+  int bits;        // fib: width of an index
+  bool log_norms;  // fib: 8-bit logarithms with a range per head, else float16
+  bool channels;   // vectors were divided by bfloat16 scales per channel first; they are read in their original space
+  const float* codewords;    // fib: [size][block]
+  const Rotation* rotation;  // or null; of a side with channels, the inner one
+
+  // For integer kernels: what one code byte stands for, as `planes` coordinates in int8 times `plane_step`.
+  // tables [planes][256]; int8 has one plane and no table. 0 planes: only float kernels can read this side.
+  int planes;
+  const int8_t* tables;
+  float plane_step;
+  // The same in int16, for products of pairs: words [planes / 2][256], plane 2 * pair in the low half, times word_step.
+  const int32_t* words;
+  float word_step;
+
+  int padded(int tokens) const {
+    return order == Order::rows ? tokens : (tokens + kTokenTile - 1) / kTokenTile * kTokenTile;
+  }
+  // Whether logits and outputs are in a rotated space.
+  const Rotation* space() const { return channels ? nullptr : rotation; }
+};
+
+// Where the parts of a rectangle (heads x tokens) of codes stand behind its base pointer:
+// codes [heads][padded T * B], norms [heads][padded T], ranges [heads][2] float16, channel scales [heads][dim] bfloat16.
+struct Rectangle {
+  int tokens;
+  size_t code_stride, norm_offset, norm_stride, range_offset, channel_offset, nbytes;
+
+  static Rectangle of(const Side& side, int heads, int tokens) {
+    Rectangle r{};
+    const size_t padded = side.padded(tokens);
+    r.tokens = tokens;
+    r.code_stride = padded * side.code_bytes;
+    r.norm_offset = heads * r.code_stride;
+    r.norm_stride = padded * side.norm_bytes;
+    r.range_offset = r.norm_offset + heads * r.norm_stride;
+    r.channel_offset = r.range_offset + (side.log_norms ? 4 * static_cast<size_t>(heads) : 0);
+    r.nbytes = r.channel_offset + (side.channels ? 2 * static_cast<size_t>(heads) * side.dim : 0);
+    return r;
+  }
+};
+
+// The codes of T tokens of one head.
+struct Span {
+  const uint8_t* codes;
+  const uint8_t* norms;
+  const uint8_t* range;
+  const uint8_t* channels;
+  int padded;  // tokens with padding: the pitch of value tiles
+
+  static Span of(const Side& side, const Rectangle& r, const uint8_t* base, int head) {
+    return {base + head * r.code_stride, base + r.norm_offset + head * r.norm_stride, base + r.range_offset + 4 * head,
+            base + r.channel_offset + 2 * static_cast<size_t>(head) * side.dim, side.padded(r.tokens)};
+  }
+};
+
+}  // namespace fibkv

@@ -1,0 +1,86 @@
+"""One layer that holds keys and values beside a state: the former in compressed pages, the latter as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+
+from fibkv.hf_layer import CompressedLayer
+from fibkv.hf_stock import state_tensors
+from fibkv.quarantine import Quarantine
+from fibkv.report import LayerReport
+from fibkv.settings import CacheSettings
+from fibkv.slabs import Slabs
+
+
+class CompressedHybridLayer(CompressedLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]  # None first
+    """A layer of full attention and of linear attention or a state space (Falcon-H1, Zamba2).
+
+    The attention half is a `CompressedLayer`, the other half transformers' `LinearAttentionLayer`, whose state has a
+    fixed size. A state cannot be taken back, so neither can tokens.
+
+    Args:
+        index: of the layer.
+        settings: of the cache.
+        quarantine: of the cache.
+        slabs: memory of the cache's pages.
+        stock: transformers' layer, whose place it takes.
+    """
+
+    is_croppable = False
+
+    def __init__(
+        self,
+        index: int,
+        settings: CacheSettings,
+        quarantine: Quarantine,
+        slabs: Slabs,
+        stock: LinearAttentionAndFullAttentionLayer,
+    ) -> None:
+        super().__init__(index, settings, quarantine, slabs)
+        LinearAttentionLayer.__init__(self, number_of_states=stock.number_of_states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Of the attention half for two positional arguments, of the state for keywords, as transformers calls it."""
+        if args:
+            CompressedLayer.lazy_initialization(self, *args)
+        else:
+            LinearAttentionLayer.lazy_initialization(self, **kwargs)
+
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        """Removes tokens from both halves, as far as transformers' half can: `Cache.crop` refuses what it cannot."""
+        LinearAttentionLayer.crop(self, int(tokens_to_remove))
+        CompressedLayer.crop(self, tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row ``i`` becomes row ``beam_idx[i]``, in both halves."""
+        LinearAttentionLayer.reorder_cache(self, beam_idx)  # type: ignore[arg-type]  # of type long
+        CompressedLayer.reorder_cache(self, beam_idx)
+
+    def reset(self) -> None:
+        """Empties both halves."""
+        LinearAttentionLayer.reset(self)
+        CompressedLayer.reset(self)
+
+    def offload(self) -> None:
+        """Moves both halves to the CPU."""
+        LinearAttentionLayer.offload(self)
+        CompressedLayer.offload(self)
+
+    def prefetch(self) -> None:
+        """Moves both halves back to the device of their model."""
+        LinearAttentionLayer.prefetch(self)
+        CompressedLayer.prefetch(self)
+
+    def report(self) -> LayerReport:
+        """What both halves hold; the state counts as it is."""
+        pages, states = super().report(), list(state_tensors(self))
+        return pages.model_copy(
+            update={
+                "reason": f"{pages.reason}; its state of fixed size is left as it is",
+                "elements": pages.elements + sum(state.numel() for state in states),
+                "nbytes": pages.nbytes + sum(state.numel() * state.element_size() for state in states),
+            }
+        )

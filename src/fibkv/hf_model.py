@@ -1,0 +1,134 @@
+"""What a model asks of its cache: which layers fibkv compresses, which stay in transformers' own classes, and why.
+
+Compressed are the keys and values of layers whose cache grows with the context, and the latents of multi-head latent
+attention. The rest is of fixed size (windows, states), or a model reads it in a way of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer
+
+from fibkv.errors import ModelError
+from fibkv.view import DTYPE_NAMES
+
+# By class name: not every release has every class.
+_WHY_STOCK = {
+    "DynamicSlidingWindowLayer": "a window of fixed size",
+    "DynamicIndexedLayer": "sparse attention, with index keys beside its keys and values",
+    "LinearAttentionLayer": "a state of fixed size",
+    "LinearAttentionAndSlidingWindowAttentionLayer": "a window and a state of fixed size",
+    "DummyLayer": "no cache of its own",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """What happens to one layer.
+
+    Attributes:
+        stock: transformers' layer for it.
+        why_stock: why it is left to that layer; None = compressed.
+    """
+
+    stock: Any
+    why_stock: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPlan:
+    """What happens to the layers of a model.
+
+    Attributes:
+        layers: in order.
+        query_heads: query heads of a layer.
+        kv_heads: heads that a compressed layer caches.
+        head_dims: every width of keys and values that the configuration speaks of; layers may differ in theirs.
+        latent_widths: with multi-head latent attention, the widths (latent, rotary key) of what a layer caches in the
+            places of keys and values; else None.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    query_heads: int
+    kv_heads: int
+    head_dims: tuple[int, ...]
+    latent_widths: tuple[int, int] | None
+
+
+def plan_model(model: PreTrainedModel | PretrainedConfig) -> ModelPlan:
+    """The plan for a causal language model of transformers, or for its configuration.
+
+    Raises:
+        ModelError: the model cannot be served: what it is, and what to do instead.
+    """
+    if not isinstance(model, PreTrainedModel | PretrainedConfig):
+        raise ModelError(f"Cache: expected a model of transformers or its configuration, got {type(model).__name__}")
+    config = model if isinstance(model, PretrainedConfig) else model.config
+    if config.is_encoder_decoder:
+        raise ModelError(f"{type(config).__name__}: encoder-decoder models are not supported; use EncoderDecoderCache")
+    _check_dtype(model)
+    if isinstance(model, PreTrainedModel) and not _takes_a_cache(model):
+        raise ModelError(
+            f"{type(model).__name__}: it works with a cache class of its own only; call it without a cache"
+        )
+    text = config.get_text_config(decoder=True)
+    query_heads = getattr(text, "num_attention_heads", None)
+    if query_heads is None:
+        raise ModelError(f"{type(text).__name__}: it has no attention heads, so there is nothing to compress")
+    latent_rank = getattr(text, "kv_lora_rank", None)
+    return ModelPlan(
+        layers=_plan_layers(config, text),
+        query_heads=query_heads,
+        # All heads share one latent.
+        kv_heads=1 if latent_rank else getattr(text, "num_key_value_heads", None) or query_heads,
+        head_dims=_head_dims(text, query_heads),
+        latent_widths=(latent_rank, text.qk_rope_head_dim) if latent_rank else None,
+    )
+
+
+def _check_dtype(model: PreTrainedModel | PretrainedConfig) -> None:
+    dtype = getattr(model, "dtype", None)
+    if isinstance(dtype, torch.dtype) and dtype not in DTYPE_NAMES:
+        raise ModelError(
+            f"{type(model).__name__}: expected float16, bfloat16 or float32, got {dtype}; convert it: model.to(dtype)"
+        )
+
+
+def _takes_a_cache(model: PreTrainedModel) -> bool:
+    """Whether ``generate`` would give it a DynamicCache; models that cannot generate are taken at their word."""
+    asked = getattr(model, "_supports_default_dynamic_cache", None)
+    return asked is None or bool(asked())
+
+
+def _head_dims(text: PretrainedConfig, query_heads: int) -> tuple[int, ...]:
+    named = {value for name, value in vars(text).items() if name.endswith(("head_dim", "kv_lora_rank"))}
+    hidden = getattr(text, "hidden_size", None)
+    if hidden is not None and getattr(text, "head_dim", None) is None:
+        named.add(hidden // query_heads)
+    return tuple(sorted(width for width in named if isinstance(width, int)))
+
+
+def _plan_layers(config: PretrainedConfig, text: PretrainedConfig) -> tuple[LayerPlan, ...]:
+    try:
+        stock = DynamicCache(config=config).layers
+    except KeyError as error:
+        raise ModelError(
+            f"{type(text).__name__}: layer kind {error} has no cache class in this release of transformers; "
+            "import the model's own module first, or use the cache that it comes with"
+        ) from error
+    # Cross-attention (mllama) reads its layers' tensors directly.
+    crossing = getattr(text, "cross_attention_layers", None) or ()
+    return tuple(LayerPlan(layer, _why_stock(layer, index in crossing)) for index, layer in enumerate(stock))
+
+
+def _why_stock(layer: Any, is_crossing: bool) -> str | None:
+    if is_crossing:
+        return "cross-attention, read by the model directly"
+    # Other subclasses add state, or another meaning of their keys and values.
+    if type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer):
+        return None
+    return _WHY_STOCK.get(type(layer).__name__, "a cache class of the model's own")

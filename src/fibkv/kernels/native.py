@@ -1,0 +1,297 @@
+"""The native kernels: C++ behind nanobind, for tensors on the CPU.
+
+One `Native` per instruction set. Attention reads pages where they lie, in tile order (`Packed`): products of bytes for
+FibQuant and int8 on AVX-512 and AVX2, float32 on decoded tiles for everything else. Tolerances against the reference
+are part of the conformance suite (tests/codecs/testextension.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fibkv.codes import Codes
+from fibkv.errors import KernelError
+from fibkv.kernels import reference
+from fibkv.kernels.native_sides import (
+    WHY_NOT,
+    extension,
+    extent,
+    fill,
+    leading_axes,
+    packed_codes,
+    raw_tables,
+    side_of,
+)
+from fibkv.packed import Packed
+from fibkv.shape import Role
+from fibkv.slabs import ALIGNMENT, Slabs
+from fibkv.tables import Tables
+
+INSTRUCTION_SETS = ("avx512", "avx2", "portable")
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """P consecutive spans of T tokens, for B batch rows and a range of heads, each with codes of its own.
+
+    Attributes:
+        rows: half-open range of batch rows.
+        heads: half-open range of KV heads.
+        start: first token; span ``p`` starts at ``start + p * tokens``.
+        tokens: T.
+        key_tables: of the keys' codec.
+        keys: [B][P] codes ``[heads, T, ...]``.
+        value_tables: of the values' codec.
+        values: [B][P] codes ``[heads, T, ...]``.
+        rotated: whether attention rotates queries and un-rotates outputs; else both are in the codes' space already.
+    """
+
+    rows: tuple[int, int]
+    heads: tuple[int, int]
+    start: int
+    tokens: int
+    key_tables: Tables
+    keys: Sequence[Sequence[Codes | Packed]]
+    value_tables: Tables
+    values: Sequence[Sequence[Codes | Packed]]
+    rotated: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Where the spans of a layer lie in memory, and what keeps them there."""
+
+    native: Any
+    held: tuple[Packed, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Masking:
+    """Which keys a query sees: ``mask`` as in `fibkv.kernels.attend` on ``[B, Hq, Q, length]``, or causal order."""
+
+    mask: Tensor | None
+    causal: bool
+
+
+def why_not(instruction_set: str | None = None) -> str:
+    """ "yes", or why native kernels (on that instruction set) cannot run here."""
+    if extension is None:
+        return WHY_NOT
+    if instruction_set is not None and not extension.has_isa(getattr(extension.Isa, instruction_set)):
+        return f"this machine has no {instruction_set}"
+    return "yes"
+
+
+class Native:
+    """Native kernels on one instruction set; by default the best that the machine has."""
+
+    def __init__(self, instruction_set: str | None = None) -> None:
+        """Raises KernelError where `why_not` does not say "yes"."""
+        reason = why_not(instruction_set)
+        if reason != "yes":
+            raise KernelError(f"native kernels: {reason}")
+        self.isa = extension.best_isa() if instruction_set is None else getattr(extension.Isa, instruction_set)
+
+    def encode(self, rows: Tensor, tables: Tables) -> Codes:
+        """Encodes ``rows [..., T, d]``; see `fibkv.kernels.reference.encode`."""
+        return reference.encode(rows, tables)
+
+    def decode(self, codes: Codes, tables: Tables, *, out: Tensor | None = None) -> Tensor:
+        """Decodes to ``[..., T, d]``; see `fibkv.kernels.reference.decode`."""
+        return reference.decode(codes, tables, out=out)
+
+    def pack(self, rectangles: Sequence[tuple[Codes | Packed, Tables, Role]], slabs: Slabs | None) -> list[Packed]:
+        """Puts the codes of one page into one block of memory, in the order in which attention reads them.
+
+        Args:
+            rectangles: codes ``[heads, tokens, ...]`` with their tables and role.
+            slabs: where the block comes from; None = memory of its own.
+        """
+        return self.pack_all([rectangles], slabs)[0]
+
+    def pack_all(
+        self, pages: Sequence[Sequence[tuple[Codes | Packed, Tables, Role]]], slabs: Slabs | None
+    ) -> list[list[Packed]]:
+        """`pack` for pages of equal form, which get neighbouring blocks."""
+        if not pages:
+            return []
+        sides = [side_of(tables, role, self.isa) for _, tables, role in pages[0]]
+        starts = [0]
+        for side, (codes, _, _) in zip(sides, pages[0], strict=True):
+            starts.append(starts[-1] + -(-side.nbytes(*extent(codes)) // ALIGNMENT) * ALIGNMENT)
+        total = starts[-1]
+        if slabs is None:
+            blocks = list(torch.empty(len(pages), total, dtype=torch.uint8))
+        else:
+            blocks = slabs.take(total, len(pages))
+        return [
+            [
+                fill(codes, tables, side, block, start)
+                for (codes, tables, _), side, start in zip(page, sides, starts[:-1], strict=True)
+            ]
+            for page, block in zip(pages, blocks, strict=True)
+        ]
+
+    def holds(self, codes: Codes | Packed, tables: Tables, role: Role) -> bool:
+        """Whether codes are in the order that these kernels read in place."""
+        return isinstance(codes, Packed) and codes.side is side_of(tables, role, self.isa)
+
+    def plan(self, runs: Sequence[Run]) -> Plan:
+        """Makes runs ready to be attended to; codes in another order are packed into memory of the plan's own."""
+        native, held = extension.Plan(), []
+        for run in runs:
+            key, value = (
+                side_of(tables, role, self.isa, run.rotated)
+                for tables, role in ((run.key_tables, "key"), (run.value_tables, "value"))
+            )
+            keys = [packed_codes(codes, run.key_tables, key) for row in run.keys for codes in row]
+            values = [packed_codes(codes, run.value_tables, value) for row in run.values for codes in row]
+            native.add(
+                row0=run.rows[0],
+                row1=run.rows[1],
+                head0=run.heads[0],
+                head1=run.heads[1],
+                start=run.start,
+                tokens=run.tokens,
+                spans=len(run.keys[0]),
+                key=key,
+                value=value,
+                keys=[packed.data.data_ptr() for packed in keys],
+                values=[packed.data.data_ptr() for packed in values],
+            )
+            held += [*keys, *values]
+        return Plan(native, tuple(held))
+
+    def attend_plan(
+        self,
+        query: Tensor,
+        plan: Plan,
+        tail: tuple[Tensor, Tensor, int],
+        masking: Masking,
+        *,
+        length: int,
+        scale: float,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention on everything that a layer holds, in one call.
+
+        Args:
+            query: ``[B, Hq, Q, d]`` floating, on the CPU.
+            plan: of the pages.
+            tail: raw keys ``[B, H, capacity, d]`` and values ``[B, H, capacity, d_value]``, and how many tokens of
+                them, the newest of the layer, are in use.
+            masking: which keys a query sees.
+            length: tokens of the layer, the tail's included; the queries are the newest.
+            scale: factor of the logits.
+            softcap: c of c * tanh(logits / c), or None.
+
+        Returns:
+            ``out [B, Hq, Q, d_value]`` and ``lse [B, Hq, Q]``, float32.
+
+        Raises:
+            KernelError: a tensor that is not on the CPU.
+        """
+        keys, values, tokens = tail
+        _require_cpu(query, keys, values)
+        rows = query.detach().to(torch.float32).contiguous()
+        keys, values = keys.detach().contiguous(), values.detach().contiguous()
+        out = torch.empty(*query.shape[:3], values.shape[3], dtype=torch.float32)
+        lse = torch.empty(query.shape[:3], dtype=torch.float32)
+        raw_keys, raw_values = (
+            side_of(raw_tables(side.dtype, side.shape[3]), role, self.isa)
+            for side, role in ((keys, "key"), (values, "value"))
+        )
+        ends = extension.Tail(
+            raw_keys, raw_values, keys.data_ptr(), values.data_ptr(), length - tokens, tokens, keys.shape[2]
+        )
+        mask, pointers = _mask_pointers(masking, query.shape, length)
+        extension.attend(
+            plan.native,
+            ends,
+            rows,
+            keys.shape[1],
+            length - query.shape[2],
+            pointers,
+            scale,
+            softcap or 0.0,
+            out,
+            lse,
+            torch.get_num_threads(),
+            self.isa,
+        )
+        del mask  # the call read it through a pointer
+        return out, lse
+
+    def attend(
+        self,
+        query: Tensor,
+        key_codes: Codes,
+        key_tables: Tables,
+        value_codes: Codes,
+        value_tables: Tables,
+        *,
+        scale: float,
+        mask: Tensor | None = None,
+        softcap: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of rotated queries on one part of a cache; see `fibkv.kernels.reference.attend`."""
+        leading = leading_axes(key_codes)
+        keys, values = (_flat(codes, leading) for codes in (key_codes, value_codes))
+        heads, tokens = extent(keys)
+        queries = query.expand(*leading, *query.shape[-2:]).reshape(1, heads, *query.shape[-2:])
+        if mask is not None:
+            mask = mask.expand(*leading, query.shape[-2], tokens).reshape(1, heads, query.shape[-2], tokens)
+        run = Run(
+            rows=(0, 1),
+            heads=(0, heads),
+            start=0,
+            tokens=tokens,
+            key_tables=key_tables,
+            keys=[[keys]],
+            value_tables=value_tables,
+            values=[[values]],
+            rotated=False,
+        )
+        nothing = (
+            query.new_empty(1, heads, 0, query.shape[-1]),
+            query.new_empty(1, heads, 0, value_tables.head_dim),
+            0,
+        )
+        out, lse = self.attend_plan(
+            queries,
+            self.plan([run]),
+            nothing,
+            Masking(mask, causal=False),
+            length=tokens,
+            scale=scale,
+            softcap=softcap,
+        )
+        return out.view(*leading, *out.shape[2:]), lse.view(*leading, lse.shape[2])
+
+
+def _flat(codes: Codes, leading: torch.Size) -> Codes:
+    """Codes with their leading axes made one."""
+    return codes.map(lambda tensor: tensor.reshape(leading.numel(), *tensor.shape[len(leading) :]))
+
+
+def _mask_pointers(masking: Masking, query: torch.Size, length: int) -> tuple[Tensor | None, Any]:
+    """The mask as the kernel reads it, with what to keep alive meanwhile."""
+    if masking.mask is None:
+        return None, extension.Mask(0, 0, 0, 0, 0, masking.causal)
+    is_bool = masking.mask.dtype == torch.bool
+    mask = masking.mask.detach() if is_bool else masking.mask.detach().to(torch.float32)
+    mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+    strides = mask.expand(query[0], query[1], query[2], length).stride()
+    allowed, added = (mask.data_ptr(), 0) if is_bool else (0, mask.data_ptr())
+    return mask, extension.Mask(allowed, added, *strides[:3], False)
+
+
+def _require_cpu(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            raise KernelError(f"native kernels: expected tensors on the CPU, got one on {tensor.device}")

@@ -1,0 +1,128 @@
+"""How codes of each codec lie in the memory of native kernels: the descriptions that C++ reads, and packing."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fibkv.codes import ChannelCodes, Codes, FibCodes, RawCodes, ScaledCodes
+from fibkv.packed import Packed
+from fibkv.packing import packed_nbytes
+from fibkv.rotation import Rotation, hadamard_signs
+from fibkv.shape import Role
+from fibkv.tables import ChannelTables, FibTables, RawTables, ScaledTables, Tables
+
+# Beyond, the float32 matrix of a Hadamard rotation is not the transform itself, and the matrix is what counts.
+MAX_EXACT_HADAMARD = 256
+# The compiled module, or None where it was built without a compiler or left out on request.
+extension: Any = None
+WHY_NOT = "yes"
+try:
+    extension = import_module("fibkv.kernels._native")
+except ImportError as missing:
+    WHY_NOT = f"not built ({missing})"
+
+
+@lru_cache(maxsize=256)
+def side_of(tables: Tables, role: Role, isa: Any, rotated: bool = True) -> Any:
+    """The native description of one side, one object per process and setting: pages are compared by it.
+
+    Args:
+        tables: of a codec.
+        role: keys and values stand in different orders.
+        isa: instruction set; without byte products codes stay in rows.
+        rotated: see `Run`.
+    """
+    inner = tables.inner if isinstance(tables, ChannelTables) else tables
+    settings: dict[str, Any] = {
+        "is_key": role == "key",
+        "tiled": isa != extension.Isa.portable,
+        "dim": tables.head_dim,
+        "channels": isinstance(tables, ChannelTables),
+        # A space per group needs the inner rotation in any case.
+        "rotation": _rotation(inner.rotation) if inner.rotation and (rotated or tables is not inner) else None,
+    }
+    forms = extension.Form
+    coding: dict[str, Any]
+    nothing: dict[str, Any] = {"block": 0, "size": 0, "bits": 0, "log_norms": False, "codewords": None}
+    match inner:
+        case RawTables():
+            form = {torch.float32: forms.f32, torch.float16: forms.f16, torch.bfloat16: forms.bf16}[inner.dtype]
+            coding = {"form": form, "code_bytes": inner.head_dim * inner.dtype.itemsize, "norm_bytes": 0, **nothing}
+        case ScaledTables():
+            form = forms.int8 if inner.dtype == torch.int8 else forms.fp8
+            coding = {"form": form, "code_bytes": inner.head_dim, "norm_bytes": 2, **nothing}
+        case FibTables():
+            log8 = inner.norm_format == "log8"
+            coding = {
+                "form": forms.fib,
+                "code_bytes": packed_nbytes(inner.num_blocks, inner.bits),
+                "norm_bytes": 1 if log8 else 2,
+                "block": inner.codewords.shape[1],
+                "size": inner.codewords.shape[0],
+                "bits": inner.bits,
+                "log_norms": log8,
+                "codewords": inner.codewords.contiguous(),
+            }
+    return extension.Side(**settings, **coding)
+
+
+@lru_cache(maxsize=64)
+def _rotation(rotation: Rotation) -> Any:
+    is_transform = rotation.kind == "hadamard" and rotation.dim <= MAX_EXACT_HADAMARD
+    signs = hadamard_signs(rotation.dim, rotation.seed) if is_transform else torch.empty(0, rotation.dim)
+    return extension.Rotation(rotation.matrix.contiguous(), signs.to(torch.float32))
+
+
+@lru_cache(maxsize=64)
+def raw_tables(dtype: torch.dtype, head_dim: int) -> RawTables:
+    """Tables of tensors that are no codec's: the tail."""
+    return RawTables(dtype=dtype, head_dim=head_dim)
+
+
+def fill(codes: Codes | Packed, tables: Tables, side: Any, block: Tensor, start: int) -> Packed:
+    """Codes packed into ``block[start:]``."""
+    if isinstance(codes, Packed) and codes.side is side:
+        return codes.within(block, start)
+    heads, tokens = extent(codes)
+    packed = Packed(block[start : start + side.nbytes(heads, tokens)], block, heads, tokens, tables, side)
+    packed.store(codes.canonical())
+    return packed
+
+
+def packed_codes(codes: Codes | Packed, tables: Tables, side: Any) -> Packed:
+    """Codes in the order of a side: themselves if they are in it, else a copy."""
+    if isinstance(codes, Packed) and codes.side is side:
+        return codes
+    return fill(codes, tables, side, torch.empty(side.nbytes(*extent(codes)), dtype=torch.uint8), 0)
+
+
+def leading_axes(codes: Codes) -> torch.Size:
+    """The leading axes of codes."""
+    return _per_token(codes).shape[:-1]
+
+
+def extent(codes: Codes | Packed) -> tuple[int, int]:
+    """(heads, tokens) of the codes ``[heads, tokens, ...]`` of a rectangle."""
+    if isinstance(codes, Packed):
+        return codes.heads, codes.tokens
+    heads, tokens = _per_token(codes).shape
+    return heads, tokens
+
+
+def _per_token(codes: Codes) -> Tensor:
+    """A tensor ``[..., T]`` with one entry per vector."""
+    match codes:
+        case ChannelCodes():
+            return _per_token(codes.inner)
+        case FibCodes():
+            return codes.norms
+        case ScaledCodes():
+            return codes.scales
+        case RawCodes():
+            return codes.values[..., 0]
+    raise TypeError(f"unknown codes: {type(codes).__name__}")

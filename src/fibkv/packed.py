@@ -1,0 +1,119 @@
+"""Codes in the order in which native kernels read them: the resident form of a page's codes.
+
+The canonical order (`fibkv.codes`) is what is hashed, stored and sent; this one lives in memory only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fibkv.codes import ChannelCodes, Codes, FibCodes, RawCodes, ScaledCodes
+from fibkv.packing import packed_nbytes
+from fibkv.tables import ChannelTables, FibTables, RawTables, ScaledTables, Tables
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """Codes of a rectangle (heads x tokens) as one run of bytes.
+
+    Attributes:
+        data: ``[nbytes]`` uint8 on the CPU, part of ``block``.
+        block: the memory behind it, which it keeps alive.
+        heads: number of heads.
+        tokens: number of tokens.
+        tables: of the codec.
+        side: the native object that knows the order (`fibkv.kernels.native.side_of`).
+    """
+
+    data: Tensor
+    block: Tensor
+    heads: int
+    tokens: int
+    tables: Tables
+    side: Any
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, the padding of tiles included."""
+        return self.data.numel()
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU."""
+        return self.data.device
+
+    def canonical(self) -> Codes:
+        """The codes in canonical order ``[heads, tokens, ...]``, newly allocated."""
+        codes = empty_codes(self.tables, self.heads, self.tokens)
+        self.side.unpack(self.heads, self.tokens, self.data, *byte_parts(codes))
+        return codes
+
+    def store(self, codes: Codes) -> None:
+        """Overwrites the bytes with other codes of the same rectangle."""
+        self.side.pack(self.heads, self.tokens, *byte_parts(codes), self.data)
+
+    def to(self, device: torch.device) -> Codes | Packed:
+        """Itself on the CPU, canonical codes on any other device."""
+        return self if device == self.device else self.canonical().to(device)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process may have other kernels: what travels is canonical.
+        return _identity, (self.canonical(),)
+
+    def within(self, block: Tensor, start: int) -> Packed:
+        """The same codes copied to ``block[start:]``."""
+        data = block[start : start + self.nbytes]
+        data.copy_(self.data)
+        return replace(self, data=data, block=block)
+
+
+def _identity(codes: Codes) -> Codes:
+    return codes
+
+
+def empty_codes(tables: Tables, heads: int, tokens: int) -> Codes:
+    """Uninitialized canonical codes ``[heads, tokens, ...]`` of a codec."""
+    match tables:
+        case RawTables():
+            return RawCodes(torch.empty(heads, tokens, tables.head_dim, dtype=tables.dtype))
+        case ScaledTables():
+            scales = torch.empty(heads, tokens, dtype=torch.bfloat16)
+            return ScaledCodes(scales, torch.empty(heads, tokens, tables.head_dim, dtype=tables.dtype))
+        case FibTables():
+            log8 = tables.norm_format == "log8"
+            return FibCodes(
+                norm_range=torch.empty(heads, 2 if log8 else 0, dtype=torch.float16),
+                norms=torch.empty(heads, tokens, dtype=torch.uint8 if log8 else torch.float16),
+                indices=torch.empty(heads, tokens, packed_nbytes(tables.num_blocks, tables.bits), dtype=torch.uint8),
+            )
+        case ChannelTables():
+            scales = torch.empty(heads, tables.head_dim, dtype=torch.bfloat16)
+            return ChannelCodes(scales, empty_codes(tables.inner, heads, tokens))
+
+
+def byte_parts(codes: Codes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The bytes ``[n]`` uint8 of (codes, norms or scales, norm ranges, channel scales); absent ones are empty.
+
+    Contiguous codes are viewed, not copied.
+    """
+    none = torch.empty(0, dtype=torch.uint8)
+    match codes:
+        case ChannelCodes():
+            payload, norms, ranges, _ = byte_parts(codes.inner)
+            return payload, norms, ranges, _bytes(codes.channel_scales)
+        case FibCodes():
+            return _bytes(codes.indices), _bytes(codes.norms), _bytes(codes.norm_range), none
+        case ScaledCodes():
+            return _bytes(codes.values), _bytes(codes.scales), none, none
+        case RawCodes():
+            return _bytes(codes.values), none, none, none
+    raise TypeError(f"unknown codes: {type(codes).__name__}")
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    flat = tensor.contiguous().view(-1)
+    return flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)

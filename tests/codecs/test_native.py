@@ -1,0 +1,342 @@
+"""The native kernels: the whole conformance suite on every instruction set of this machine, and attention in place."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from fibkv import kernels
+from fibkv.attend import Scores, attend
+from fibkv.cache import LayerCache
+from fibkv.codecs import codec_for
+from fibkv.errors import KernelError
+from fibkv.kernels import native
+from fibkv.packed import Packed
+from fibkv.parameters import FibParameters, named_parameters
+from fibkv.policy import Policy
+from fibkv.quarantine import Quarantine
+from fibkv.regions import ProtectedRegions
+from fibkv.view import Tail, View
+from tests.codecs import test_codecs
+from tests.codecs.conformance import CodecConformance, equal, gaussian
+from tests.pages.helpers import layer_settings_of
+
+AVAILABLE = [name for name, answer in kernels.available().items() if name.startswith("native-") and answer == "yes"]
+pytestmark = pytest.mark.skipif(native.why_not() != "yes", reason=f"native kernels: {native.why_not()}")
+
+# Stated tolerances of attention, relative to the rms of the output. Byte products round queries, weights and codewords
+# to 8 bits on AVX-512 (int8 codes meet 16-bit queries and weights) and to 14, 14 and 10 bits on AVX2; 4-bit codes
+# themselves err by 9 %, 2-bit codes by 31 %. Everything else is float32.
+BYTES, WORDS, FLOATS = 0.03, 5e-3, 1e-5
+
+
+def tolerance(implementation: str, *codec_names: str) -> float:
+    if implementation in ("native-portable", "reference"):
+        return FLOATS
+    if any(name.startswith(("fib", "scalar")) for name in codec_names):
+        return BYTES if kernels.resolve(implementation).isa == kernels.resolve("native-avx512").isa else WORDS
+    return 2e-3 if "int8" in codec_names else FLOATS
+
+
+def _suites() -> list[type[CodecConformance]]:
+    found = [value for value in vars(test_codecs).values() if isinstance(value, type)]
+    return [suite for suite in found if issubclass(suite, CodecConformance) and suite is not CodecConformance]
+
+
+# The suite of every codec once more for every instruction set: TestFib4NativeAvx2 and so on.
+for _implementation in AVAILABLE:
+    for _suite in _suites():
+        _name = f"{_suite.__name__}{_implementation.title().replace('-', '')}"
+        globals()[_name] = type(
+            _name,
+            (_suite,),
+            {
+                "implementation": _implementation,
+                "attend_error": tolerance(_implementation, _suite.parameters.codec),
+                "__module__": __name__,
+            },
+        )
+
+
+PAIRS = [
+    ("fib4", "fib4"),
+    ("fib2", "fib2"),
+    ("fib4", "fib2"),
+    ("scalar4", "scalar4"),
+    ("scalar2", "scalar2"),
+    ("fib1", "fib3"),
+    ("int8", "int8"),
+    ("int8", "fib4"),
+    ("fp8", "fp8"),
+    ("fib4", "raw"),
+    ("raw", "raw"),
+]
+
+
+def parameters(name: str, dim: int) -> object:
+    scalar = {"scalar4": 16, "scalar2": 4}
+    return FibParameters.of(dim, 1, scalar[name]) if name in scalar else named_parameters(name, dim, "f32")
+
+
+def filled(
+    pair: tuple[str, str],
+    implementation: str,
+    *,
+    tokens: int = 150,
+    batch: int = 2,
+    heads: int = 2,
+    groups: int = 2,
+    dim: int = 64,
+    policy: Policy | None = None,
+    tokens_per_page: int = 16,
+) -> LayerCache:
+    settings = layer_settings_of(
+        *(parameters(name, dim) for name in pair),
+        heads=heads,
+        query_heads=heads * groups,
+        policy=policy or Policy.per_token(ProtectedRegions(first_tokens_raw=3, last_tokens_raw=5)),
+        tokens_per_page=tokens_per_page,
+        implementation=implementation,
+    )
+    keys, values = gaussian(batch, heads, tokens, dim), gaussian(batch, heads, tokens, dim, seed=1)
+    cache = LayerCache(settings, keys, values, Quarantine())
+    cache.append(keys, values)
+    return cache
+
+
+def dense(query: Tensor, view: View, scores: Scores) -> tuple[Tensor, Tensor]:
+    """Attention in float64 on the decoded cache."""
+    keys, values = (side.double() for side in view.decode(torch.float32))
+    groups = query.shape[1] // keys.shape[1]
+    keys, values = (side.repeat_interleave(groups, 1) for side in (keys, values))
+    logits = query.double() @ keys.transpose(-1, -2) * scores.scale
+    if scores.softcap is not None:
+        logits = scores.softcap * torch.tanh(logits / scores.softcap)
+    mask = scores.mask
+    if mask is None and scores.causal:
+        past, length = view.length - query.shape[2], view.length
+        mask = torch.arange(length) <= past + torch.arange(query.shape[2])[:, None]
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+    return torch.softmax(logits, -1).nan_to_num(0.0) @ values, torch.logsumexp(logits, -1)
+
+
+def check(cache: LayerCache, query: Tensor, scores: Scores, error: float) -> None:
+    view = cache.view()
+    out, lse = attend(query, view, scores)
+    expected, expected_lse = dense(query, view, scores)
+    seen = torch.isfinite(expected_lse)
+    assert not out[~seen].any()
+    assert (lse[~seen] == -torch.inf).all()
+    rms = float(expected[seen].square().mean().sqrt())
+    assert float((out[seen].double() - expected[seen]).square().mean().sqrt()) <= error * rms
+    torch.testing.assert_close(lse[seen].double(), expected_lse[seen], rtol=error, atol=error)
+
+
+@pytest.mark.parametrize("implementation", AVAILABLE)
+@pytest.mark.parametrize("pair", PAIRS)
+class TestPairs:
+    def test_one_query(self, pair: tuple[str, str], implementation: str) -> None:
+        cache = filled(pair, implementation)
+        assert all(isinstance(segment.held, Packed) for page in cache.pages() for segment in (*page.keys, *page.values))
+        check(cache, gaussian(2, 4, 1, 64, seed=2), Scores(0.125), tolerance(implementation, *pair))
+
+    def test_several_and_many_queries(self, pair: tuple[str, str], implementation: str) -> None:
+        """Speculative verification and chunked prefill: causal among themselves."""
+        cache = filled(pair, implementation)
+        for queries in (3, 9, 70):
+            error = tolerance(implementation, *pair)
+            check(cache, gaussian(2, 4, queries, 64, seed=2), Scores(0.125), error)
+
+    def test_left_padding_and_softcap(self, pair: tuple[str, str], implementation: str) -> None:
+        cache = filled(pair, implementation)
+        mask = torch.ones(2, 1, 2, 150, dtype=torch.bool)
+        mask[1, :, :, :40] = False
+        mask[0, :, 1] = False
+        query = gaussian(2, 4, 2, 64, seed=2)
+        for given in (mask, torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)):
+            scores = Scores(0.125, softcap=2.0, mask=given)
+            check(cache, query, scores, tolerance(implementation, *pair))
+
+
+@pytest.mark.parametrize("implementation", AVAILABLE)
+@pytest.mark.parametrize("groups", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("dim", [32, 64, 128, 256])
+def test_grouped_queries_and_head_dims(implementation: str, groups: int, dim: int) -> None:
+    for pair in (("fib4", "fib4"), ("fib2", "int8")):
+        cache = filled(pair, implementation, groups=groups, dim=dim, batch=1)
+        check(cache, gaussian(1, 2 * groups, 1, dim, seed=2), Scores(dim**-0.5), tolerance(implementation, *pair))
+
+
+@pytest.mark.parametrize("implementation", AVAILABLE)
+@pytest.mark.parametrize("dim", [20, 80, 96])
+def test_odd_head_dims(implementation: str, dim: int) -> None:
+    cache = filled(("fib4", "fib4"), implementation, dim=dim)
+    check(cache, gaussian(2, 4, 1, dim, seed=2), Scores(0.1), tolerance(implementation, "fib4"))
+
+
+@pytest.mark.parametrize("implementation", AVAILABLE)
+@pytest.mark.parametrize("tokens_per_page", [1, 5, 64, 100, 200])
+def test_page_sizes(implementation: str, tokens_per_page: int) -> None:
+    """Pages that are no multiple of a tile, and longer than one."""
+    for pair in (("fib4", "fib2"), ("int8", "int8")):
+        cache = filled(pair, implementation, tokens=420, tokens_per_page=tokens_per_page)
+        check(cache, gaussian(2, 4, 1, 64, seed=2), Scores(0.125), tolerance(implementation, *pair))
+
+
+@pytest.mark.parametrize("implementation", AVAILABLE)
+def test_protected_heads_and_channels(implementation: str) -> None:
+    for policy in (
+        Policy.per_token(ProtectedRegions(raw_heads=(1,), first_tokens_raw=2)),
+        Policy.role_aware_baseline(),
+    ):
+        cache = filled(("fib4", "fib4"), implementation, policy=policy)
+        check(cache, gaussian(2, 4, 1, 64, seed=2), Scores(0.125), tolerance(implementation, "fib4"))
+
+
+@pytest.mark.parametrize("implementation", AVAILABLE)
+def test_a_mask_per_head_and_queries_that_are_not_contiguous(implementation: str) -> None:
+    cache = filled(("int8", "fib4"), implementation)
+    mask = torch.rand(2, 4, 3, 150, generator=torch.Generator().manual_seed(0)) > 0.4
+    query = gaussian(2, 3, 4, 64, seed=2).transpose(1, 2)
+    check(cache, query, Scores(0.125, mask=mask), tolerance(implementation, "int8", "fib4"))
+    strided = mask.repeat_interleave(2, -1)[..., ::2]
+    check(cache, query, Scores(0.125, mask=strided), tolerance(implementation, "int8", "fib4"))
+
+
+@pytest.mark.parametrize("implementation", AVAILABLE)
+def test_the_result_does_not_depend_on_the_number_of_threads(implementation: str) -> None:
+    """The context is split at other places: sums differ by rounding only."""
+    cache = filled(("fib4", "fib4"), implementation, tokens=3000, batch=1, tokens_per_page=64)
+    query, view = gaussian(1, 4, 1, 64, seed=2), cache.view()
+    before = torch.get_num_threads()
+    outs = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            outs.append(attend(query, view, Scores(0.125)))
+    finally:
+        torch.set_num_threads(before)
+    for out, lse in outs[1:]:
+        torch.testing.assert_close(out, outs[0][0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(lse, outs[0][1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    keys, values = gaussian(1, 2, 90, 64).to(dtype), gaussian(1, 2, 90, 64, seed=1).to(dtype)
+    view = View.of_tensors(keys, values)
+    query = gaussian(1, 4, 1, 64, seed=2).to(dtype)
+    out, _ = attend(query, view, Scores(0.125))
+    assert out.dtype == dtype
+    expected, _ = attend(query.float(), View.of_tensors(keys.float(), values.float()), Scores(0.125))
+    assert torch.equal(out, expected.to(dtype))
+
+
+def test_small_halves_are_read_exactly() -> None:
+    """Denormal float16 and every e4m3 code."""
+    halves = torch.arange(1024, dtype=torch.int16).view(torch.float16).reshape(1, 1, 16, 64)
+    out, _ = attend(torch.zeros(1, 1, 1, 64), View.of_tensors(halves, halves), Scores(1.0))
+    torch.testing.assert_close(out[0, 0, 0], halves.float().mean(2)[0, 0], rtol=1e-5, atol=0)
+    codes = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 16).view(torch.float8_e4m3fn)
+    codec = codec_for(named_parameters("fp8", 16, "f32"))
+    finite = torch.isfinite(codes.float()[:, 0])
+    coded = codec.assemble(
+        {"scales": torch.ones(1, int(finite.sum()), dtype=torch.bfloat16), "values": codes[finite][None]}
+    )
+    for token in range(0, coded.scales.shape[1], 7):
+        one = coded.tokens(token, token + 1, lead=1)
+        out, _ = kernels.attend(
+            torch.zeros(1, 1, 16), one, codec.tables, one, codec.tables, scale=1.0, implementation="native"
+        )
+        assert torch.equal(out[0, 0], one.values[0, 0].float())
+
+
+class TestMemory:
+    def test_pages_that_are_sealed_together_are_neighbours(self) -> None:
+        cache = filled(("fib4", "fib4"), "native", batch=1, tokens=200)
+        addresses = [page.keys[0].held.data.data_ptr() for page in cache.rows[0] if len(page.keys) == 1]
+        steps = {b - a for a, b in pairwise(addresses)}
+        (step,) = steps
+        held = cache.rows[0][2].nbytes - 64
+        assert held <= step < held + 2 * 64, "blocks of equal size, one behind another"
+
+    def test_blocks_return_to_the_free_list(self) -> None:
+        cache = filled(("fib4", "fib4"), "native", batch=1, tokens=400)
+        slabs = cache._slabs
+        assert slabs.slack_nbytes == 0
+        held = sum(page.nbytes - 64 for page in cache.pages())
+        cache.crop(100)
+        left = sum(page.nbytes - 64 for page in cache.pages())
+        freed = slabs.slack_nbytes
+        # The page that was cut took a block of another size; all the others came back whole.
+        assert held - left <= freed <= 1.05 * held
+        more = gaussian(1, 2, 200, 64, seed=7)
+        cache.append(more, more)
+        assert slabs.slack_nbytes < freed, "free blocks are used first"
+
+    def test_codes_are_the_reference_codes(self) -> None:
+        """Only the order in memory differs: canonical bytes and digests are the same."""
+        for pair in PAIRS:
+            one, other = filled(pair, "native"), filled(pair, "reference")
+            for left, right in zip(one.pages(), other.pages(), strict=True):
+                assert left.digest == right.digest == left.compute_digest()
+
+    def test_copies_pickles_and_cuts(self) -> None:
+        cache = filled(("fib4", "int8"), "native")
+        query = gaussian(2, 4, 1, 64, seed=2)
+        expected, _ = attend(query, cache.view(), Scores(0.125))
+        twin = copy.deepcopy(cache)
+        assert twin.rows[0][0] is cache.rows[0][0]
+        again = pickle.loads(pickle.dumps(cache))
+        assert again.rows[0][0].keys[0].held is not cache.rows[0][0].keys[0].held
+        for copied in (twin, again):
+            assert torch.equal(attend(query, copied.view(), Scores(0.125))[0], expected)
+        cache.crop(77)
+        assert all(isinstance(segment.held, Packed) for page in cache.pages() for segment in page.keys)
+        check(cache, query, Scores(0.125), BYTES)
+
+    def test_another_implementation_reads_the_same_pages(self) -> None:
+        cache = filled(("fib4", "fib4"), "native")
+        query, view = gaussian(2, 4, 1, 64, seed=2), cache.view()
+        expected, _ = attend(query, view, Scores(0.125), implementation="reference")
+        portable, _ = attend(query, view, Scores(0.125), implementation="native-portable")
+        torch.testing.assert_close(portable, expected, rtol=1e-4, atol=1e-5)
+
+    def test_packing_keeps_every_codec_bit_for_bit(self) -> None:
+        for suite in _suites():
+            codec = codec_for(suite.parameters, suite.axis)
+            codes = codec.encode(gaussian(3, 21, codec.head_dim))
+            for name in AVAILABLE:
+                for role in ("key", "value"):
+                    (packed,) = kernels.resolve(name).pack([(codes, codec.tables, role)], None)
+                    assert equal(packed.canonical(), codes), (suite.__name__, name, role)
+
+
+class TestRefusals:
+    def test_tensors_elsewhere(self) -> None:
+        view = View.of_tensors(torch.zeros(1, 1, 2, 16), torch.zeros(1, 1, 2, 16))
+        with pytest.raises(KernelError, match="'native': expected tensors on the CPU, got meta"):
+            attend(torch.zeros(1, 1, 1, 16, device="meta"), view, Scores(1.0), implementation="native")
+        elsewhere = View(view.rows, Tail(*[torch.zeros(1, 1, 2, 16, device="meta")] * 2, 2), 2)
+        with pytest.raises(KernelError, match="expected tensors on the CPU, got one on meta"):
+            attend(torch.zeros(1, 1, 1, 16), elsewhere, Scores(1.0), implementation="native")
+
+    def test_what_is_not_built_says_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(native, "extension", None)
+        monkeypatch.setattr(native, "WHY_NOT", "not built (no compiler)")
+        assert kernels.available()["native"] == "not built (no compiler)"
+        assert kernels.resolve("auto") is kernels.resolve("reference")
+        with pytest.raises(KernelError, match=r"native kernels: not built \(no compiler\)"):
+            native.Native()
+
+    def test_gradients_are_not_followed(self) -> None:
+        cache = filled(("int8", "int8"), "native")
+        query = gaussian(2, 4, 1, 64, seed=2).requires_grad_()
+        out, _ = attend(query, cache.view(), Scores(0.125))
+        assert not out.requires_grad
