@@ -72,8 +72,9 @@ struct FibForm {
   int num_scales;       // scale search: factors tried on the unit vector; one for none
   const float* scales;
 
-  int blocks() const { return dim / block; }
-  int code_bytes() const { return (blocks() * bits + 7) / 8; }
+  // Inlined always: the linker must not keep a copy that was compiled for a larger instruction set.
+  [[gnu::always_inline]] int blocks() const { return dim / block; }
+  [[gnu::always_inline]] int code_bytes() const { return (blocks() * bits + 7) / 8; }
 };
 
 // Kernels for rows of one element type. They run on the calling thread; `scratch` has `scratch_bytes`, aligned to 64.
