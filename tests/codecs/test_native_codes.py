@@ -368,4 +368,6 @@ def test_nothing_decodes_to_nothing() -> None:
 def test_every_suite_runs_here_too() -> None:
     plain = [name for name, value in vars(test_codecs).items() if isinstance(value, type) and name.startswith("Test")]
     suites = {name for name in plain if issubclass(getattr(test_codecs, name), CodecConformance)}
-    assert suites <= {name.removesuffix("Native") for name in globals() if name.endswith("Native")}
+    for implementation in native_implementations():
+        suffix = implementation.title().replace("-", "")
+        assert suites <= {name.removesuffix(suffix) for name in globals() if name.endswith(suffix)}
