@@ -8,6 +8,7 @@
 
 #include "bindings.h"
 #include "owned.h"
+#include "read.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -147,6 +148,8 @@ void bind_attention(nb::module_& m) {
                           int64_t head_stride, int64_t query_stride, bool causal) {
         new (self) MaskPointer{allowed, added, batch_stride, head_stride, query_stride, causal};
       });
+  m.def("read", [](Bytes bytes, int threads) { return read_bytes(bytes.data(), bytes.size(), threads); }, "bytes"_a,
+        "threads"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("attend", &run_attend, "plan"_a, "tail"_a, "query"_a, "kv_heads"_a, "past"_a, "mask"_a, "scale"_a, "softcap"_a,
         "out"_a, "lse"_a, "threads"_a, "isa"_a);
 }

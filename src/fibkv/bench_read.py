@@ -8,6 +8,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from fibkv.kernels import native
 from fibkv.machine import available_memory, last_level_cache
 
 ROW = 1024
@@ -17,19 +18,21 @@ UNKNOWN_CACHE = 256 << 20
 """Taken for the last-level cache where the operating system does not report one."""
 TRIALS = 5
 
-METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+METHODS: dict[str, Callable[[Tensor, Tensor], object]] = {
     "float32 matrix @ vector": torch.mv,
     "float32 x . x": lambda rows, _: torch.dot(rows.view(-1), rows.view(-1)),
     "int8 maximum": lambda rows, _: rows.view(torch.int8).amax(),
 }
-"""The fastest reads found in torch: each looks at every byte of ``rows [n, ROW]`` once. Sums over float or integer
+"""The fastest reads found: each looks at every byte of ``rows [n, ROW]`` once. torch's sums over float or integer
 tensors are slower than these, or as fast on one thread only."""
+if native.why_not() == "yes":
+    METHODS["native sum"] = lambda rows, _: native.read(rows)
 
 
 class PureRead:
     """A buffer that is read piece by piece, so that each read finds its bytes in memory, not in a cache.
 
-    torch has no plain read. The fastest of `METHODS` is taken for each size, by trial on this machine.
+    The fastest of `METHODS` is taken for each size, by trial on this machine.
 
     Args:
         nbytes: of the buffer; more than the last-level cache.

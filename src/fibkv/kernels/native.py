@@ -87,6 +87,16 @@ def why_not(instruction_set: str | None = None) -> str:
     return "yes"
 
 
+def read(tensor: Tensor) -> int:
+    """Reads every byte of a contiguous tensor on the CPU once, on torch's threads: a bound for whatever must read them.
+
+    Returns:
+        A sum, so that nothing can leave the read out.
+    """
+    total: int = extension.read(tensor.view(-1).view(torch.uint8), torch.get_num_threads())
+    return total
+
+
 class Native:
     """Native kernels on one instruction set; by default the best that the machine has."""
 
