@@ -33,6 +33,7 @@ class Source:
         self._count = count
         self._dense: tuple[Tensor, Tensor] | None = None
 
+    @outside_graphs
     def dense(self) -> tuple[Tensor, Tensor]:
         """Dense keys and values ``[B, H, length, d]``, decoded at the first call and counted then."""
         if self._dense is None:

@@ -89,7 +89,7 @@ class Cache(StockCache):
 
     def _layer(self, index: int, layer: LayerPlan) -> Any:
         if layer.why_stock is not None:
-            return layer.stock
+            return copy.deepcopy(layer.stock)  # the plan's own stays empty, for `reset`
         if isinstance(layer.stock, LinearAttentionAndFullAttentionLayer):
             return CompressedHybridLayer(index, self.settings, self.quarantine, self.slabs, layer.stock)
         return CompressedLayer(index, self.settings, self.quarantine, self.slabs, self.plan.latent_widths)
@@ -173,6 +173,15 @@ class Cache(StockCache):
             is_held = isinstance(layer, CompressedLayer) or num_rows(layer) > 0
             if is_held and (remove or getattr(layer, "record_past", False)):
                 layer.crop(-remove)  # type: ignore[union-attr]  # all but abstract layers have it
+
+    def reset(self) -> None:
+        """Empties the cache."""
+        for index, (layer, plan) in enumerate(zip(self.layers, self.plan.layers, strict=True)):
+            if isinstance(layer, CompressedLayer):
+                layer.reset()
+            else:
+                # Some of transformers' layers only put zeros into what they hold, and go on from there.
+                self.layers[index] = copy.deepcopy(plan.stock)
 
     def fork(self, repeats: int = 1) -> Cache:
         """An independent copy that shares the sealed pages, every row ``repeats`` times.

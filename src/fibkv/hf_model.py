@@ -31,7 +31,7 @@ class LayerPlan:
     """What happens to one layer.
 
     Attributes:
-        stock: transformers' layer for it.
+        stock: transformers' layer for it, empty.
         why_stock: why it is left to that layer; None = compressed.
     """
 

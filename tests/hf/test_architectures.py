@@ -19,6 +19,9 @@ from tests.hf.architectures import ARGUMENTS, is_known, tiny
 from tests.hf.calls import Options, cache_for, generate, ids, logits_along
 from tests.hf.oracle import dequantized_cache
 
+# GPTBigCode in older releases.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
 TABLE = Path(__file__).parents[2] / "docs" / "MODELS.md"
 # Sparse attention by an index: refused under `fibkv.attention`, served without it.
 WITHOUT_ATTENTION = {"DeepseekV32", "GlmMoeDsa"}
