@@ -13,10 +13,10 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+import fibkv.kernels._native as native
 import torch
 from torch.nn.functional import normalize
 
-import fibkv.kernels._native as native
 from fibkv.codecs import Codec, codec_for
 from fibkv.kernels import native_codes
 from fibkv.parameters import FibParameters, Fp8Parameters, Int8Parameters
