@@ -210,7 +210,7 @@ static bool encode_batch(const FibForm& form, const void* rows, int count, uint8
   if (!quick && !rotate_exactly<element>(form, rows, count, scratch, length)) return false;
   const vi* index = scratch.index;
   Fit sums;
-  if (form.num_scales > 1) {
+  if (form.num_scales > 1 || form.scales[0] != 1.0f) {
     sums = search_scales(form, scratch);
     index = scratch.best;
   } else {

@@ -72,7 +72,8 @@ class CacheReport(Contract):
     def __str__(self) -> str:
         lines = [
             f"{self.nbytes / 1024:.1f} KiB in {len(self.layers)} layers, {self.bits_per_element:.3f} bits per element "
-            f"(tables {self.tables_nbytes / 1024:.1f} KiB, slack {self.slack_nbytes / 1024:.1f} KiB), {self.materialized} materialized"
+            f"(tables {self.tables_nbytes / 1024:.1f} KiB, slack {self.slack_nbytes / 1024:.1f} KiB), "
+            f"{self.materialized} materialized"
         ]
         lines += [
             f"  layer {layer.layer}: {'compressed' if layer.compressed else 'stock'} ({layer.reason}), "

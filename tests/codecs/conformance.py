@@ -15,6 +15,11 @@ from fibkv.digest import digest_bytes
 from fibkv.errors import EncodingError, KernelError, PageError
 from fibkv.parameters import CodecParameters
 
+# Stated tolerances of native attention, relative to the rms of the output. Byte products round queries, weights and
+# codewords to 8 bits on AVX-512 (int8 codes meet 16-bit queries and weights), and to 14, 14 and 10 bits on AVX2; 4-bit
+# codes themselves err by 9 %, 2-bit codes by 31 %. Everything else is float32.
+BYTES, WORDS, FLOATS = 0.03, 5e-3, 1e-5
+
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -28,12 +33,44 @@ def relative_mse(vectors: Tensor, decoded: Tensor) -> float:
     return float((vectors - decoded).square().sum() / vectors.square().sum())
 
 
+def native_implementations() -> list[str]:
+    """One per instruction set of this machine."""
+    return [name for name, answer in kernels.available().items() if name.startswith("native-") and answer == "yes"]
+
+
+def attend_error(implementation: str, *codecs: str) -> float:
+    """The stated tolerance of attention on codes of these codecs."""
+    if implementation in ("native-portable", "reference"):
+        return FLOATS
+    if any(name.startswith(("fib", "scalar")) for name in codecs):
+        best = kernels.resolve("native-avx512") if kernels.available()["native-avx512"] == "yes" else None
+        return BYTES if best is not None and kernels.resolve(implementation).isa == best.isa else WORDS
+    return 2e-3 if "int8" in codecs else FLOATS
+
+
 def equal(left: Codes, right: Codes) -> bool:
     return all(torch.equal(_bits(a), _bits(b)) for (_, a), (_, b) in zip(left.named(), right.named(), strict=True))
 
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8)
+
+
+class OnKernels(Codec):
+    """A codec that encodes and decodes on one implementation of the kernels."""
+
+    layout = assemble = check = None
+
+    def __init__(self, inner: Codec, implementation: str) -> None:
+        self.inner, self.implementation = inner, implementation
+        self.parameters, self.tables = inner.parameters, inner.tables
+        self.layout, self.assemble, self.check = inner.layout, inner.assemble, inner.check
+
+    def encode(self, rows: Tensor, *, implementation: str | None = None) -> Codes:
+        return self.inner.encode(rows, implementation=implementation or self.implementation)
+
+    def decode(self, codes: Codes, *, out: Tensor | None = None, implementation: str | None = None) -> Tensor:
+        return self.inner.decode(codes, out=out, implementation=implementation or self.implementation)
 
 
 class CodecConformance:
@@ -58,7 +95,7 @@ class CodecConformance:
 
     @pytest.fixture
     def codec(self) -> Codec:
-        return codec_for(self.parameters, self.axis)
+        return OnKernels(codec_for(self.parameters, self.axis), self.implementation)
 
     @property
     def dim(self) -> int:

@@ -1,4 +1,4 @@
-"""The native kernels: the whole conformance suite on every instruction set of this machine, and attention in place."""
+"""Attention of the native kernels, in place, on every instruction set of this machine."""
 
 from __future__ import annotations
 
@@ -23,45 +23,11 @@ from fibkv.quarantine import Quarantine
 from fibkv.regions import ProtectedRegions
 from fibkv.view import Tail, View
 from tests.codecs import test_codecs
-from tests.codecs.conformance import CodecConformance, equal, gaussian
+from tests.codecs.conformance import BYTES, CodecConformance, attend_error, equal, gaussian, native_implementations
 from tests.pages.helpers import layer_settings_of
 
-AVAILABLE = [name for name, answer in kernels.available().items() if name.startswith("native-") and answer == "yes"]
+AVAILABLE = native_implementations()
 pytestmark = pytest.mark.skipif(native.why_not() != "yes", reason=f"native kernels: {native.why_not()}")
-
-# Stated tolerances of attention, relative to the rms of the output. Byte products round queries, weights and codewords
-# to 8 bits on AVX-512 (int8 codes meet 16-bit queries and weights) and to 14, 14 and 10 bits on AVX2; 4-bit codes
-# themselves err by 9 %, 2-bit codes by 31 %. Everything else is float32.
-BYTES, WORDS, FLOATS = 0.03, 5e-3, 1e-5
-
-
-def tolerance(implementation: str, *codec_names: str) -> float:
-    if implementation in ("native-portable", "reference"):
-        return FLOATS
-    if any(name.startswith(("fib", "scalar")) for name in codec_names):
-        return BYTES if kernels.resolve(implementation).isa == kernels.resolve("native-avx512").isa else WORDS
-    return 2e-3 if "int8" in codec_names else FLOATS
-
-
-def _suites() -> list[type[CodecConformance]]:
-    found = [value for value in vars(test_codecs).values() if isinstance(value, type)]
-    return [suite for suite in found if issubclass(suite, CodecConformance) and suite is not CodecConformance]
-
-
-# The suite of every codec once more for every instruction set: TestFib4NativeAvx2 and so on.
-for _implementation in AVAILABLE:
-    for _suite in _suites():
-        _name = f"{_suite.__name__}{_implementation.title().replace('-', '')}"
-        globals()[_name] = type(
-            _name,
-            (_suite,),
-            {
-                "implementation": _implementation,
-                "attend_error": tolerance(_implementation, _suite.parameters.codec),
-                "__module__": __name__,
-            },
-        )
-
 
 PAIRS = [
     ("fib4", "fib4"),
@@ -76,6 +42,11 @@ PAIRS = [
     ("fib4", "raw"),
     ("raw", "raw"),
 ]
+
+
+def suites() -> list[type[CodecConformance]]:
+    found = [value for value in vars(test_codecs).values() if isinstance(value, type)]
+    return [suite for suite in found if issubclass(suite, CodecConformance) and suite is not CodecConformance]
 
 
 def parameters(name: str, dim: int) -> object:
@@ -144,13 +115,13 @@ class TestPairs:
     def test_one_query(self, pair: tuple[str, str], implementation: str) -> None:
         cache = filled(pair, implementation)
         assert all(isinstance(segment.held, Packed) for page in cache.pages() for segment in (*page.keys, *page.values))
-        check(cache, gaussian(2, 4, 1, 64, seed=2), Scores(0.125), tolerance(implementation, *pair))
+        check(cache, gaussian(2, 4, 1, 64, seed=2), Scores(0.125), attend_error(implementation, *pair))
 
     def test_several_and_many_queries(self, pair: tuple[str, str], implementation: str) -> None:
         """Speculative verification and chunked prefill: causal among themselves."""
         cache = filled(pair, implementation)
         for queries in (3, 9, 70):
-            error = tolerance(implementation, *pair)
+            error = attend_error(implementation, *pair)
             check(cache, gaussian(2, 4, queries, 64, seed=2), Scores(0.125), error)
 
     def test_left_padding_and_softcap(self, pair: tuple[str, str], implementation: str) -> None:
@@ -161,7 +132,7 @@ class TestPairs:
         query = gaussian(2, 4, 2, 64, seed=2)
         for given in (mask, torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)):
             scores = Scores(0.125, softcap=2.0, mask=given)
-            check(cache, query, scores, tolerance(implementation, *pair))
+            check(cache, query, scores, attend_error(implementation, *pair))
 
 
 @pytest.mark.parametrize("implementation", AVAILABLE)
@@ -170,14 +141,14 @@ class TestPairs:
 def test_grouped_queries_and_head_dims(implementation: str, groups: int, dim: int) -> None:
     for pair in (("fib4", "fib4"), ("fib2", "int8")):
         cache = filled(pair, implementation, groups=groups, dim=dim, batch=1)
-        check(cache, gaussian(1, 2 * groups, 1, dim, seed=2), Scores(dim**-0.5), tolerance(implementation, *pair))
+        check(cache, gaussian(1, 2 * groups, 1, dim, seed=2), Scores(dim**-0.5), attend_error(implementation, *pair))
 
 
 @pytest.mark.parametrize("implementation", AVAILABLE)
 @pytest.mark.parametrize("dim", [20, 80, 96])
 def test_odd_head_dims(implementation: str, dim: int) -> None:
     cache = filled(("fib4", "fib4"), implementation, dim=dim)
-    check(cache, gaussian(2, 4, 1, dim, seed=2), Scores(0.1), tolerance(implementation, "fib4"))
+    check(cache, gaussian(2, 4, 1, dim, seed=2), Scores(0.1), attend_error(implementation, "fib4"))
 
 
 @pytest.mark.parametrize("implementation", AVAILABLE)
@@ -186,7 +157,7 @@ def test_page_sizes(implementation: str, tokens_per_page: int) -> None:
     """Pages that are no multiple of a tile, and longer than one."""
     for pair in (("fib4", "fib2"), ("int8", "int8")):
         cache = filled(pair, implementation, tokens=420, tokens_per_page=tokens_per_page)
-        check(cache, gaussian(2, 4, 1, 64, seed=2), Scores(0.125), tolerance(implementation, *pair))
+        check(cache, gaussian(2, 4, 1, 64, seed=2), Scores(0.125), attend_error(implementation, *pair))
 
 
 @pytest.mark.parametrize("implementation", AVAILABLE)
@@ -196,7 +167,7 @@ def test_protected_heads_and_channels(implementation: str) -> None:
         Policy.role_aware_baseline(),
     ):
         cache = filled(("fib4", "fib4"), implementation, policy=policy)
-        check(cache, gaussian(2, 4, 1, 64, seed=2), Scores(0.125), tolerance(implementation, "fib4"))
+        check(cache, gaussian(2, 4, 1, 64, seed=2), Scores(0.125), attend_error(implementation, "fib4"))
 
 
 @pytest.mark.parametrize("implementation", AVAILABLE)
@@ -204,9 +175,9 @@ def test_a_mask_per_head_and_queries_that_are_not_contiguous(implementation: str
     cache = filled(("int8", "fib4"), implementation)
     mask = torch.rand(2, 4, 3, 150, generator=torch.Generator().manual_seed(0)) > 0.4
     query = gaussian(2, 3, 4, 64, seed=2).transpose(1, 2)
-    check(cache, query, Scores(0.125, mask=mask), tolerance(implementation, "int8", "fib4"))
+    check(cache, query, Scores(0.125, mask=mask), attend_error(implementation, "int8", "fib4"))
     strided = mask.repeat_interleave(2, -1)[..., ::2]
-    check(cache, query, Scores(0.125, mask=strided), tolerance(implementation, "int8", "fib4"))
+    check(cache, query, Scores(0.125, mask=strided), attend_error(implementation, "int8", "fib4"))
 
 
 @pytest.mark.parametrize("implementation", AVAILABLE)
@@ -309,7 +280,7 @@ class TestMemory:
         torch.testing.assert_close(portable, expected, rtol=1e-4, atol=1e-5)
 
     def test_packing_keeps_every_codec_bit_for_bit(self) -> None:
-        for suite in _suites():
+        for suite in suites():
             codec = codec_for(suite.parameters, suite.axis)
             codes = codec.encode(gaussian(3, 21, codec.head_dim))
             for name in AVAILABLE:

@@ -18,7 +18,14 @@ from fibkv.kernels import reference
 from fibkv.parameters import CodecParameters, FibParameters, Fp8Parameters, Int8Parameters, RawParameters
 from fibkv.tables import FibTables, Tables
 from tests.codecs import test_codecs
-from tests.codecs.conformance import CodecConformance, equal, gaussian, relative_mse
+from tests.codecs.conformance import (
+    CodecConformance,
+    attend_error,
+    equal,
+    gaussian,
+    native_implementations,
+    relative_mse,
+)
 
 native = pytest.importorskip("fibkv.kernels._native", reason="the native kernels were not compiled")
 native_codes = pytest.importorskip("fibkv.kernels.native_codes")
@@ -29,38 +36,18 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROUNDOFF = {torch.float32: (0.0, 2.0**-149), torch.float16: (2.0**-11, 2.0**-25), torch.bfloat16: (2.0**-8, 2.0**-134)}
 
 
-class OnNative(Codec):
-    """A codec whose encoding and decoding run on one instruction set."""
-
-    def __init__(self, inner: Codec, isa: object) -> None:
-        self.inner, self.isa = inner, isa
-        self.parameters, self.tables = inner.parameters, inner.tables
-        self.layout, self.assemble, self.check = inner.layout, inner.assemble, inner.check
-
-    layout = assemble = check = None
-
-    def encode(self, rows: Tensor, *, implementation: str = "auto") -> Codes:
-        # What the kernels' front door checks belongs to it.
-        if rows.shape[-1] != self.head_dim or not rows.is_floating_point() or not rows.numel():
-            return self.inner.encode(rows)
-        return native_codes.encode(rows, self.tables, isa=self.isa)
-
-    def decode(self, codes: Codes, *, out: Tensor | None = None, implementation: str = "auto") -> Tensor:
-        return native_codes.decode(codes, self.tables, out=out, isa=self.isa)
-
-
-def _on_native(suite: type[CodecConformance]) -> type[CodecConformance]:
-    @pytest.fixture(params=ISAS, ids=lambda isa: isa.name)
-    def codec(self: CodecConformance, request: pytest.FixtureRequest) -> Codec:
-        return OnNative(codec_for(self.parameters, self.axis), request.param)
-
-    return type(f"{suite.__name__}Native", (suite,), {"codec": codec})
+def _on_native(suite: type[CodecConformance], implementation: str) -> type[CodecConformance]:
+    name = f"{suite.__name__}{implementation.title().replace('-', '')}"
+    error = attend_error(implementation, suite.parameters.codec)
+    return type(name, (suite,), {"implementation": implementation, "attend_error": error, "__module__": __name__})
 
 
 # The whole suite of every codec, its golden bytes among it.
-for _suite in CodecConformance.__subclasses__():
-    globals()[f"{_suite.__name__}Native"] = _on_native(_suite)
-del _suite
+for _suite in list(CodecConformance.__subclasses__()):
+    for _implementation in native_implementations():
+        _case = _on_native(_suite, _implementation)
+        globals()[_case.__name__] = _case
+del _suite, _implementation, _case
 
 
 def fib(*shape: int, **fields: object) -> FibParameters:
@@ -381,4 +368,6 @@ def test_nothing_decodes_to_nothing() -> None:
 def test_every_suite_runs_here_too() -> None:
     plain = [name for name, value in vars(test_codecs).items() if isinstance(value, type) and name.startswith("Test")]
     suites = {name for name in plain if issubclass(getattr(test_codecs, name), CodecConformance)}
-    assert suites <= {name.removesuffix("Native") for name in globals() if name.endswith("Native")}
+    for implementation in native_implementations():
+        suffix = implementation.title().replace("-", "")
+        assert suites <= {name.removesuffix(suffix) for name in globals() if name.endswith(suffix)}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fibkv.codes import Codes
 from fibkv.errors import KernelError
-from fibkv.kernels import reference
+from fibkv.kernels import native_codes
 from fibkv.kernels.native_sides import (
     WHY_NOT,
     extension,
@@ -99,11 +99,11 @@ class Native:
 
     def encode(self, rows: Tensor, tables: Tables) -> Codes:
         """Encodes ``rows [..., T, d]``; see `fibkv.kernels.reference.encode`."""
-        return reference.encode(rows, tables)
+        return native_codes.encode(rows, tables, isa=self.isa)
 
     def decode(self, codes: Codes, tables: Tables, *, out: Tensor | None = None) -> Tensor:
         """Decodes to ``[..., T, d]``; see `fibkv.kernels.reference.decode`."""
-        return reference.decode(codes, tables, out=out)
+        return native_codes.decode(codes, tables, out=out, isa=self.isa)
 
     def pack(self, rectangles: Sequence[tuple[Codes | Packed, Tables, Role]], slabs: Slabs | None) -> list[Packed]:
         """Puts the codes of one page into one block of memory, in the order in which attention reads them.

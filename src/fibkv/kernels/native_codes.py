@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fibkv.kernels._native as native  # type: ignore[import-not-found]  # a compiled module
 from fibkv.codes import ChannelCodes, Codes, FibCodes, RawCodes, ScaledCodes
 from fibkv.errors import KernelError
 from fibkv.kernels import reference
+from fibkv.kernels.native_sides import MAX_EXACT_HADAMARD
+from fibkv.kernels.native_sides import extension as native
 from fibkv.kernels.refusals import mismatch, require_finite, require_norms
 from fibkv.packing import packed_nbytes
 from fibkv.rotation import hadamard_signs
@@ -25,13 +26,8 @@ from fibkv.tables import ChannelTables, FibTables, RawTables, ScaledTables, Tabl
 Isa = Any
 """An instruction set: ``fibkv.kernels._native.Isa``."""
 
-ELEMENTS = {
-    torch.float32: native.Element.f32,
-    torch.float16: native.Element.f16,
-    torch.bfloat16: native.Element.bf16,
-}
-# Beyond, the float32 matrix of a Hadamard rotation is not the transform itself, and the matrix is what counts.
-MAX_EXACT_HADAMARD = 256
+# The element types that C++ reads and writes, by their names there.
+ELEMENTS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 def encode(rows: Tensor, tables: Tables, *, isa: Isa | None = None) -> Codes:
@@ -94,6 +90,10 @@ def decode(codes: Codes, tables: Tables, *, out: Tensor | None = None, isa: Isa 
     return vectors if out is None else out.copy_(vectors)
 
 
+def _element(tensor: Tensor) -> Any:
+    return getattr(native.Element, ELEMENTS[tensor.dtype])
+
+
 def _require_cpu(tensor: Tensor, name: str) -> None:
     if tensor.device.type != "cpu":
         raise KernelError(f"{name}: expected a tensor on the CPU for the native kernels, got {tensor.device}")
@@ -134,7 +134,7 @@ def _encode_scaled(rows: Tensor, tables: ScaledTables, isa: Isa) -> ScaledCodes:
     kernel = native.encode_int8 if tables.dtype == torch.int8 else native.encode_e4m3
     finite = kernel(
         rows.data_ptr(),
-        ELEMENTS[rows.dtype],
+        _element(rows),
         count=scales.numel(),
         dim=rows.shape[-1],
         values=values.data_ptr(),
@@ -155,7 +155,7 @@ def _decode_scaled(out: Tensor, codes: ScaledCodes, isa: Isa) -> None:
         count=codes.scales.numel(),
         dim=out.shape[-1],
         out=out.data_ptr(),
-        element=ELEMENTS[out.dtype],
+        element=_element(out),
         threads=torch.get_num_threads(),
         isa=isa,
     )
@@ -167,7 +167,7 @@ def _encode_fib(rows: Tensor, tables: FibTables, isa: Isa) -> FibCodes:
     finite = native.encode_fib(
         _coder(tables),
         rows.data_ptr(),
-        ELEMENTS[rows.dtype],
+        _element(rows),
         count=norms.numel(),
         codes=indices.data_ptr(),
         norms=norms.data_ptr(),
@@ -201,7 +201,7 @@ def _decode_fib(out: Tensor, codes: FibCodes, tables: FibTables, isa: Isa) -> No
         norms.data_ptr(),
         count=norms.numel(),
         out=out.data_ptr(),
-        element=ELEMENTS[out.dtype],
+        element=_element(out),
         threads=torch.get_num_threads(),
         isa=isa,
     )
@@ -231,7 +231,7 @@ def _encode_channels(rows: Tensor, tables: ChannelTables, isa: Isa) -> ChannelCo
     divided = torch.empty(rows.shape, dtype=torch.float32)
     finite = native.divide_channels(
         rows.data_ptr(),
-        ELEMENTS[rows.dtype],
+        _element(rows),
         groups=scales.numel() // dim,
         tokens=tokens,
         dim=dim,
@@ -255,7 +255,7 @@ def _decode_channels(out: Tensor, codes: ChannelCodes, tables: ChannelTables, is
         tokens=out.shape[-2],
         dim=out.shape[-1],
         out=out.data_ptr(),
-        element=ELEMENTS[out.dtype],
+        element=_element(out),
         threads=torch.get_num_threads(),
         isa=isa,
     )
