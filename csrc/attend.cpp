@@ -16,7 +16,9 @@ constexpr int kQueryBlock = 128;
 // A split of the context below this many tokens costs more in merging than it gains.
 constexpr int kSplitTokens = 512;
 // Tasks that each thread should find, so that one that is held up leaves work to the others.
-constexpr int kTasksPerThread = 8;
+constexpr int kTasksPerThread = 4;
+// Heads of a page (4 KiB of 4-bit codes each) between what is read and what is prefetched.
+constexpr int kAhead = 6;
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 template <typename T>
@@ -48,7 +50,6 @@ struct Scratch {
   std::vector<float> logits;  // [heads][queries][kTile]
   std::vector<float> tile, shrink;
   std::vector<Visibility> visible;
-  std::vector<std::vector<uint8_t>> prepared;  // [key sides], [heads] of prepared queries
 };
 
 class Step {
@@ -69,11 +70,16 @@ class Step {
     partials_.resize(tasks_.size());
     scratch_.resize(threads);
     rotated_.resize(key_spaces_.size() * query_rows() * key_width_);
+    const int most = std::min(kQueryBlock, groups_ * query.length);
+    for (const Side* side : key_sides_) {
+      prepared_bytes_.push_back(k_.prepared_bytes(*side, most));
+      prepared_.emplace_back(prepared_bytes_.back() * blocks_ * query.batch * query.kv_heads);
+    }
   }
 
   void run(int threads, float* out, float* lse) {
     const int heads = query_.batch * query_.kv_heads, tasks = static_cast<int>(tasks_.size());
-    const int merges = tasks / splits_;
+    const int merges = tasks / splits_, most_heads = tasks_[0].heads();
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(static)
@@ -81,7 +87,7 @@ class Step {
 #pragma omp for schedule(dynamic, 1)
       for (int task = 0; task < tasks; ++task) attend(tasks_[task], partials_[task], scratch_[omp_get_thread_num()]);
 #pragma omp for schedule(static)
-      for (int merge = 0; merge < merges; ++merge) finish(merge * splits_, out, lse);
+      for (int i = 0; i < merges * most_heads; ++i) finish(i / most_heads * splits_, i % most_heads, out, lse);
     }
   }
 
@@ -89,7 +95,7 @@ class Step {
   size_t query_rows() const { return static_cast<size_t>(query_.batch) * query_.query_heads * query_.length; }
 
   void plan_tasks(int threads);
-  // All queries of one KV head of one row, in every space of the keys.
+  // All queries of one KV head of one row, in every space of the keys and prepared for every side.
   void rotate(int head) {
     const int n = groups_ * query_.length;
     const size_t first = static_cast<size_t>(head) * n;
@@ -106,6 +112,20 @@ class Step {
         std::copy(padded.begin(), padded.end(), to);
       }
     }
+    for (size_t side = 0; side < key_sides_.size(); ++side) {
+      const size_t space = index_of(key_spaces_, key_sides_[side]->space());
+      const float* rows = rotated_.data() + (space * query_rows() + first) * key_width_;
+      for (int block = 0; block < blocks_; ++block) {
+        const int from = block * kQueryBlock;
+        k_.prepare(*key_sides_[side], rows + static_cast<size_t>(from) * key_width_, std::min(kQueryBlock, n - from),
+                   prepared(side, head, block));
+      }
+    }
+  }
+
+  // The prepared queries of a block of a KV head of a row, `head` counting through the rows.
+  uint8_t* prepared(size_t side, int head, int block) {
+    return prepared_[side].data() + (static_cast<size_t>(head) * blocks_ + block) * prepared_bytes_[side];
   }
 
   // Query i of a KV head is position i % length of query head i / length of its group: rows lie one after another.
@@ -119,11 +139,10 @@ class Step {
   void attend(const Task& task, Partial& partial, Scratch& scratch);
   void attend_run(const Task& task, const Run& run, Partial& partial, Scratch& scratch);
   void attend_tile(const Task& task, const Run& run, int span, int first, Partial& partial, Scratch& scratch);
-  const uint8_t* prepared(const Task& task, const Side& key, int head, Scratch& scratch);
+  const uint8_t* ahead(const Task& task, const Run& run, size_t at, int block, int heads) const;
   void soften(const Task& task, int head, int start, int tokens, float* logits, Partial& partial, Scratch& scratch);
   Visibility visible(const Task& task, int head, int i, int start, int tokens) const;
-  void finish(int first_task, float* out, float* lse);
-  void finish_head(int first_task, int head, float* out, float* lse);
+  void finish(int first_task, int nth_head, float* out, float* lse);
   void write(const Task& task, int head, const std::vector<float>& spaces, const std::vector<float>& top,
              const std::vector<float>& sum, float* out, float* lse) const;
 
@@ -132,21 +151,24 @@ class Step {
   const Query& query_;
   const Mask& mask_;
   const Softmax& softmax_;
-  int value_dim_, groups_, key_width_, value_width_, end_ = 0, splits_ = 1;
+  int value_dim_, groups_, key_width_, value_width_, end_ = 0, splits_ = 1, blocks_ = 1;
   std::vector<const Side*> key_sides_, value_sides_;
   std::vector<const Rotation*> key_spaces_, value_spaces_;
   std::vector<Task> tasks_;
   std::vector<Partial> partials_;
   std::vector<Scratch> scratch_;
-  std::vector<float> rotated_;  // [key spaces][query rows][key width]
+  std::vector<float> rotated_;                  // [key spaces][query rows][key width]
+  std::vector<std::vector<uint8_t>> prepared_;  // [key sides], [rows][KV heads][blocks] of prepared queries
+  std::vector<size_t> prepared_bytes_;          // [key sides]: of one block
 };
 
 // Splits the context first, so that a task reads whole pages, and the heads only where that does not occupy all threads.
 void Step::plan_tasks(int threads) {
-  const int per_head = groups_ * query_.length, blocks = (per_head + kQueryBlock - 1) / kQueryBlock;
+  const int per_head = groups_ * query_.length;
+  blocks_ = (per_head + kQueryBlock - 1) / kQueryBlock;
   const int wanted = threads == 1 ? 1 : kTasksPerThread * threads;
-  splits_ = std::clamp((wanted - 1) / (query_.batch * blocks) + 1, 1, std::max(end_ / kSplitTokens, 1));
-  const int groups = std::clamp((wanted - 1) / (query_.batch * blocks * splits_) + 1, 1, query_.kv_heads);
+  splits_ = std::clamp((wanted - 1) / (query_.batch * blocks_) + 1, 1, std::max(end_ / kSplitTokens, 1));
+  const int groups = std::clamp((wanted - 1) / (query_.batch * blocks_ * splits_) + 1, 1, query_.kv_heads);
   const int heads = (query_.kv_heads + groups - 1) / groups;
   for (int row = 0; row < query_.batch; ++row) {
     for (int head = 0; head < query_.kv_heads; head += heads) {
@@ -168,7 +190,6 @@ void Step::attend(const Task& task, Partial& partial, Scratch& scratch) {
   scratch.logits.resize(rows * kTile);
   scratch.shrink.resize(task.queries);
   scratch.visible.resize(task.queries);
-  scratch.prepared.assign(key_sides_.size(), {});
   for (const Run* run : runs_) {
     if (task.row >= run->row0 && task.row < run->row1 && task.head0 < run->head1 && task.head1 > run->head0) {
       attend_run(task, *run, partial, scratch);
@@ -207,18 +228,15 @@ Visibility Step::visible(const Task& task, int head, int i, int start, int token
   return visible;
 }
 
-const uint8_t* Step::prepared(const Task& task, const Side& key, int head, Scratch& scratch) {
-  std::vector<uint8_t>& all = scratch.prepared[index_of(key_sides_, &key)];
-  const size_t nbytes = k_.prepared_bytes(key, task.queries);
-  if (all.empty()) {
-    all.resize(nbytes * task.heads());
-    const size_t space = index_of(key_spaces_, key.space()) * query_rows();
-    for (int h = task.head0; h < task.head1; ++h) {
-      const float* rows = rotated_.data() + (space + row_of(task, h, 0)) * key_width_;
-      k_.prepare(key, rows, task.queries, all.data() + (h - task.head0) * nbytes);
-    }
-  }
-  return all.data() + (head - task.head0) * nbytes;
+// What is read `block` pieces after the start of page `at`, to be prefetched: pieces are heads of keys, then heads of
+// values, then those of the next page.
+const uint8_t* Step::ahead(const Task& task, const Run& run, size_t at, int block, int heads) const {
+  const size_t row_end = (at / run.spans + 1) * run.spans;
+  at = std::min(at + block / (2 * heads), row_end - 1);
+  const int piece = block % (2 * heads), head = std::max(task.head0, run.head0) - run.head0 + piece % heads;
+  const bool is_key = piece < heads;
+  const Rectangle& rectangle = is_key ? run.key_rectangle : run.value_rectangle;
+  return (is_key ? run.keys : run.values)[at] + head * rectangle.code_stride;
 }
 
 void Step::soften(const Task& task, int head, int start, int tokens, float* logits, Partial& partial,
@@ -242,29 +260,26 @@ void Step::attend_tile(const Task& task, const Run& run, int span, int first, Pa
   const int start = run.start + span * run.tokens + first;
   const int head0 = std::max(task.head0, run.head0), head1 = std::min(task.head1, run.head1);
   const size_t at = static_cast<size_t>(task.row - run.row0) * run.spans + span;
-  // The same place in the next span is prefetched while this one is read.
-  const size_t next = span + 1 < run.spans ? at + 1 : at;
+  const int heads = head1 - head0;
   scratch.tile.resize(std::max(
       scratch.tile.size(), std::max(k_.scratch_floats(*run.key, n), k_.scratch_floats(*run.value, n))));
+  const size_t key_side = index_of(key_sides_, run.key);
   for (int head = head0; head < head1; ++head) {
     const Span keys = Span::of(*run.key, run.key_rectangle, run.keys[at], head - run.head0);
-    const Span ahead = Span::of(*run.key, run.key_rectangle, run.keys[next], head - run.head0);
-    __builtin_prefetch(ahead.norms);
-    k_.score(*run.key, keys, first, tokens, prepared(task, *run.key, head, scratch), n,
+    k_.score(*run.key, keys, first, tokens,
+             prepared(key_side, task.row * query_.kv_heads + head, task.first_query / kQueryBlock), n,
              scratch.logits.data() + static_cast<size_t>(head - task.head0) * n * kTile, scratch.tile.data(),
-             ahead.codes);
+             ahead(task, run, at, head - head0 + kAhead, heads));
   }
   const int side = index_of(value_sides_, run.value);
   for (int head = head0; head < head1; ++head) {
     const Span values = Span::of(*run.value, run.value_rectangle, run.values[at], head - run.head0);
-    const Span ahead = Span::of(*run.value, run.value_rectangle, run.values[next], head - run.head0);
-    __builtin_prefetch(ahead.norms);
     const size_t row = static_cast<size_t>(head - task.head0) * n;
     float* logits = scratch.logits.data() + row * kTile;
     soften(task, head, start, tokens, logits, partial, scratch);
     k_.mix(*run.value, values, first, tokens, logits, n,
            partial.outs.data() + (static_cast<size_t>(side) * task.heads() * n + row) * value_width_,
-           scratch.tile.data(), ahead.codes);
+           scratch.tile.data(), ahead(task, run, at, heads + head - head0 + kAhead, heads));
   }
   partial.used[side] = true;
 }
@@ -272,14 +287,11 @@ void Step::attend_tile(const Task& task, const Run& run, int span, int first, Pa
 // The factor that takes sums relative to a split's reference point to the common one.
 float share_of(const Running& running, float top) { return top == kNothing ? 0.0f : std::exp(running.top - top); }
 
-// Merges the splits of one block of queries by log-sum-exp and takes the outputs back to the original space.
-void Step::finish(int first_task, float* out, float* lse) {
+// Merges the splits of one block of queries of one head by log-sum-exp and takes the outputs back to the original space.
+void Step::finish(int first_task, int nth_head, float* out, float* lse) {
   const Task& task = tasks_[first_task];
-  for (int head = task.head0; head < task.head1; ++head) finish_head(first_task, head, out, lse);
-}
-
-void Step::finish_head(int first_task, int head, float* out, float* lse) {
-  const Task& task = tasks_[first_task];
+  const int head = task.head0 + nth_head;
+  if (head >= task.head1) return;  // the last group of heads may be smaller than the first
   const int n = task.queries;
   const size_t first = static_cast<size_t>(head - task.head0) * n;
   std::vector<float> top(n, kNothing), sum(n, 0.0f);

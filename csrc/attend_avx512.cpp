@@ -89,13 +89,14 @@ float largest_magnitude(const float* row, int width) {
 }
 
 // Puts the bytes of a query where the products of plane `plane` read them; returns their sum.
-int put_plane(const Prepared& block, const Side& side, int n, int q, int plane, const int16_t* numbers, int stride) {
+int put_plane(const Prepared& block, const Side& side, int n, int q, int plane, const int8_t* numbers, int stride) {
   int8_t* to = reinterpret_cast<int8_t*>(block.bytes + static_cast<size_t>(plane) * (side.code_bytes / 4) * n + q);
   int sum = 0;
-  for (int byte = 0; byte < side.code_bytes; ++byte) {
-    const int8_t number = static_cast<int8_t>(numbers[byte * stride]);
-    to[byte / 4 * 4 * n + byte % 4] = number;
-    sum += number;
+  for (int byte = 0; byte < side.code_bytes; byte += 4, to += 4 * n) {
+    for (int i = 0; i < 4; ++i) {
+      to[i] = numbers[(byte + i) * stride];
+      sum += to[i];
+    }
   }
   return sum;
 }
@@ -106,13 +107,13 @@ void quantize_query(const Prepared& block, const Side& side, int n, int q, const
   const float top = largest_magnitude(row, width);
   const float limit = wide ? 32512.0f : 127.0f;  // 127 * 256: the high byte stays in range
   const __m512 inverse = _mm512_set1_ps(top > 0 ? limit / top : 0);
-  int16_t numbers[padded_dim(4096)], high[padded_dim(4096)];
+  int8_t numbers[kMostTiledDim], high[kMostTiledDim];
   for (int i = 0; i < width; i += kLanes) {
     const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(row + i), inverse));
     // value = 256 * high + low, with low in -128..127: its low byte.
     const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(numbers + i), _mm512_cvtepi32_epi16(whole));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + i), _mm512_cvtepi32_epi16(upper));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(numbers + i), _mm512_cvtepi32_epi8(whole));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(high + i), _mm512_cvtepi32_epi8(upper));
   }
   block.step[q] = top / limit * side.plane_step;
   if (wide) {
@@ -149,7 +150,7 @@ void score_pair(const Side& side, const uint8_t* codes, int groups, int pair, co
     }
     for (int j = 0; j < steps; ++j) {
       const size_t at = (static_cast<size_t>(group) * steps + j) * 64;
-      if (pair == 0) _mm_prefetch(ahead + at, _MM_HINT_T2);
+      if (pair == 0) _mm_prefetch(ahead + at, _MM_HINT_T1);
       tables.look_up(_mm512_loadu_si512(codes + at));
       add_products<n>(even, tables.x, queries + j * n);
       add_products<n>(odd, tables.y, queries + (steps + j) * n);
@@ -188,7 +189,7 @@ void score_int8(const Side& side, const uint8_t* codes, int groups, const Prepar
     for (int j = 0; j < steps; ++j) {
       const size_t at = (static_cast<size_t>(group) * steps + j) * 64;
       const __m512i keys = _mm512_xor_si512(_mm512_loadu_si512(codes + at), raise);
-      _mm_prefetch(ahead + at, _MM_HINT_T2);
+      _mm_prefetch(ahead + at, _MM_HINT_T1);
       add_products<n>(high, keys, queries + j * n);
       add_products<n>(low, keys, queries + (steps + j) * n);
     }
@@ -231,7 +232,7 @@ void quantize_weights(const float* weights, const float* norms, bool wide, int q
   const float top = _mm512_reduce_max_ps(most);
   const float limit = wide ? 65535.0f : 255.0f;
   const __m512 inverse = _mm512_set1_ps(top > 0 ? limit / top : 0);
-  bytes.step[q] = top / limit;
+  bytes.step[q] = top * (1.0f / limit);
   for (int i = 0; i < 4; ++i) {
     const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(parts[i], inverse));
     const __m128i low = _mm512_cvtepi32_epi8(whole);
@@ -261,7 +262,7 @@ void mix_pair(const Side& side, const uint8_t* codes, size_t pitch, int quads, i
     __m512i first[n], second[n];
     for (int q = 0; q < n; ++q) first[q] = second[q] = _mm512_setzero_si512();
     for (int quad = 0; quad < quads; ++quad) {
-      if (pair == 0) _mm_prefetch(ahead + (slice * quads + quad) * 64, _MM_HINT_T2);
+      if (pair == 0) _mm_prefetch(ahead + (slice * quads + quad) * 64, _MM_HINT_T1);
       tables.look_up(_mm512_loadu_si512(codes + slice * pitch + static_cast<size_t>(quad) * 64));
       for (int q = 0; q < n; ++q) {
         const __m512i weight = four_weights(weights.low[q] + 4 * quad);
@@ -285,7 +286,7 @@ void mix_int8(const Side& side, const uint8_t* codes, size_t pitch, int quads, c
     for (int q = 0; q < n; ++q) high[q] = low[q] = _mm512_setzero_si512();
     for (int quad = 0; quad < quads; ++quad) {
       const __m512i numbers = _mm512_loadu_si512(codes + slice * pitch + static_cast<size_t>(quad) * 64);
-      _mm_prefetch(ahead + (slice * quads + quad) * 64, _MM_HINT_T2);
+      _mm_prefetch(ahead + (slice * quads + quad) * 64, _MM_HINT_T1);
       for (int q = 0; q < n; ++q) {
         add_products(high[q], four_weights(weights.high[q] + 4 * quad), numbers);
         add_products(low[q], four_weights(weights.low[q] + 4 * quad), numbers);

@@ -358,10 +358,10 @@ void shape_logits(float* logits, int tokens, const Softmax& softmax, const Visib
   for (int t = limit; t < kTile; ++t) logits[t] = kLowest;
 }
 
-// Raises the reference point where a logit exceeds it; returns the factor by which earlier sums shrink.
-float raise_top(const float* logits, Running& running) {
-  vf most = load<vf>(logits);
-  for (int i = 1; i < kVectors; ++i) most = larger(most, load<vf>(logits + i * kLanes));
+// Raises the reference point where a logit, times `scale`, exceeds it; returns the factor by which earlier sums shrink.
+float raise_top(const float* logits, float scale, Running& running) {
+  vf most = load<vf>(logits) * splat(scale);
+  for (int i = 1; i < kVectors; ++i) most = larger(most, load<vf>(logits + i * kLanes) * splat(scale));
   if (!any_above(most, splat(running.top))) return 1.0f;
   const float before = running.top;
   running.top = largest(most);
@@ -370,19 +370,25 @@ float raise_top(const float* logits, Running& running) {
   return shrink;
 }
 
+bool sees_all(const Visibility& visible, int tokens) {
+  return tokens == kTile && visible.limit >= kTile && !visible.allowed && !visible.added;
+}
+
 void soften(float* logits, int n, int tokens, const Softmax& softmax, const Visibility* visible, Running* running,
             float* shrink) {
   for (int q = 0; q < n; ++q) {
-    shape_logits(logits + q * kTile, tokens, softmax, visible[q]);
-    shrink[q] = raise_top(logits + q * kTile, running[q]);
-  }
-  for (int q = 0; q < n; ++q) {
+    float* row = logits + q * kTile;
+    // Most tiles are whole, and scaled only: that is left to the exponential below.
+    const bool plain = softmax.softcap == 0 && sees_all(visible[q], tokens);
+    if (!plain) shape_logits(row, tokens, softmax, visible[q]);
+    const float scale = plain ? softmax.scale : 1.0f;
+    shrink[q] = raise_top(row, scale, running[q]);
     // A query that has seen nothing yet has no reference point: exp(-inf - 0) is 0.
-    const vf top = splat(running[q].top == kLowest ? 0.0f : running[q].top);
+    const vf top = splat(running[q].top == kLowest ? 0.0f : running[q].top * kLog2e), factor = splat(scale * kLog2e);
     vf sum = load<vf>(running[q].sums);
     for (int i = 0; i < kVectors; ++i) {
-      const vf weight = expv(load<vf>(logits + q * kTile + i * kLanes) - top);
-      store(logits + q * kTile + i * kLanes, weight);
+      const vf weight = exp2v(load<vf>(row + i * kLanes) * factor - top);
+      store(row + i * kLanes, weight);
       sum += weight;
     }
     store(running[q].sums, sum);

@@ -56,7 +56,7 @@ OwnedSide::OwnedSide(const SideSettings& s, const float* codewords, std::shared_
   }
   // Integer kernels take two planes at a time, or whole int8 numbers.
   const int planes = s.form == Form::int8 ? 1 : s.form == Form::fib && 8 % s.bits == 0 ? 8 / s.bits * s.block : 0;
-  const bool fits = s.dim % (s.is_key ? 4 : kValueSlice) == 0 && s.code_bytes % (s.is_key ? 4 : kValueSlice) == 0 &&
+  const bool fits = s.dim <= kMostTiledDim && s.dim % (s.is_key ? 4 : kValueSlice) == 0 && s.code_bytes % (s.is_key ? 4 : kValueSlice) == 0 &&
                     s.code_bytes * planes == s.dim && (s.form == Form::int8 || planes % 2 == 0);
   if (!s.tiled || s.channels || planes == 0 || !fits) return;
   side_.order = s.is_key ? Order::key_tiles : Order::value_tiles;

@@ -20,6 +20,9 @@ enum class Order : int32_t { rows, key_tiles, value_tiles };
 // Largest magnitude in the int16 tables: with queries and weights of 14 bits, sums over 256 dimensions stay in int32.
 constexpr float kMostWord = 511.0f;
 
+// Largest head_dim that integer kernels read.
+constexpr int kMostTiledDim = 1024;
+
 constexpr int kTokenTile = 16;
 constexpr int kValueSlice = 16;
 
