@@ -239,6 +239,15 @@ const uint8_t* Step::ahead(const Task& task, const Run& run, size_t at, int bloc
   return (is_key ? run.keys : run.values)[at] + head * rectangle.code_stride;
 }
 
+// Norms are few bytes, but attention waits for them: those of the next page are fetched while this one is read.
+void prefetch_norms(const Rectangle& rectangle, const uint8_t* page, int head, int dim) {
+  __builtin_prefetch(page + rectangle.norm_offset + head * rectangle.norm_stride);
+  if (head == 0) __builtin_prefetch(page + rectangle.range_offset);
+  if (rectangle.channel_offset != rectangle.nbytes) {
+    __builtin_prefetch(page + rectangle.channel_offset + 2 * static_cast<size_t>(head) * dim);
+  }
+}
+
 void Step::soften(const Task& task, int head, int start, int tokens, float* logits, Partial& partial,
                   Scratch& scratch) {
   const int n = task.queries;
@@ -261,11 +270,13 @@ void Step::attend_tile(const Task& task, const Run& run, int span, int first, Pa
   const int head0 = std::max(task.head0, run.head0), head1 = std::min(task.head1, run.head1);
   const size_t at = static_cast<size_t>(task.row - run.row0) * run.spans + span;
   const int heads = head1 - head0;
+  const size_t next = span + 1 < run.spans ? at + 1 : at;
   scratch.tile.resize(std::max(
       scratch.tile.size(), std::max(k_.scratch_floats(*run.key, n), k_.scratch_floats(*run.value, n))));
   const size_t key_side = index_of(key_sides_, run.key);
   for (int head = head0; head < head1; ++head) {
     const Span keys = Span::of(*run.key, run.key_rectangle, run.keys[at], head - run.head0);
+    prefetch_norms(run.key_rectangle, run.keys[next], head - run.head0, run.key->dim);
     k_.score(*run.key, keys, first, tokens,
              prepared(key_side, task.row * query_.kv_heads + head, task.first_query / kQueryBlock), n,
              scratch.logits.data() + static_cast<size_t>(head - task.head0) * n * kTile, scratch.tile.data(),
@@ -274,6 +285,7 @@ void Step::attend_tile(const Task& task, const Run& run, int span, int first, Pa
   const int side = index_of(value_sides_, run.value);
   for (int head = head0; head < head1; ++head) {
     const Span values = Span::of(*run.value, run.value_rectangle, run.values[at], head - run.head0);
+    prefetch_norms(run.value_rectangle, run.values[next], head - run.head0, run.value->dim);
     const size_t row = static_cast<size_t>(head - task.head0) * n;
     float* logits = scratch.logits.data() + row * kTile;
     soften(task, head, start, tokens, logits, partial, scratch);
