@@ -18,7 +18,7 @@ UNKNOWN_CACHE = 256 << 20
 """Taken for the last-level cache where the operating system does not report one."""
 TRIALS = 5
 
-METHODS: dict[str, Callable[[Tensor, Tensor], object]] = {
+METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "float32 matrix @ vector": torch.mv,
     "float32 x . x": lambda rows, _: torch.dot(rows.view(-1), rows.view(-1)),
     "int8 maximum": lambda rows, _: rows.view(torch.int8).amax(),
@@ -26,7 +26,7 @@ METHODS: dict[str, Callable[[Tensor, Tensor], object]] = {
 """The fastest reads found: each looks at every byte of ``rows [n, ROW]`` once. torch's sums over float or integer
 tensors are slower than these, or as fast on one thread only."""
 if native.why_not() == "yes":
-    METHODS["native sum"] = lambda rows, _: native.read(rows)
+    METHODS["native sum"] = lambda rows, _: torch.tensor(native.read(rows))
 
 
 class PureRead:

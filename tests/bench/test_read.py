@@ -30,7 +30,7 @@ def test_reads_walk_through_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_fastest_method_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
     read = PureRead(ROW_NBYTES)
-    times = {"float32 matrix @ vector": 3.0, "float32 x . x": 1.0, "int8 maximum": 2.0}
+    times = dict.fromkeys(METHODS, 9.0) | {"float32 matrix @ vector": 3.0, "float32 x . x": 1.0, "int8 maximum": 2.0}
     monkeypatch.setattr(read, "_timed", lambda name, nbytes: times[name])
     assert read.method(100) == "float32 x . x"
     times["int8 maximum"] = 0.5

@@ -237,6 +237,18 @@ class TestMemory:
         held = cache.rows[0][2].nbytes - 64
         assert held <= step < held + 2 * 64, "blocks of equal size, one behind another"
 
+    def test_attention_reads_the_pages_themselves(self) -> None:
+        """No copy in between: damage to a page is damage to the output."""
+        for pair in PAIRS:
+            cache = filled(pair, "native")
+            view, query = cache.view(), gaussian(2, 4, 1, 64, seed=2)
+            held = {id(segment.held) for page in cache.pages() for segment in (*page.keys, *page.values)}
+            assert {id(packed) for packed in view.rows.plan(kernels.resolve("native")).held} == held
+            before, _ = attend(query, view, Scores(0.125))
+            with cache.corrupted(0, 3):
+                assert not torch.equal(attend(query, view, Scores(0.125))[0], before)
+            assert torch.equal(attend(query, view, Scores(0.125))[0], before)
+
     def test_blocks_return_to_the_free_list(self) -> None:
         cache = filled(("fib4", "fib4"), "native", batch=1, tokens=400)
         slabs = cache._slabs

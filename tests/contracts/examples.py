@@ -10,6 +10,7 @@ from fibkv.receipt import Receipt
 from fibkv.regions import FallbackSettings, PageGeometry, ProtectedRegions, QualityBudget
 from fibkv.report import CacheReport, LayerReport
 from fibkv.shape import KVShape
+from fibkv.timing import Timing
 from fibkv.training_settings import TrainingSettings
 
 DIGEST = "blake3:" + "0123456789abcdef" * 4
@@ -95,4 +96,5 @@ EXAMPLES: list[Contract] = [
     COMPRESS_RECEIPT,
     LAYER_REPORT,
     CacheReport(layers=(LAYER_REPORT,), tables_nbytes=100),
+    Timing.of([[0.25, 0.5], [0.75]]),
 ]

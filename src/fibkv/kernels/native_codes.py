@@ -85,7 +85,8 @@ def decode(codes: Codes, tables: Tables, *, out: Tensor | None = None, isa: Isa 
     if out is not None and out.device.type == "cpu" and out.dtype in ELEMENTS and out.is_contiguous():
         _decode_into(out, codes, tables, isa)
         return out
-    vectors = torch.empty(shape, dtype=torch.float32)
+    # Of the dtype that is wanted, so that C++ keeps large float16 values finite.
+    vectors = torch.empty(shape, dtype=out.dtype if out is not None and out.dtype in ELEMENTS else torch.float32)
     _decode_into(vectors, codes, tables, isa)
     return vectors if out is None else out.copy_(vectors)
 

@@ -27,7 +27,6 @@ except ImportError as missing:
     WHY_NOT = f"not built ({missing})"
 
 
-@lru_cache(maxsize=256)
 def side_of(tables: Tables, role: Role, isa: Any, rotated: bool = True) -> Any:
     """The native description of one side, one object per process and setting: pages are compared by it.
 
@@ -35,8 +34,14 @@ def side_of(tables: Tables, role: Role, isa: Any, rotated: bool = True) -> Any:
         tables: of a codec.
         role: keys and values stand in different orders.
         isa: instruction set; without byte products codes stay in rows.
-        rotated: see `Run`.
+        rotated: see `fibkv.kernels.native.Run`.
     """
+    # With every argument in its place: the cache takes a default and the same value given for two settings.
+    return _side(tables, role, isa, rotated)
+
+
+@lru_cache(maxsize=256)
+def _side(tables: Tables, role: Role, isa: Any, rotated: bool) -> Any:
     inner = tables.inner if isinstance(tables, ChannelTables) else tables
     settings: dict[str, Any] = {
         "is_key": role == "key",
