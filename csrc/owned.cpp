@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 namespace fibkv {
 namespace {
@@ -30,6 +31,30 @@ void each_run(const Side& side, int tokens, Visit visit) {
         }
       }
   }
+}
+
+// Numbers to integers, as near as it takes for the weighted mean of their errors to vanish: an error that all tokens
+// share does not average out over a long context, the rest does. Numbers near a half go to the other side, the nearest
+// first.
+std::vector<int> round_unbiased(const std::vector<double>& numbers, const std::vector<double>& weights) {
+  std::vector<int> rounded(numbers.size());
+  std::vector<size_t> order(numbers.size());
+  double bias = 0;
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    rounded[i] = static_cast<int>(std::lround(numbers[i]));
+    order[i] = i;
+    bias += weights[i] * (rounded[i] - numbers[i]);
+  }
+  const auto error = [&](size_t i) { return rounded[i] - numbers[i]; };
+  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return std::fabs(error(a)) > std::fabs(error(b)); });
+  for (size_t i : order) {
+    const int step = error(i) > 0 ? -1 : 1;
+    // Only what makes the bias smaller, and nothing further off than three quarters.
+    if (std::fabs(bias + step * weights[i]) >= std::fabs(bias) || std::fabs(error(i)) < 0.25) continue;
+    rounded[i] += step;
+    bias += step * weights[i];
+  }
+  return rounded;
 }
 
 }  // namespace
@@ -70,22 +95,40 @@ float OwnedSide::coordinate(int byte, int plane) const {
   return codewords_[static_cast<size_t>(index) * side_.block + plane % side_.block];
 }
 
+// How often each code byte occurs, up to a factor. At high rate a trained codebook has p ~ f^(2 / (k + 2)), where f is
+// the density of the source, here the normal one of variance 1 / d.
+std::vector<double> OwnedSide::frequencies() const {
+  std::vector<double> found(256);
+  for (int byte = 0; byte < 256; ++byte) {
+    double square = 0;
+    for (int plane = 0; plane < side_.planes; ++plane) square += std::pow(coordinate(byte, plane), 2);
+    found[byte] = std::exp(-square * side_.dim / (side_.block + 2));
+  }
+  const double total = std::accumulate(found.begin(), found.end(), 0.0);
+  for (double& p : found) p /= total;
+  return found;
+}
+
 void OwnedSide::build_tables() {
   float top = 0;
   for (float x : codewords_) top = std::max(top, std::fabs(x));
-  side_.plane_step = top / 127.0f;
+  // One below the largest int8: rounding to the other side stays in range.
+  side_.plane_step = top / 126.0f;
   side_.word_step = top / kMostWord;
   tables_.resize(static_cast<size_t>(side_.planes) * 256);
   words_.resize(static_cast<size_t>(side_.planes) / 2 * 256);
-  for (int byte = 0; byte < 256; ++byte) {
-    for (int plane = 0; plane < side_.planes; ++plane) {
-      tables_[static_cast<size_t>(plane) * 256 + byte] =
-          static_cast<int8_t>(std::lround(coordinate(byte, plane) / side_.plane_step));
+  const std::vector<double> weights = frequencies();
+  for (int plane = 0; plane < side_.planes; ++plane) {
+    std::vector<double> bytes(256), words(256);
+    for (int byte = 0; byte < 256; ++byte) {
+      bytes[byte] = coordinate(byte, plane) / side_.plane_step;
+      words[byte] = coordinate(byte, plane) / side_.word_step;
     }
-    for (int pair = 0; pair < side_.planes / 2; ++pair) {
-      const auto low = static_cast<uint16_t>(std::lround(coordinate(byte, 2 * pair) / side_.word_step));
-      const auto high = static_cast<uint16_t>(std::lround(coordinate(byte, 2 * pair + 1) / side_.word_step));
-      words_[static_cast<size_t>(pair) * 256 + byte] = static_cast<int32_t>(low | static_cast<uint32_t>(high) << 16);
+    const std::vector<int> whole_bytes = round_unbiased(bytes, weights), whole_words = round_unbiased(words, weights);
+    for (size_t byte = 0; byte < 256; ++byte) {
+      tables_[static_cast<size_t>(plane) * 256 + byte] = static_cast<int8_t>(whole_bytes[byte]);
+      const uint32_t half = static_cast<uint16_t>(whole_words[byte]);
+      words_[static_cast<size_t>(plane / 2) * 256 + byte] |= static_cast<int32_t>(plane % 2 ? half << 16 : half);
     }
   }
   side_.tables = tables_.data();

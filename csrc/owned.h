@@ -45,6 +45,7 @@ class OwnedSide {
 
  private:
   float coordinate(int byte, int plane) const;
+  std::vector<double> frequencies() const;
   void build_tables();
   Side side_{};
   std::vector<float> codewords_;
