@@ -184,17 +184,24 @@ void decode(const Side& side, const Span& span, int first, int tokens, float* ro
 
 // ---- Scoring and mixing on decoded rows ----------------------------------------------------------------------------
 
-// Dot products of up to four queries with each row.
+// Dot products of n queries with four rows at a time; `rows` has room for a multiple of four.
 template <int n>
 void dots(const float* rows, int width, int tokens, const float* queries, float* logits) {
-  for (int t = 0; t < tokens; ++t) {
+  constexpr int at_once = 4;
+  for (int t = 0; t < tokens; t += at_once) {
     const float* row = rows + static_cast<size_t>(t) * width;
-    vf sums[n] = {};
+    vf sums[4 * at_once] = {};
     for (int i = 0; i < width; i += kLanes) {
-      const vf key = load<vf>(row + i);
-      for (int q = 0; q < n; ++q) sums[q] += key * load<vf>(queries + q * width + i);
+      vf keys[at_once];
+      for (int j = 0; j < at_once; ++j) keys[j] = load<vf>(row + j * width + i);
+      for (int q = 0; q < n; ++q) {
+        const vf query = load<vf>(queries + q * width + i);
+        for (int j = 0; j < at_once; ++j) sums[q * at_once + j] += keys[j] * query;
+      }
     }
-    for (int q = 0; q < n; ++q) logits[q * kTile + t] = total(sums[q]);
+    float found[4 * at_once];
+    for (int first = 0; first < n * at_once; first += kLanes) store(found + first, totals(sums + first));
+    for (int q = 0; q < n; ++q) std::memcpy(logits + q * kTile + t, found + q * at_once, at_once * sizeof(float));
   }
 }
 

@@ -87,6 +87,25 @@ static inline bool any_above(vf a, vf b) {
 }
 #endif
 
+// Lane i of the result is the sum of all lanes of v[i].
+static inline vf totals(const vf* v) {
+  vi even, odd;
+  for (int i = 0; i < kLanes; ++i) {
+    even[i] = 2 * i;
+    odd[i] = 2 * i + 1;
+  }
+  vf sums[kLanes];
+  for (int i = 0; i < kLanes; ++i) sums[i] = v[i];
+  // Each pass adds neighbours, and puts two vectors' halves into one.
+  for (int count = kLanes; count > 1; count /= 2) {
+    for (int i = 0; i < count / 2; ++i) {
+      const vf a = sums[2 * i], b = sums[2 * i + 1];
+      sums[i] = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+    }
+  }
+  return sums[0];
+}
+
 // 2^x for x <= 127; below -126 it is 0. Relative error below 2e-7.
 static inline vf exp2v(vf x) {
   const vi tiny = x < splat(-126.0f);
