@@ -49,7 +49,7 @@ struct Partial {
 struct Scratch {
   std::vector<float> logits;  // [heads][queries][kTile]
   std::vector<float> tile, shrink;
-  std::vector<Visibility> visible;
+  std::vector<Visibility> visible, all;
 };
 
 class Step {
@@ -190,6 +190,7 @@ void Step::attend(const Task& task, Partial& partial, Scratch& scratch) {
   scratch.logits.resize(rows * kTile);
   scratch.shrink.resize(task.queries);
   scratch.visible.resize(task.queries);
+  scratch.all.assign(task.queries, Visibility{kTile, nullptr, nullptr});
   for (const Run* run : runs_) {
     if (task.row >= run->row0 && task.row < run->row1 && task.head0 < run->head1 && task.head1 > run->head0) {
       attend_run(task, *run, partial, scratch);
@@ -251,9 +252,13 @@ void prefetch_norms(const Rectangle& rectangle, const uint8_t* page, int head, i
 void Step::soften(const Task& task, int head, int start, int tokens, float* logits, Partial& partial,
                   Scratch& scratch) {
   const int n = task.queries;
-  for (int i = 0; i < n; ++i) scratch.visible[i] = visible(task, head, i, start, tokens);
+  // Old tokens are seen by every query, which needs no look at each.
+  const bool masked = mask_.allowed || mask_.added;
+  const bool seen = !masked && (!mask_.causal || start + tokens <= query_.past + 1);
+  for (int i = 0; !seen && i < n; ++i) scratch.visible[i] = visible(task, head, i, start, tokens);
+  const Visibility* visible = seen ? scratch.all.data() : scratch.visible.data();
   const size_t first = static_cast<size_t>(head - task.head0) * n;
-  k_.soften(logits, n, tokens, softmax_, scratch.visible.data(), partial.running.data() + first, scratch.shrink.data());
+  k_.soften(logits, n, tokens, softmax_, visible, partial.running.data() + first, scratch.shrink.data());
   for (int i = 0; i < n; ++i) {
     if (scratch.shrink[i] == 1.0f) continue;
     for (size_t side = 0; side < value_sides_.size(); ++side) {
