@@ -106,7 +106,9 @@ class PagedForm(Form[View]):
         self._cache = cache
 
     @classmethod
-    def fill(cls, keys: Tensor, values: Tensor, profile: str, query_heads: int) -> PagedForm:
+    def fill(
+        cls, keys: Tensor, values: Tensor, profile: str, query_heads: int, implementation: str = "auto"
+    ) -> PagedForm:
         """A cache that is given all tokens at once, as by a prefill.
 
         Args:
@@ -114,6 +116,7 @@ class PagedForm(Form[View]):
             values: likewise.
             profile: codec name, or ``keys/values``.
             query_heads: of the layer.
+            implementation: of the kernels that will read it; pages lie in their order.
         """
         settings = CacheSettings.of(
             bits=None,
@@ -122,7 +125,7 @@ class PagedForm(Form[View]):
             tokens_per_page=64,
             raw_dtype=None,
             read_through=False,
-            implementation="auto",
+            implementation=implementation,
             layers=1,
             kv_heads=keys.shape[1],
             query_heads=query_heads,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from time import perf_counter
 from typing import Any
 
@@ -46,9 +47,9 @@ def run_kernels(settings: KernelSettings, progress: ProgressCallback) -> KernelR
     num_threads = settings.num_threads or torch.get_num_threads()
     implementations = chosen_implementations(settings.implementations)
     conditions = Conditions.now(num_threads)
-    # One operand per profile, the dense one, and the buffer of the pure read.
-    cache_bytes = cold_nbytes(settings.cache_bytes, len(settings.profiles) + 2)
-    per_context = len(BASELINES) + len(settings.profiles) * (1 + len(implementations)) + 1 + settings.rounds
+    # One operand per profile and implementation, the dense one, and the buffer of the pure read.
+    cache_bytes = cold_nbytes(settings.cache_bytes, len(settings.profiles) * len(implementations) + 2)
+    per_context = len(BASELINES) + 2 * len(settings.profiles) * len(implementations) + 1 + settings.rounds
     step = StepCounter(progress, len(settings.contexts) * per_context)
     rows: list[KernelRow] = []
     with torch_threads(num_threads), torch.inference_mode():
@@ -181,12 +182,11 @@ class _Trials:
         expected = exact(query, *dense.decoded(), scale)
         for name in BASELINES:
             yield _Trial(baseline(name, dense, scale), query, expected)
-        for profile in settings.profiles:
+        for profile, implementation in product(settings.profiles, self._implementations):
             self._say(f"filling {profile}")
-            form = PagedForm.fill(keys, values, profile, settings.query_heads)
+            form = PagedForm.fill(keys, values, profile, settings.query_heads, implementation)
             expected = exact(query, *form.decoded(), scale)
-            for implementation in self._implementations:
-                yield _Trial(paged(profile, form, scale, implementation), query, expected)
+            yield _Trial(paged(profile, form, scale, implementation), query, expected)
 
     def _prepare(self, timed: Sequence[_Trial], cache_bytes: int) -> None:
         """As many copies as are read before one comes up again, or one per call if those are fewer; all cold."""
