@@ -13,6 +13,8 @@ namespace nb = nanobind;
 
 NB_MODULE(_native, m) {
   using fibkv::Isa;
+  // Descriptions of codecs are cached for the life of the process: at its end they are not leaks.
+  nb::set_leak_warnings(false);
   nb::enum_<Isa>(m, "Isa")
       .value("portable", Isa::portable)
       .value("avx2", Isa::avx2)

@@ -62,6 +62,9 @@ def demo(
     windows: Annotated[int, typer.Option(min=1, help="Windows of text.")] = DEFAULTS.num_windows,
     window_tokens: Annotated[int, typer.Option(min=2, help="Tokens per window and prompt.")] = DEFAULTS.window_tokens,
     prompts: Annotated[int, typer.Option(min=1, help="Needle prompts.")] = DEFAULTS.num_prompts,
+    chunk_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens fed at a time; few of them are attended to in decoding's arithmetic.")
+    ] = DEFAULTS.chunk_tokens,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16; default: float32, with --model as it is stored.")
     ] = None,
@@ -93,7 +96,11 @@ def demo(
             name="embedded reference model" if model is None else str(model),
             variants=standard_variants(),
             settings=DemoSettings(
-                num_windows=windows, window_tokens=window_tokens, num_prompts=prompts, num_threads=threads
+                num_windows=windows,
+                window_tokens=window_tokens,
+                num_prompts=prompts,
+                num_threads=threads,
+                chunk_tokens=chunk_tokens,
             ),
             caveats=embedded.CAVEATS if model is None else (),
             progress=progress,

@@ -155,10 +155,8 @@ class Native:
         """Makes runs ready to be attended to; codes in another order are packed into memory of the plan's own."""
         native, held = extension.Plan(), []
         for run in runs:
-            key, value = (
-                side_of(tables, role, self.isa, run.rotated)
-                for tables, role in ((run.key_tables, "key"), (run.value_tables, "value"))
-            )
+            key = side_of(run.key_tables, "key", self.isa, run.rotated)
+            value = side_of(run.value_tables, "value", self.isa, run.rotated)
             keys = [packed_codes(codes, run.key_tables, key) for row in run.keys for codes in row]
             values = [packed_codes(codes, run.value_tables, value) for row in run.values for codes in row]
             native.add(
@@ -212,10 +210,8 @@ class Native:
         keys, values = keys.detach().contiguous(), values.detach().contiguous()
         out = torch.empty(*query.shape[:3], values.shape[3], dtype=torch.float32)
         lse = torch.empty(query.shape[:3], dtype=torch.float32)
-        raw_keys, raw_values = (
-            side_of(raw_tables(side.dtype, side.shape[3]), role, self.isa)
-            for side, role in ((keys, "key"), (values, "value"))
-        )
+        raw_keys = side_of(raw_tables(keys.dtype, keys.shape[3]), "key", self.isa)
+        raw_values = side_of(raw_tables(values.dtype, values.shape[3]), "value", self.isa)
         ends = extension.Tail(
             raw_keys, raw_values, keys.data_ptr(), values.data_ptr(), length - tokens, tokens, keys.shape[2]
         )
