@@ -27,7 +27,8 @@ class Slabs:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # Re-entrant: the garbage collector may return blocks in the middle of `take`, on the same thread.
+        self._lock = threading.RLock()
         self._free: dict[int, list[Tensor]] = defaultdict(list)
         self._used: dict[int, int] = defaultdict(int)
 
