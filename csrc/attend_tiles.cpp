@@ -11,6 +11,15 @@ namespace fibkv {
 namespace FIBKV_ISA {
 namespace {
 
+// Up to so many queries per KV head, a sum across lanes for each is cheaper than transposing the tile.
+constexpr int kFewQueries = 8;
+
+// A number that a generic lambda can take as a constant.
+template <int value>
+struct Number {
+  static constexpr int number = value;
+};
+
 #ifdef FIBKV_INTEGER
 bool on_integers(const Side& side, int n) {
   return side.planes > 0 && side.order != Order::rows && n <= kIntegerQueries;
@@ -118,6 +127,8 @@ void widen_row(const uint8_t* from, int dim, float* row) {
   }
 }
 
+vf same(vf numbers) { return numbers; }
+
 vf from_int8(vsb numbers) { return __builtin_convertvector(widen(numbers), vf); }
 
 void numbers(const Side& side, const uint8_t* code, float* row) {
@@ -184,31 +195,51 @@ void decode(const Side& side, const Span& span, int first, int tokens, float* ro
 
 // ---- Scoring and mixing on decoded rows ----------------------------------------------------------------------------
 
-// Dot products of n queries with four rows at a time; `rows` has room for a multiple of four.
-template <int n>
-void dots(const float* rows, int width, int tokens, const float* queries, float* logits) {
-  constexpr int at_once = 4;
-  for (int t = 0; t < tokens; t += at_once) {
-    const float* row = rows + static_cast<size_t>(t) * width;
-    vf sums[4 * at_once] = {};
-    for (int i = 0; i < width; i += kLanes) {
-      vf keys[at_once];
-      for (int j = 0; j < at_once; ++j) keys[j] = load<vf>(row + j * width + i);
-      for (int q = 0; q < n; ++q) {
-        const vf query = load<vf>(queries + q * width + i);
-        for (int j = 0; j < at_once; ++j) sums[q * at_once + j] += keys[j] * query;
-      }
-    }
-    float found[4 * at_once];
-    for (int first = 0; first < n * at_once; first += kLanes) store(found + first, totals(sums + first));
-    for (int q = 0; q < n; ++q) std::memcpy(logits + q * kTile + t, found + q * at_once, at_once * sizeof(float));
+// Rows of a tile as kernels read them, a vector at a time: decoded ones, or codes that widen as they are.
+struct Decoded {
+  const float* rows;
+  int width;
+  vf at(int token, int i) const { return load<vf>(rows + static_cast<size_t>(token) * width + i); }
+};
+
+template <typename Narrow, vf (*widen)(Narrow)>
+struct Widened {
+  const uint8_t* rows;
+  size_t pitch;  // bytes
+  vf at(int token, int i) const {
+    return widen(load<Narrow>(rows + token * pitch + static_cast<size_t>(i) * (sizeof(Narrow) / kLanes)));
   }
+};
+
+// Dot products of n queries with `at_once` rows from row t on.
+template <int n, int at_once, typename Rows>
+void dots(const Rows& rows, int width, int t, const float* queries, float* logits) {
+  vf sums[kLanes > n * at_once ? kLanes : n * at_once] = {};
+  for (int i = 0; i < width; i += kLanes) {
+    vf keys[at_once];
+    for (int j = 0; j < at_once; ++j) keys[j] = rows.at(t + j, i);
+    for (int q = 0; q < n; ++q) {
+      const vf query = load<vf>(queries + q * width + i);
+      for (int j = 0; j < at_once; ++j) sums[q * at_once + j] += keys[j] * query;
+    }
+  }
+  float found[sizeof sums / sizeof(vf)];
+  for (int first = 0; first < n * at_once; first += kLanes) store(found + first, totals(sums + first));
+  for (int q = 0; q < n; ++q) std::memcpy(logits + q * kTile + t, found + q * at_once, at_once * sizeof(float));
 }
 
-void score_rows(const float* rows, int width, int tokens, const float* queries, int n, float* logits) {
+template <int n, typename Rows>
+void score_block(const Rows& rows, int width, int tokens, const float* queries, float* logits) {
+  int t = 0;
+  for (; t + 4 <= tokens; t += 4) dots<n, 4>(rows, width, t, queries, logits);
+  for (; t < tokens; ++t) dots<n, 1>(rows, width, t, queries, logits);
+}
+
+template <typename Rows>
+void score_rows(const Rows& rows, int width, int tokens, const float* queries, int n, float* logits) {
   int q = 0;
-  for (; q + 4 <= n; q += 4) dots<4>(rows, width, tokens, queries + q * width, logits + q * kTile);
-  for (; q < n; ++q) dots<1>(rows, width, tokens, queries + q * width, logits + q * kTile);
+  for (; q + 4 <= n; q += 4) score_block<4>(rows, width, tokens, queries + q * width, logits + q * kTile);
+  for (; q < n; ++q) score_block<1>(rows, width, tokens, queries + q * width, logits + q * kTile);
 }
 
 // Many queries: the tile is transposed to [width][kTile], so that a broadcast element of a query meets a vector of
@@ -241,32 +272,65 @@ void score_many(const float* rows, int width, int tokens, const float* queries, 
   for (; q < n; ++q) score_columns<1>(columns, width, queries + q * width, logits + q * kTile);
 }
 
-template <int n>
-void mix_rows(const float* rows, int width, int tokens, const float* weights, float* out) {
-  constexpr int strip = (kLanes >= 16 ? 4 : 2) * kLanes;
-  int i = 0;
-  for (; i + strip <= width; i += strip) {
-    vf sums[n][strip / kLanes];
+template <int n, typename Rows>
+void mix_block(const Rows& rows, int width, int tokens, const float* weights, float* out) {
+  constexpr int vectors = kLanes >= 16 ? 4 : 2;
+  const auto strip = [&](int i, auto count) {
+    constexpr int number = decltype(count)::number;
+    vf sums[n][number];
     for (int q = 0; q < n; ++q) {
-      for (int s = 0; s < strip / kLanes; ++s) sums[q][s] = load<vf>(out + q * width + i + s * kLanes);
+      for (int s = 0; s < number; ++s) sums[q][s] = load<vf>(out + q * width + i + s * kLanes);
     }
     for (int t = 0; t < tokens; ++t) {
-      const float* row = rows + static_cast<size_t>(t) * width + i;
+      vf row[number];
+      for (int s = 0; s < number; ++s) row[s] = rows.at(t, i + s * kLanes);
       for (int q = 0; q < n; ++q) {
         const vf weight = splat(weights[q * kTile + t]);
-        for (int s = 0; s < strip / kLanes; ++s) sums[q][s] += weight * load<vf>(row + s * kLanes);
+        for (int s = 0; s < number; ++s) sums[q][s] += weight * row[s];
       }
     }
     for (int q = 0; q < n; ++q) {
-      for (int s = 0; s < strip / kLanes; ++s) store(out + q * width + i + s * kLanes, sums[q][s]);
+      for (int s = 0; s < number; ++s) store(out + q * width + i + s * kLanes, sums[q][s]);
     }
-  }
-  for (; i < width; ++i) {
-    for (int q = 0; q < n; ++q) {
-      float sum = out[q * width + i];
-      for (int t = 0; t < tokens; ++t) sum += weights[q * kTile + t] * rows[static_cast<size_t>(t) * width + i];
-      out[q * width + i] = sum;
-    }
+  };
+  int i = 0;
+  for (; i + vectors * kLanes <= width; i += vectors * kLanes) strip(i, Number<vectors>{});
+  for (; i < width; i += kLanes) strip(i, Number<1>{});
+}
+
+template <typename Rows>
+void mix_rows(const Rows& rows, int width, int tokens, const float* weights, int n, float* out) {
+  int q = 0;
+  for (; q + 4 <= n; q += 4) mix_block<4>(rows, width, tokens, weights + q * kTile, out + q * width);
+  for (; q < n; ++q) mix_block<1>(rows, width, tokens, weights + q * kTile, out + q * width);
+}
+
+// Calls visit(rows) with the codes themselves where few queries meet numbers that only have to be widened; whether it
+// did. As many bytes are prefetched at `ahead`.
+template <typename Visit>
+bool in_place(const Side& side, const Span& span, int first, int tokens, int n, const uint8_t* ahead, Visit visit) {
+  if (side.order != Order::rows || side.channels || side.dim % kPad || n > kFewQueries) return false;
+  const size_t pitch = side.code_bytes;
+  const uint8_t* rows = span.codes + first * pitch;
+  for (size_t at = first * pitch; at < (first + tokens) * pitch; at += 64) __builtin_prefetch(ahead + at, 0, 2);
+  switch (side.form) {
+    case Form::f32:
+      visit(Widened<vf, same>{rows, pitch});
+      return true;
+    case Form::f16:
+      visit(Widened<vh, from_f16>{rows, pitch});
+      return true;
+    case Form::bf16:
+      visit(Widened<vh, from_bf16>{rows, pitch});
+      return true;
+    case Form::int8:
+      visit(Widened<vsb, from_int8>{rows, pitch});
+      return true;
+    case Form::fp8:
+      visit(Widened<vb, from_e4m3>{rows, pitch});
+      return true;
+    default:
+      return false;
   }
 }
 
@@ -288,11 +352,20 @@ void prepare(const Side& key, const float* queries, int n, uint8_t* prepared) {
 
 size_t scratch_floats(const Side& side, int n) {
   const size_t tile = static_cast<size_t>(kTile) * padded_dim(side.dim);
-  return n > 8 ? 2 * tile : tile;
+  return n > kFewQueries ? 2 * tile : tile;
+}
+
+// numbers[q][t] *= factor of token t: logits by the keys' scales, weights by the values'.
+void scale_tokens(const Side& side, const Span& span, int first, int tokens, int n, float* numbers) {
+  float factors[kTile];
+  factors_of(side, span, first, factors);
+  for (int q = 0; q < n; ++q) {
+    for (int t = 0; t < tokens; ++t) numbers[q * kTile + t] *= factors[t];
+  }
 }
 
 void score(const Side& key, const Span& span, int first, int tokens, const uint8_t* prepared, int n, float* logits,
-           float* scratch, [[maybe_unused]] const uint8_t* ahead) {
+           float* scratch, const uint8_t* ahead) {
 #ifdef FIBKV_INTEGER
   if (on_integers(key, n)) {
     float norms[kTile];
@@ -302,16 +375,23 @@ void score(const Side& key, const Span& span, int first, int tokens, const uint8
 #endif
   const int width = padded_dim(key.dim);
   const float* queries = reinterpret_cast<const float*>(prepared);
+  const bool done = in_place(key, span, first, tokens, n, ahead, [&](const auto& rows) {
+    score_rows(rows, width, tokens, queries, n, logits);
+  });
+  if (done) {
+    if (key.norm_bytes) scale_tokens(key, span, first, tokens, n, logits);
+    return;
+  }
   decode(key, span, first, tokens, scratch);
-  if (n > 8) {
+  if (n > kFewQueries) {
     score_many(scratch, width, tokens, queries, n, logits, scratch + static_cast<size_t>(kTile) * width);
   } else {
-    score_rows(scratch, width, tokens, queries, n, logits);
+    score_rows(Decoded{scratch, width}, width, tokens, queries, n, logits);
   }
 }
 
 void mix(const Side& value, const Span& span, int first, int tokens, float* weights, int n, float* out, float* scratch,
-         [[maybe_unused]] const uint8_t* ahead) {
+         const uint8_t* ahead) {
 #ifdef FIBKV_INTEGER
   if (on_integers(value, n)) {
     float norms[kTile];
@@ -320,10 +400,13 @@ void mix(const Side& value, const Span& span, int first, int tokens, float* weig
   }
 #endif
   const int width = padded_dim(value.dim);
+  const bool done = in_place(value, span, first, tokens, n, ahead, [&](const auto& rows) {
+    if (value.norm_bytes) scale_tokens(value, span, first, tokens, n, weights);
+    mix_rows(rows, width, tokens, weights, n, out);
+  });
+  if (done) return;
   decode(value, span, first, tokens, scratch);
-  int q = 0;
-  for (; q + 4 <= n; q += 4) mix_rows<4>(scratch, width, tokens, weights + q * kTile, out + q * width);
-  for (; q < n; ++q) mix_rows<1>(scratch, width, tokens, weights + q * kTile, out + q * width);
+  mix_rows(Decoded{scratch, width}, width, tokens, weights, n, out);
 }
 
 void finish(const Side& value, const float* rows, int n, float* out) {
