@@ -1,8 +1,8 @@
 """The native kernels: C++ behind nanobind, for tensors on the CPU.
 
 One `Native` per instruction set. Attention reads pages where they lie, in tile order (`Packed`): products of bytes for
-FibQuant and int8 on AVX-512 and AVX2, float32 on decoded tiles for everything else. Tolerances against the reference
-are part of the conformance suite (tests/codecs/testextension.py).
+FibQuant and int8 on AVX-512, of int16 on AVX2, float32 for everything else. Tolerances against the reference
+are part of the conformance suite (tests/codecs/conformance.py).
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Masking:
 
 
 def why_not(instruction_set: str | None = None) -> str:
-    """ "yes", or why native kernels (on that instruction set) cannot run here."""
+    """Says "yes", or why native kernels (on that instruction set) cannot run here."""
     if extension is None:
         return WHY_NOT
     if instruction_set is not None and not extension.has_isa(getattr(extension.Isa, instruction_set)):
