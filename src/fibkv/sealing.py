@@ -129,7 +129,7 @@ def resident(pages: Sequence[Page], implementation: str, slabs: Slabs) -> list[P
         if not isinstance(kernels_, Native) or all(kernels_.holds(*one) for page in rectangles for one in page):
             placed += same
             continue
-        packed = kernels_.pack_all(rectangles, slabs)
+        packed = kernels_.pack(rectangles, slabs)
         placed += [page.holding(held) for page, held in zip(same, packed, strict=True)]
     return placed
 

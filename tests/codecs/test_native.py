@@ -21,6 +21,7 @@ from fibkv.parameters import FibParameters, named_parameters
 from fibkv.policy import Policy
 from fibkv.quarantine import Quarantine
 from fibkv.regions import ProtectedRegions
+from fibkv.slabs import Slabs
 from fibkv.view import Tail, View
 from tests.codecs import test_codecs
 from tests.codecs.conformance import BYTES, CodecConformance, attend_error, equal, gaussian, native_implementations
@@ -297,7 +298,7 @@ class TestMemory:
             codes = codec.encode(gaussian(3, 21, codec.head_dim))
             for name in AVAILABLE:
                 for role in ("key", "value"):
-                    (packed,) = kernels.resolve(name).pack([(codes, codec.tables, role)], None)
+                    ((packed,),) = kernels.resolve(name).pack([[(codes, codec.tables, role)]], Slabs())
                     assert equal(packed.canonical(), codes), (suite.__name__, name, role)
 
 

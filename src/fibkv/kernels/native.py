@@ -115,19 +115,13 @@ class Native:
         """Decodes to ``[..., T, d]``; see `fibkv.kernels.reference.decode`."""
         return native_codes.decode(codes, tables, out=out, isa=self.isa)
 
-    def pack(self, rectangles: Sequence[tuple[Codes | Packed, Tables, Role]], slabs: Slabs | None) -> list[Packed]:
-        """Puts the codes of one page into one block of memory, in the order in which attention reads them.
+    def pack(self, pages: Sequence[Sequence[tuple[Codes | Packed, Tables, Role]]], slabs: Slabs) -> list[list[Packed]]:
+        """Puts the codes of each page into one block of memory, in the order in which attention reads them.
 
         Args:
-            rectangles: codes ``[heads, tokens, ...]`` with their tables and role.
-            slabs: where the block comes from; None = memory of its own.
+            pages: of equal form; of each its rectangles of codes ``[heads, tokens, ...]`` with their tables and role.
+            slabs: where the blocks come from, neighbours where they are new.
         """
-        return self.pack_all([rectangles], slabs)[0]
-
-    def pack_all(
-        self, pages: Sequence[Sequence[tuple[Codes | Packed, Tables, Role]]], slabs: Slabs | None
-    ) -> list[list[Packed]]:
-        """`pack` for pages of equal form, which get neighbouring blocks."""
         if not pages:
             return []
         sides = [side_of(tables, role, self.isa) for _, tables, role in pages[0]]
@@ -135,10 +129,7 @@ class Native:
         for side, (codes, _, _) in zip(sides, pages[0], strict=True):
             starts.append(starts[-1] + -(-side.nbytes(*extent(codes)) // ALIGNMENT) * ALIGNMENT)
         total = starts[-1]
-        if slabs is None:
-            blocks = list(torch.empty(len(pages), total, dtype=torch.uint8))
-        else:
-            blocks = slabs.take(total, len(pages))
+        blocks = slabs.take(total, len(pages))
         return [
             [
                 fill(codes, tables, side, block, start)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -40,7 +40,8 @@ def side_of(tables: Tables, role: Role, isa: Any, rotated: bool = True) -> Any:
     return _side(tables, role, isa, rotated)
 
 
-@lru_cache(maxsize=256)
+# Without a limit: pages are known by their side, and a second one for the same codec would make them look foreign.
+@cache
 def _side(tables: Tables, role: Role, isa: Any, rotated: bool) -> Any:
     inner = tables.inner if isinstance(tables, ChannelTables) else tables
     settings: dict[str, Any] = {
