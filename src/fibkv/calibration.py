@@ -1,0 +1,154 @@
+"""What is learned about one layer's queries, keys and values from text, and what follows from it for coding keys.
+
+Plain tensors and pure functions. `fibkv calibrate` gathers `LayerStatistics` while a model reads; a key space
+(`fibkv.space`) is made from the transforms; a recipe with a bit allocation from `allocate`.
+
+A transform is an invertible matrix ``A [..., d, d]`` per KV head. Keys are coded as ``A (k - mean)`` and attention
+takes ``A^-T q`` in place of the query, once per query: inner products stay what they were, and nothing is done per
+token. All arithmetic is float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from fibkv.errors import ContractError
+
+# Share of the mean eigenvalue that is added to every eigenvalue: directions that the calibration text hardly
+# used must not be stretched without bound.
+RIDGE = 1e-3
+# E|x - x^|^2 / E|x|^2 of the k = 2 codebooks with 2^b codewords, b = 0..8, on the source they are trained on
+# (`fibkv.codecs.fib.unit_distortion` at d = 128, without gain and scale search).
+PAIR_DISTORTIONS = (1.0, 0.6800, 0.3605, 0.1991, 0.1065, 0.0564, 0.0294, 0.0151, 0.0077)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerStatistics:
+    """First and second moments of one layer, all float64. ``H`` KV heads, ``d`` head_dim.
+
+    Attributes:
+        tokens: tokens seen.
+        key_mean: ``[H, d]``, E[k].
+        key_moment: ``[H, d, d]``, E[k k^T], as the cache holds keys (rotary embedding applied).
+        query_moment: ``[H, d, d]``, E[q q^T] over the queries of all heads of the group.
+        value_mean: ``[H, d_value]``, E[v].
+        value_moment: ``[H, d_value, d_value]``, E[v v^T].
+
+    Raises:
+        ContractError: on construction, for shapes that do not belong together or numbers that are not finite.
+    """
+
+    tokens: int
+    key_mean: Tensor
+    key_moment: Tensor
+    query_moment: Tensor
+    value_mean: Tensor
+    value_moment: Tensor
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ContractError("LayerStatistics.tokens", "at least 1", self.tokens)
+        for name, mean in (("key", self.key_mean), ("query", self.key_mean), ("value", self.value_mean)):
+            moment = getattr(self, f"{name}_moment")
+            if moment.shape != (*mean.shape, mean.shape[-1]):
+                expected = f"shape {[*mean.shape, mean.shape[-1]]}"
+                raise ContractError(f"LayerStatistics.{name}_moment", expected, list(moment.shape))
+            if not bool(torch.isfinite(moment).all() & torch.isfinite(mean).all()):
+                raise ContractError(f"LayerStatistics.{name}_moment", "finite numbers", "others")
+
+    @property
+    def key_covariance(self) -> Tensor:
+        """``[H, d, d]``, E[(k - mean) (k - mean)^T]."""
+        return self.key_moment - self.key_mean.unsqueeze(-1) * self.key_mean.unsqueeze(-2)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Klt:
+    """A query-weighted Karhunen-Loeve transform.
+
+    Attributes:
+        transform: ``[..., d, d]``; row i gives coordinate i of the coded key.
+        variances: ``[..., d]``, of those coordinates, falling. Errors in all of them weigh alike in the logits.
+    """
+
+    transform: Tensor
+    variances: Tensor
+
+
+def balanced_transform(key_covariance: Tensor, query_moment: Tensor) -> Tensor:
+    """The symmetric ``A [..., d, d]`` that gives keys and queries one and the same second moment.
+
+    A^2 = Sk^-1/2 (Sk^1/2 Sq Sk^1/2)^1/2 Sk^-1/2. For a code with one norm per vector behind a random rotation, whose
+    error is white, it makes the expected error of logits smallest.
+
+    Args:
+        key_covariance: ``[..., d, d]``, Sk.
+        query_moment: ``[..., d, d]``, Sq.
+    """
+    keys, queries = _regular(key_covariance), _regular(query_moment)
+    root, inverse = _power(keys, 0.5), _power(keys, -0.5)
+    return _power(inverse @ _power(root @ queries @ root, 0.5) @ inverse, 0.5)
+
+
+def klt(key_covariance: Tensor, query_moment: Tensor) -> Klt:
+    """Principal axes of the keys as the queries see them: y = U^T Sq^1/2 (k - mean), U the eigenvectors of cov(y).
+
+    Args:
+        key_covariance: ``[..., d, d]``, Sk.
+        query_moment: ``[..., d, d]``, Sq.
+    """
+    root = _power(_regular(query_moment), 0.5)
+    variances, axes = torch.linalg.eigh(_symmetric(root @ _regular(key_covariance) @ root))
+    return Klt(axes.flip(-1).transpose(-1, -2) @ root, variances.flip(-1))
+
+
+def allocate(variances: Tensor, bits: float) -> Tensor:
+    """Bits for pairs of coordinates: one by one to the pair whose expected error falls most.
+
+    Args:
+        variances: ``[..., d]`` of coordinates; 2 i and 2 i + 1 make pair i.
+        bits: per coordinate; ``bits * d`` must be whole.
+
+    Returns:
+        ``[..., d / 2]`` int64, 0 to 8 bits per pair, with sum ``bits * d`` in every row.
+
+    Raises:
+        ContractError: an odd number of coordinates, or a number of bits that cannot be given out.
+    """
+    dim = variances.shape[-1]
+    total = round(bits * dim)
+    if dim % 2 or abs(total - bits * dim) > 1e-9 or not 0 <= total <= dim // 2 * (len(PAIR_DISTORTIONS) - 1):
+        most = (len(PAIR_DISTORTIONS) - 1) / 2
+        raise ContractError("allocate.bits", f"0 to {most}, a whole number for {dim} coordinates (an even one)", bits)
+    pairs = variances.to(torch.float64).unflatten(-1, (-1, 2)).sum(-1)
+    # What each further bit of a pair takes off its error; the gains fall from bit to bit.
+    steps = torch.tensor([more - less for more, less in pairwise(PAIR_DISTORTIONS)], dtype=torch.float64)
+    gains = (pairs.unsqueeze(-1) * steps.to(pairs.device)).flatten(-2)
+    # Ties (a pair of no variance) go to the earlier pair and the earlier bit.
+    order = gains.argsort(dim=-1, descending=True, stable=True)[..., :total]
+    given = torch.zeros_like(gains, dtype=torch.int64).scatter_(-1, order, 1)
+    pairs_bits: Tensor = given.unflatten(-1, (dim // 2, -1)).sum(-1)
+    return pairs_bits
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    return (matrix + matrix.transpose(-1, -2)) / 2
+
+
+def _regular(moment: Tensor) -> Tensor:
+    """A moment in float64 with `RIDGE` on its diagonal; the identity where it is zero."""
+    matrix = _symmetric(moment.to(torch.float64))
+    level = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    identity = torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
+    return torch.where(level > 0, matrix + RIDGE * level * identity, identity)
+
+
+def _power(matrix: Tensor, exponent: float) -> Tensor:
+    """A power of a positive definite matrix."""
+    values, vectors = torch.linalg.eigh(_symmetric(matrix))
+    scaled = vectors * values.clamp(min=torch.finfo(torch.float64).tiny).pow(exponent).unsqueeze(-2)
+    return torch.matmul(scaled, vectors.mT)
