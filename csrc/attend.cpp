@@ -22,12 +22,29 @@ constexpr int kAhead = 6;
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 template <typename T>
-int index_of(const std::vector<T>& items, T item) {
+int index_of(const std::vector<T>& items, const T& item) {
   return static_cast<int>(std::find(items.begin(), items.end(), item) - items.begin());
 }
 
+// A space that logits are computed in: a key space, if it turns queries, then a rotation; each may be null.
+struct QuerySpace {
+  const KeySpace* space;
+  const Rotation* rotation;
+  bool operator==(const QuerySpace& other) const { return space == other.space && rotation == other.rotation; }
+};
+
+// What reads keys: their side, and the space that turns queries, or null.
+struct KeyReader {
+  const Side* side;
+  const KeySpace* space;
+  QuerySpace query_space() const { return {space, side->space()}; }
+  bool operator==(const KeyReader& other) const { return side == other.side && space == other.space; }
+};
+
+KeyReader reader_of(const Run& run) { return {run.key, run.space && run.space->queries ? run.space : nullptr}; }
+
 template <typename T>
-void add_once(std::vector<T>& items, T item) {
+void add_once(std::vector<T>& items, const T& item) {
   if (index_of(items, item) == static_cast<int>(items.size())) items.push_back(item);
 }
 
@@ -60,19 +77,21 @@ class Step {
         groups_(query.query_heads / query.kv_heads), key_width_(padded_dim(query.dim)),
         value_width_(padded_dim(value_dim)) {
     for (const Run* run : runs_) {
-      add_once(key_sides_, run->key);
+      add_once(key_readers_, reader_of(*run));
       add_once(value_sides_, run->value);
-      add_once(key_spaces_, run->key->space());
+      add_once(query_spaces_, reader_of(*run).query_space());
+      if (run->space) add_once(biased_, run->space);
       add_once(value_spaces_, run->value->space());
       end_ = std::max(end_, run->start + run->spans * run->tokens);
     }
     plan_tasks(threads);
     partials_.resize(tasks_.size());
     scratch_.resize(threads);
-    rotated_.resize(key_spaces_.size() * query_rows() * key_width_);
+    rotated_.resize(query_spaces_.size() * query_rows() * key_width_);
+    biases_.resize(biased_.size() * query_rows());
     const int most = std::min(kQueryBlock, groups_ * query.length);
-    for (const Side* side : key_sides_) {
-      prepared_bytes_.push_back(k_.prepared_bytes(*side, most));
+    for (const KeyReader& reader : key_readers_) {
+      prepared_bytes_.push_back(k_.prepared_bytes(*reader.side, most));
       prepared_.emplace_back(prepared_bytes_.back() * blocks_ * query.batch * query.kv_heads);
     }
   }
@@ -95,7 +114,7 @@ class Step {
   size_t query_rows() const { return static_cast<size_t>(query_.batch) * query_.query_heads * query_.length; }
 
   void plan_tasks(int threads);
-  // All queries of one KV head of one row, in every space of the keys and prepared for every side.
+  // All queries of one KV head of one row, in every space of the keys and prepared for every reader, and their biases.
   void rotate(int head) {
     const int n = groups_ * query_.length;
     const size_t first = static_cast<size_t>(head) * n;
@@ -104,28 +123,49 @@ class Step {
       const float* from = query_.rows + (first + i) * query_.dim;
       std::copy(from, from + query_.dim, padded.begin() + static_cast<size_t>(i) * key_width_);
     }
-    for (size_t space = 0; space < key_spaces_.size(); ++space) {
-      float* to = rotated_.data() + (space * query_rows() + first) * key_width_;
-      if (key_spaces_[space]) {
-        k_.rotate(*key_spaces_[space], padded.data(), n, to);
-      } else {
-        std::copy(padded.begin(), padded.end(), to);
+    for (size_t i = 0; i < query_spaces_.size(); ++i) {
+      to_space(query_spaces_[i], padded, head % query_.kv_heads, n,
+               rotated_.data() + (i * query_rows() + first) * key_width_);
+    }
+    for (size_t i = 0; i < biased_.size(); ++i) {
+      const float* mean = biased_[i]->mean + static_cast<size_t>(head % query_.kv_heads) * query_.dim;
+      for (int q = 0; q < n; ++q) {
+        const float* row = padded.data() + static_cast<size_t>(q) * key_width_;
+        biases_[i * query_rows() + first + q] = std::inner_product(mean, mean + query_.dim, row, 0.0f);
       }
     }
-    for (size_t side = 0; side < key_sides_.size(); ++side) {
-      const size_t space = index_of(key_spaces_, key_sides_[side]->space());
+    for (size_t i = 0; i < key_readers_.size(); ++i) {
+      const size_t space = index_of(query_spaces_, key_readers_[i].query_space());
       const float* rows = rotated_.data() + (space * query_rows() + first) * key_width_;
       for (int block = 0; block < blocks_; ++block) {
         const int from = block * kQueryBlock;
-        k_.prepare(*key_sides_[side], rows + static_cast<size_t>(from) * key_width_, std::min(kQueryBlock, n - from),
-                   prepared(side, head, block));
+        k_.prepare(*key_readers_[i].side, rows + static_cast<size_t>(from) * key_width_,
+                   std::min(kQueryBlock, n - from), prepared(i, head, block));
       }
     }
   }
 
+  // n padded rows of one KV head to a space.
+  void to_space(const QuerySpace& where, const std::vector<float>& rows, int kv_head, int n, float* to) const {
+    const Rotation* steps[] = {where.space ? where.space->queries + kv_head : nullptr, where.rotation};
+    std::vector<float> from = rows;
+    for (const Rotation* step : steps) {
+      if (!step) continue;
+      k_.rotate(*step, from.data(), n, to);
+      std::copy(to, to + from.size(), from.begin());
+    }
+    std::copy(from.begin(), from.end(), to);
+  }
+
+  // The biases of a task's queries of one head, or null.
+  const float* bias(const Task& task, int head, const KeySpace* space) const {
+    if (!space) return nullptr;
+    return biases_.data() + index_of(biased_, space) * query_rows() + row_of(task, head, 0);
+  }
+
   // The prepared queries of a block of a KV head of a row, `head` counting through the rows.
-  uint8_t* prepared(size_t side, int head, int block) {
-    return prepared_[side].data() + (static_cast<size_t>(head) * blocks_ + block) * prepared_bytes_[side];
+  uint8_t* prepared(size_t reader, int head, int block) {
+    return prepared_[reader].data() + (static_cast<size_t>(head) * blocks_ + block) * prepared_bytes_[reader];
   }
 
   // Query i of a KV head is position i % length of query head i / length of its group: rows lie one after another.
@@ -140,7 +180,8 @@ class Step {
   void attend_run(const Task& task, const Run& run, Partial& partial, Scratch& scratch);
   void attend_tile(const Task& task, const Run& run, int span, int first, Partial& partial, Scratch& scratch);
   const uint8_t* ahead(const Task& task, const Run& run, size_t at, int block, int heads) const;
-  void soften(const Task& task, int head, int start, int tokens, float* logits, Partial& partial, Scratch& scratch);
+  void soften(const Task& task, int head, int start, int tokens, const KeySpace* space, float* logits, Partial& partial,
+              Scratch& scratch);
   Visibility visible(const Task& task, int head, int i, int start, int tokens) const;
   void finish(int first_task, int nth_head, float* out, float* lse);
   void write(const Task& task, int head, const std::vector<float>& spaces, const std::vector<float>& top,
@@ -152,14 +193,18 @@ class Step {
   const Mask& mask_;
   const Softmax& softmax_;
   int value_dim_, groups_, key_width_, value_width_, end_ = 0, splits_ = 1, blocks_ = 1;
-  std::vector<const Side*> key_sides_, value_sides_;
-  std::vector<const Rotation*> key_spaces_, value_spaces_;
+  std::vector<KeyReader> key_readers_;
+  std::vector<QuerySpace> query_spaces_;
+  std::vector<const KeySpace*> biased_;
+  std::vector<const Side*> value_sides_;
+  std::vector<const Rotation*> value_spaces_;
   std::vector<Task> tasks_;
   std::vector<Partial> partials_;
   std::vector<Scratch> scratch_;
-  std::vector<float> rotated_;                  // [key spaces][query rows][key width]
-  std::vector<std::vector<uint8_t>> prepared_;  // [key sides], [rows][KV heads][blocks] of prepared queries
-  std::vector<size_t> prepared_bytes_;          // [key sides]: of one block
+  std::vector<float> rotated_;                  // [query spaces][query rows][key width]
+  std::vector<float> biases_;                   // [key spaces][query rows]: <query, mean>
+  std::vector<std::vector<uint8_t>> prepared_;  // [key readers], [rows][KV heads][blocks] of prepared queries
+  std::vector<size_t> prepared_bytes_;          // [key readers]: of one block
 };
 
 // Splits the context first, so that a task reads whole pages, and the heads only where that does not occupy all threads.
@@ -249,8 +294,8 @@ void prefetch_norms(const Rectangle& rectangle, const uint8_t* page, int head, i
   }
 }
 
-void Step::soften(const Task& task, int head, int start, int tokens, float* logits, Partial& partial,
-                  Scratch& scratch) {
+void Step::soften(const Task& task, int head, int start, int tokens, const KeySpace* space, float* logits,
+                  Partial& partial, Scratch& scratch) {
   const int n = task.queries;
   // Old tokens are seen by every query, which needs no look at each.
   const bool masked = mask_.allowed || mask_.added;
@@ -258,7 +303,8 @@ void Step::soften(const Task& task, int head, int start, int tokens, float* logi
   for (int i = 0; !seen && i < n; ++i) scratch.visible[i] = visible(task, head, i, start, tokens);
   const Visibility* visible = seen ? scratch.all.data() : scratch.visible.data();
   const size_t first = static_cast<size_t>(head - task.head0) * n;
-  k_.soften(logits, n, tokens, softmax_, visible, partial.running.data() + first, scratch.shrink.data());
+  k_.soften(logits, n, tokens, bias(task, head, space), softmax_, visible, partial.running.data() + first,
+            scratch.shrink.data());
   for (int i = 0; i < n; ++i) {
     if (scratch.shrink[i] == 1.0f) continue;
     for (size_t side = 0; side < value_sides_.size(); ++side) {
@@ -278,12 +324,12 @@ void Step::attend_tile(const Task& task, const Run& run, int span, int first, Pa
   const size_t next = span + 1 < run.spans ? at + 1 : at;
   scratch.tile.resize(std::max(
       scratch.tile.size(), std::max(k_.scratch_floats(*run.key, n), k_.scratch_floats(*run.value, n))));
-  const size_t key_side = index_of(key_sides_, run.key);
+  const size_t reader = index_of(key_readers_, reader_of(run));
   for (int head = head0; head < head1; ++head) {
     const Span keys = Span::of(*run.key, run.key_rectangle, run.keys[at], head - run.head0);
     prefetch_norms(run.key_rectangle, run.keys[next], head - run.head0, run.key->dim);
     k_.score(*run.key, keys, first, tokens,
-             prepared(key_side, task.row * query_.kv_heads + head, task.first_query / kQueryBlock), n,
+             prepared(reader, task.row * query_.kv_heads + head, task.first_query / kQueryBlock), n,
              scratch.logits.data() + static_cast<size_t>(head - task.head0) * n * kTile, scratch.tile.data(),
              ahead(task, run, at, head - head0 + kAhead, heads));
   }
@@ -293,7 +339,7 @@ void Step::attend_tile(const Task& task, const Run& run, int span, int first, Pa
     prefetch_norms(run.value_rectangle, run.values[next], head - run.head0, run.value->dim);
     const size_t row = static_cast<size_t>(head - task.head0) * n;
     float* logits = scratch.logits.data() + row * kTile;
-    soften(task, head, start, tokens, logits, partial, scratch);
+    soften(task, head, start, tokens, run.space, logits, partial, scratch);
     k_.mix(*run.value, values, first, tokens, logits, n,
            partial.outs.data() + (static_cast<size_t>(side) * task.heads() * n + row) * value_width_,
            scratch.tile.data(), ahead(task, run, at, heads + head - head0 + kAhead, heads));

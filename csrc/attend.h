@@ -19,6 +19,7 @@ struct Run {
   int spans;
   const Side* key;
   const Side* value;
+  const KeySpace* space;  // of the keys, for all KV heads of the layer; or null
   Rectangle key_rectangle, value_rectangle;
   std::vector<const uint8_t*> keys, values;  // [rows][spans] base pointers
 };

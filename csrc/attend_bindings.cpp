@@ -40,8 +40,8 @@ std::vector<const uint8_t*> pointers(const std::vector<uintptr_t>& addresses) {
 }
 
 void add_run(Plan& plan, int row0, int row1, int head0, int head1, int start, int tokens, int spans,
-             std::shared_ptr<OwnedSide> key, std::shared_ptr<OwnedSide> value, const std::vector<uintptr_t>& keys,
-             const std::vector<uintptr_t>& values) {
+             std::shared_ptr<OwnedSide> key, std::shared_ptr<OwnedSide> value, std::shared_ptr<OwnedKeySpace> space,
+             const std::vector<uintptr_t>& keys, const std::vector<uintptr_t>& values) {
   Run run{};
   run.row0 = row0;
   run.row1 = row1;
@@ -52,7 +52,7 @@ void add_run(Plan& plan, int row0, int row1, int head0, int head1, int start, in
   run.spans = spans;
   run.keys = pointers(keys);
   run.values = pointers(values);
-  plan.add(std::move(run), std::move(key), std::move(value));
+  plan.add(std::move(run), std::move(key), std::move(value), std::move(space));
 }
 
 // The raw tail: [rows][heads][capacity][dim], of which the first `length` tokens are in use.
@@ -119,6 +119,13 @@ void bind_attention(nb::module_& m) {
         const int rounds = static_cast<int>(signs.shape(0));
         new (self) OwnedRotation(matrix.data(), static_cast<int>(matrix.shape(0)), signs.data(), rounds);
       });
+  nb::class_<OwnedKeySpace>(m, "KeySpace")
+      .def("__init__",
+           [](OwnedKeySpace* self, Array<const float, 2> mean, std::optional<Array<const float, 3>> inverses) {
+             new (self) OwnedKeySpace(mean.data(), inverses ? inverses->data() : nullptr,
+                                      static_cast<int>(mean.shape(0)), static_cast<int>(mean.shape(1)));
+           },
+           "mean"_a, "inverses"_a.none());
   nb::class_<OwnedSide>(m, "Side")
       .def(nb::new_(&make_side), nb::kw_only(), "form"_a, "is_key"_a, "tiled"_a, "dim"_a, "code_bytes"_a,
            "norm_bytes"_a, "block"_a, "size"_a, "bits"_a, "log_norms"_a, "channels"_a, "codewords"_a.none(),
@@ -137,7 +144,7 @@ void bind_attention(nb::module_& m) {
   nb::class_<Plan>(m, "Plan")
       .def(nb::init<>())
       .def("add", &add_run, nb::kw_only(), "row0"_a, "row1"_a, "head0"_a, "head1"_a, "start"_a, "tokens"_a, "spans"_a,
-           "key"_a, "value"_a, "keys"_a, "values"_a);
+           "key"_a, "value"_a, "space"_a.none(), "keys"_a, "values"_a);
   nb::class_<Tail>(m, "Tail")
       .def("__init__",
            [](Tail* self, const OwnedSide& key, const OwnedSide& value, uintptr_t keys, uintptr_t values, int start,

@@ -47,9 +47,10 @@ struct AttendKernels {
   void (*score)(const Side& key, const Span& span, int first, int tokens, const uint8_t* prepared, int n, float* logits,
                 float* scratch, const uint8_t* ahead);
   // Logits [n][kTile] to weights exp(logit - top) in place, padded with zeros; updates `running` [n]. shrink[q] is the
-  // factor by which everything summed for query q before has to shrink.
-  void (*soften)(float* logits, int n, int tokens, const Softmax& softmax, const Visibility* visible, Running* running,
-                 float* shrink);
+  // factor by which everything summed for query q before has to shrink. `bias` [n], or null, is added to the logits of
+  // each query before anything else.
+  void (*soften)(float* logits, int n, int tokens, const float* bias, const Softmax& softmax, const Visibility* visible,
+                 Running* running, float* shrink);
   // out[q][...] += sum over t of weights[q * kTile + t] * value of token first + t. Weights are overwritten. `out` has
   // rows of padded_dim floats in the side's own order of coordinates: see `finish`.
   void (*mix)(const Side& value, const Span& span, int first, int tokens, float* weights, int n, float* out,

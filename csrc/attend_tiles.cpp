@@ -430,10 +430,10 @@ constexpr float kLowest = -__builtin_inff();
 
 constexpr int kVectors = kTile / kLanes;
 
-// Scales, caps and hides: logits [kTile] of one query as the softmax takes them.
-void shape_logits(float* logits, int tokens, const Softmax& softmax, const Visibility& visible) {
+// Shifts, scales, caps and hides: logits [kTile] of one query as the softmax takes them.
+void shape_logits(float* logits, int tokens, float bias, const Softmax& softmax, const Visibility& visible) {
   for (int t = 0; t < kTile; t += kLanes) {
-    vf x = load<vf>(logits + t) * splat(softmax.scale);
+    vf x = (load<vf>(logits + t) + splat(bias)) * splat(softmax.scale);
     if (softmax.softcap > 0) x = splat(softmax.softcap) * tanhv(x * splat(1.0f / softmax.softcap));
     store(logits + t, x);
   }
@@ -448,10 +448,11 @@ void shape_logits(float* logits, int tokens, const Softmax& softmax, const Visib
   for (int t = limit; t < kTile; ++t) logits[t] = kLowest;
 }
 
-// Raises the reference point where a logit, times `scale`, exceeds it; returns the factor by which earlier sums shrink.
-float raise_top(const float* logits, float scale, Running& running) {
+// Raises the reference point where logit * scale + offset exceeds it; returns the factor by which earlier sums shrink.
+float raise_top(const float* logits, float scale, float offset, Running& running) {
   vf most = load<vf>(logits) * splat(scale);
   for (int i = 1; i < kVectors; ++i) most = larger(most, load<vf>(logits + i * kLanes) * splat(scale));
+  most += splat(offset);
   if (!any_above(most, splat(running.top))) return 1.0f;
   const float before = running.top;
   running.top = largest(most);
@@ -464,17 +465,19 @@ bool sees_all(const Visibility& visible, int tokens) {
   return tokens == kTile && visible.limit >= kTile && !visible.allowed && !visible.added;
 }
 
-void soften(float* logits, int n, int tokens, const Softmax& softmax, const Visibility* visible, Running* running,
-            float* shrink) {
+void soften(float* logits, int n, int tokens, const float* bias, const Softmax& softmax, const Visibility* visible,
+            Running* running, float* shrink) {
   for (int q = 0; q < n; ++q) {
     float* row = logits + q * kTile;
     // Most tiles are whole, and scaled only: that is left to the exponential below.
     const bool plain = softmax.softcap == 0 && sees_all(visible[q], tokens);
-    if (!plain) shape_logits(row, tokens, softmax, visible[q]);
-    const float scale = plain ? softmax.scale : 1.0f;
-    shrink[q] = raise_top(row, scale, running[q]);
+    const float shift = bias ? bias[q] : 0.0f;
+    if (!plain) shape_logits(row, tokens, shift, softmax, visible[q]);
+    const float scale = plain ? softmax.scale : 1.0f, offset = plain ? softmax.scale * shift : 0.0f;
+    shrink[q] = raise_top(row, scale, offset, running[q]);
     // A query that has seen nothing yet has no reference point: exp(-inf - 0) is 0.
-    const vf top = splat(running[q].top == kLowest ? 0.0f : running[q].top * kLog2e), factor = splat(scale * kLog2e);
+    const vf top = splat(running[q].top == kLowest ? 0.0f : (running[q].top - offset) * kLog2e);
+    const vf factor = splat(scale * kLog2e);
     vf sum = load<vf>(running[q].sums);
     for (int i = 0; i < kVectors; ++i) {
       const vf weight = exp2v(load<vf>(row + i * kLanes) * factor - top);

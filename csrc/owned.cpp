@@ -69,6 +69,21 @@ OwnedRotation::OwnedRotation(const float* rows, int dim, const float* of_rounds,
   rotation = {dim, matrix.data(), transposed.data(), rounds ? signs.data() : nullptr, rounds};
 }
 
+OwnedKeySpace::OwnedKeySpace(const float* means, const float* matrices, int heads, int dim)
+    : mean(means, means + static_cast<size_t>(heads) * dim) {
+  const size_t size = static_cast<size_t>(dim) * dim;
+  if (matrices) {
+    inverses.assign(matrices, matrices + heads * size);
+    transposed.resize(inverses.size());
+    for (size_t h = 0; h < static_cast<size_t>(heads); ++h) {
+      for (size_t i = 0; i < size; ++i) transposed[h * size + i % dim * dim + i / dim] = inverses[h * size + i];
+      // A query becomes A^-T q, so the transpose is the matrix here.
+      queries.push_back({dim, transposed.data() + h * size, inverses.data() + h * size, nullptr, 0});
+    }
+  }
+  space = {dim, mean.data(), matrices ? queries.data() : nullptr};
+}
+
 OwnedSide::OwnedSide(const SideSettings& s, const float* codewords, std::shared_ptr<OwnedRotation> rotation)
     : rotation_(std::move(rotation)) {
   side_ = Side{s.form, Order::rows, s.dim, s.code_bytes, s.norm_bytes, s.block, s.size, s.bits,
@@ -162,14 +177,17 @@ void OwnedSide::unpack(int heads, int tokens, const uint8_t* from, const Canonic
   if (side_.channels) std::memcpy(to.channels, from + r.channel_offset, r.nbytes - r.channel_offset);
 }
 
-void Plan::add(Run run, std::shared_ptr<OwnedSide> key, std::shared_ptr<OwnedSide> value) {
+void Plan::add(Run run, std::shared_ptr<OwnedSide> key, std::shared_ptr<OwnedSide> value,
+               std::shared_ptr<OwnedKeySpace> space) {
   run.key = &key->side();
   run.value = &value->side();
+  run.space = space ? &space->space : nullptr;
   run.key_rectangle = Rectangle::of(*run.key, run.head1 - run.head0, run.tokens);
   run.value_rectangle = Rectangle::of(*run.value, run.head1 - run.head0, run.tokens);
   runs_.push_back(std::move(run));
   sides_.push_back(std::move(key));
   sides_.push_back(std::move(value));
+  if (space) spaces_.push_back(std::move(space));
 }
 
 }  // namespace fibkv

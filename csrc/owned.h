@@ -17,6 +17,14 @@ struct OwnedRotation {
   Rotation rotation;
 };
 
+struct OwnedKeySpace {
+  // `mean` [heads][dim]; `inverses` [heads][dim][dim], A^-1 of each head, or null where A is the identity.
+  OwnedKeySpace(const float* mean, const float* inverses, int heads, int dim);
+  std::vector<float> mean, inverses, transposed;
+  std::vector<Rotation> queries;
+  KeySpace space;
+};
+
 // What Python says of a side; the order in memory and the integer tables follow from it.
 struct SideSettings {
   Form form;
@@ -57,12 +65,15 @@ class OwnedSide {
 // The page runs of a layer. Holds pointers into pages, which Python keeps alive.
 class Plan {
  public:
-  void add(Run run, std::shared_ptr<OwnedSide> key, std::shared_ptr<OwnedSide> value);
+  // `space` may be null.
+  void add(Run run, std::shared_ptr<OwnedSide> key, std::shared_ptr<OwnedSide> value,
+           std::shared_ptr<OwnedKeySpace> space);
   const std::vector<Run>& runs() const { return runs_; }
 
  private:
   std::vector<Run> runs_;
   std::vector<std::shared_ptr<OwnedSide>> sides_;
+  std::vector<std::shared_ptr<OwnedKeySpace>> spaces_;
 };
 
 }  // namespace fibkv

@@ -67,6 +67,14 @@ struct Side {
   const Rotation* space() const { return channels ? nullptr : rotation; }
 };
 
+// What keys went through before they were coded, per KV head: coded = A (key - mean). The query takes it back, once:
+// <q, key> = <A^-T q, coded> + <q, mean>.
+struct KeySpace {
+  int dim;
+  const float* mean;        // [heads][dim]
+  const Rotation* queries;  // [heads], A^-T of each as matrix and transpose; null where A is the identity
+};
+
 // Where the parts of a rectangle (heads x tokens) of codes stand behind its base pointer:
 // codes [heads][padded T * B], norms [heads][padded T], ranges [heads][2] float16, channel scales [heads][dim] bfloat16.
 struct Rectangle {

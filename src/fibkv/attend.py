@@ -15,6 +15,7 @@ from fibkv import kernels
 from fibkv.errors import KernelError
 from fibkv.kernels.native import Masking, Native
 from fibkv.rotation import Rotation
+from fibkv.space import KeySpace
 from fibkv.tables import Tables
 from fibkv.view import TILE_TOKENS, Part, View
 
@@ -115,7 +116,7 @@ def _attend_block(
     groups = query_heads // heads
     # Query heads of one KV head become further queries: [B, H, G * Q, d].
     grouped = query.reshape(batch, heads, groups * length, -1).to(torch.float32)
-    rotated: dict[Rotation | None, Tensor] = {}
+    queries = _Queries(grouped)
     sums: dict[Rotation | None, _Sum] = {}
     block = _Block(first, length, groups, view.length - total)
     for part in view.parts():
@@ -123,10 +124,10 @@ def _attend_block(
         visible, mask = block.mask(part, scores)
         if not visible:
             continue
-        if key_tables.rotation not in rotated:
-            rotated[key_tables.rotation] = kernels.rotate(grouped, key_tables)
+        group = slice(*part.heads)
+        turned, mean = queries.of(part.space, key_tables)
         out, lse = kernels.attend(
-            rotated[key_tables.rotation][part.rows, None, part.heads[0] : part.heads[1]],
+            turned[part.rows, None, group],
             part.keys,
             key_tables,
             part.values,
@@ -134,6 +135,7 @@ def _attend_block(
             scale=scores.scale,
             mask=mask,
             softcap=scores.softcap,
+            key_mean=None if mean is None else mean[group],
             implementation=implementation,
         )
         if value_tables.rotation not in sums:
@@ -183,6 +185,23 @@ class _Block:
             return spans.repeat(1, 1, 1, self.groups, 1)
         per_head: Tensor = spans.unflatten(2, (-1, self.groups))[:, :, part.heads[0] : part.heads[1]]
         return per_head.flatten(3, 4)
+
+
+class _Queries:
+    """Queries ``[B, H, G * Q, d]`` in the spaces of the parts, each made once, with the keys' means there."""
+
+    def __init__(self, query: Tensor) -> None:
+        self.query = query
+        self.made: dict[tuple[KeySpace | None, Rotation | None], tuple[Tensor, Tensor | None]] = {}
+
+    def of(self, space: KeySpace | None, tables: Tables) -> tuple[Tensor, Tensor | None]:
+        """The queries, and the mean ``[H, d]`` of keys or None."""
+        where = (space, tables.rotation)
+        if where not in self.made:
+            query = self.query if space is None else space.queries(self.query)
+            mean = None if space is None else kernels.rotate(space.mean_inside(), tables)
+            self.made[where] = kernels.rotate(query, tables), mean
+        return self.made[where]
 
 
 class _Sum:

@@ -18,6 +18,7 @@ from fibkv.policy import Decision, Plan, Policy, Run, decide, plan, role_aware_a
 from fibkv.profile import Profile
 from fibkv.regions import PageGeometry, ProtectedRegions
 from fibkv.shape import Dtype, KVShape
+from fibkv.space import KeySpace
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +32,7 @@ class RoleCoder:
         block_dim: that the policy is asked about: the codec's, or that of a codec which the shape cannot carry and
             which the profile's raw codec stands in for.
         implementation: of the kernels.
+        space: what keys go through before they are coded (those that are kept raw do not); None = nothing.
     """
 
     profile: Profile
@@ -38,6 +40,7 @@ class RoleCoder:
     raw_dtype: Dtype
     block_dim: int
     implementation: str = "auto"
+    space: KeySpace | None = None
 
     def __post_init__(self) -> None:
         if self.profile.protected != self.policy.protected:
@@ -68,8 +71,13 @@ class RoleCoder:
 
     @cached_property
     def profile_digest(self) -> str:
-        """Digest of the whole bound profile: stamped on every page."""
-        return self.profile.digest()
+        """Digest of the whole bound profile: stamped on every page.
+
+        A space counts as the profile's calibration, so that the digest binds pages to it.
+        """
+        if self.space is None:
+            return self.profile.digest()
+        return self.profile.model_copy(update={"calibration_digest": self.space.digest}).digest()
 
     def codec_of(self, decision: Decision) -> Codec:
         """The codec that a decision asks for."""
@@ -136,11 +144,13 @@ class RoleCoder:
     def _seal_run(self, values: Tensor, run: Run) -> list[Segment]:
         block = values[:, run.heads[0] : run.heads[1], run.tokens[0] : run.tokens[1]]
         codec = self.codec_of(run.decision)
+        space = self.space if run.decision.action == "compress" else None
         try:
-            codes = codec.encode(block, implementation=self.implementation)
+            rows = block if space is None else space.enter(block, slice(*run.heads))
+            codes = codec.encode(rows, implementation=self.implementation)
         except EncodingError as error:
             return self._fall_back(values, run, error)
-        return _segments(run, run.decision.reasons, codec, codes, len(values))
+        return _segments(run, run.decision.reasons, codec, codes, len(values), space)
 
     def _fall_back(self, values: Tensor, run: Run, error: EncodingError) -> list[Segment]:
         if len(values) > 1:
@@ -155,7 +165,9 @@ class RoleCoder:
         return _segments(run, (*run.decision.reasons, NOT_ENCODABLE), self.raw, codes, 1)
 
 
-def _segments(run: Run, reasons: tuple[str, ...], codec: Codec, codes: Codes, pages: int) -> list[Segment]:
+def _segments(
+    run: Run, reasons: tuple[str, ...], codec: Codec, codes: Codes, pages: int, space: KeySpace | None = None
+) -> list[Segment]:
     """One segment per page of ``codes [pages, heads, T, ...]``.
 
     Clones: a page must not keep the memory of the whole prefill alive, nor be kept by it.
@@ -164,7 +176,7 @@ def _segments(run: Run, reasons: tuple[str, ...], codec: Codec, codes: Codes, pa
     def row(page: int) -> Codes:
         return codes.map(lambda tensor: tensor[page].clone())
 
-    return [Segment(run.heads, run.tokens, run.decision, reasons, codec, row(page)) for page in range(pages)]
+    return [Segment(run.heads, run.tokens, run.decision, reasons, codec, row(page), space) for page in range(pages)]
 
 
 def bind_coder(

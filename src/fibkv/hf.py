@@ -11,7 +11,7 @@ states and everything else stay in transformers' own classes; `Cache.report` say
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -32,6 +32,7 @@ from fibkv.quarantine import Quarantine
 from fibkv.report import CacheReport
 from fibkv.settings import CacheSettings, Choice
 from fibkv.slabs import Slabs
+from fibkv.space import KeySpace
 
 
 class Cache(StockCache):
@@ -51,6 +52,8 @@ class Cache(StockCache):
         read_through: attention reads even the newest tokens through the codec, and the policy protects nothing
             unless one is given: for honest evaluation, not for use.
         implementation: of the kernels: "auto" or a name of `fibkv.kernels.available`.
+        key_spaces: by layer index, what its keys go through before they are coded: a mean and a transform per KV head,
+            from a calibration. Attention takes the queries there, so that nothing is undone per token.
 
     Raises:
         ModelError: the model cannot be served: what it is, and what to do instead.
@@ -68,6 +71,7 @@ class Cache(StockCache):
         raw_dtype: str | None = None,
         read_through: bool = False,
         implementation: str = "auto",
+        key_spaces: Mapping[int, KeySpace] | None = None,
     ) -> None:
         self.plan = plan_model(model)
         self.settings = CacheSettings.of(
@@ -81,6 +85,7 @@ class Cache(StockCache):
             layers=len(self.plan.layers),
             kv_heads=self.plan.kv_heads,
             query_heads=self.plan.query_heads,
+            key_spaces=key_spaces,
         )
         self.settings.check_head_dims(self.plan.head_dims)
         self.quarantine = Quarantine()

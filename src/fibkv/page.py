@@ -19,8 +19,10 @@ from fibkv.codes import Codes
 from fibkv.contract import Contract, Total
 from fibkv.digest import canonical_json, digest_bytes
 from fibkv.errors import DigestMismatch, PageError
+from fibkv.kernels.refusals import FLOAT16_MAX
 from fibkv.packed import Packed
 from fibkv.policy import Decision
+from fibkv.space import KeySpace
 
 PAGE_DOMAIN = "fib_quant_kv_page_v1"
 # Reason of a raw segment that the policy wanted compressed and the codec refused.
@@ -64,6 +66,7 @@ class Segment:
         reasons: why it is raw, or on which axis it is compressed.
         codec: how it is coded.
         held: codes ``[heads, tokens, ...]``, in canonical order or in that of the kernels which read them.
+        space: what keys went through before they were coded, for all KV heads of the layer; None = nothing.
     """
 
     heads: tuple[int, int]
@@ -72,6 +75,7 @@ class Segment:
     reasons: tuple[str, ...]
     codec: Codec
     held: Codes | Packed
+    space: KeySpace | None = None
 
     @property
     def codes(self) -> Codes:
@@ -97,6 +101,21 @@ class Segment:
         """The canonical bytes of the codes."""
         return self.codec.to_bytes(self.codes)
 
+    def decode(self, out: Tensor, *, implementation: str = "auto") -> None:
+        """Decodes into ``out [heads, tokens, d]`` of any floating dtype."""
+        if self.space is None:
+            self.codec.decode(self.codes, out=out, implementation=implementation)
+            return
+        vectors = self.space.leave(self.codec.decode(self.codes, implementation=implementation), slice(*self.heads))
+        if out.dtype == torch.float16:
+            # As in codecs: a code may decode a little above the key it stands for, not to infinity.
+            vectors = vectors.clamp(-FLOAT16_MAX, FLOAT16_MAX)
+        out.copy_(vectors)
+
+    def to(self, device: torch.device) -> Segment:
+        """The segment on a device."""
+        return replace(self, held=self.held.to(device), space=None if self.space is None else self.space.to(device))
+
     def cut(self, tokens: int) -> Segment | None:
         """The segment's part before token ``tokens`` of its page, copied, or None if nothing is left."""
         stop = min(self.tokens[1], tokens)
@@ -121,7 +140,7 @@ def decode_segments(segments: Iterable[Segment], out: Tensor, *, implementation:
     """Decodes segments into ``out [heads, T, d]`` of any floating dtype, which they must cover; returns it."""
     for segment in segments:
         (h0, h1), (t0, t1) = segment.heads, segment.tokens
-        segment.codec.decode(segment.codes, out=out[h0:h1, t0:t1], implementation=implementation)
+        segment.decode(out[h0:h1, t0:t1], implementation=implementation)
     return out
 
 
@@ -209,13 +228,13 @@ class Page:
 
     @cached_property
     def form(self) -> tuple[object, ...]:
-        """What must be equal for consecutive pages to be read together: lengths, rectangles, codecs.
+        """What must be equal for consecutive pages to be read together: lengths, rectangles, codecs, key spaces.
 
         A page with segments of some of its tokens (protected ones) has a form of its own.
         """
         segments = (*self.keys, *self.values)
         whole = all(segment.tokens == (0, self.tokens) for segment in segments)
-        rectangles = tuple((s.heads, s.tokens, s.codec) for s in segments)
+        rectangles = tuple((s.heads, s.tokens, s.codec, s.space) for s in segments)
         return (self.tokens, None if whole else self.start, rectangles)
 
     @property
@@ -245,7 +264,8 @@ class Page:
         """The page with its codes on a device; the same object if they are there already."""
         if all(segment.held.device == device for segment in (*self.keys, *self.values)):
             return self
-        return self.holding([segment.held.to(device) for segment in (*self.keys, *self.values)])
+        keys, values = (tuple(segment.to(device) for segment in side) for side in (self.keys, self.values))
+        return replace(self, keys=keys, values=values)
 
     def copied(self) -> Page:
         """The page with a copy of its codes, in canonical order."""

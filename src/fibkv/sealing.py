@@ -18,6 +18,7 @@ from fibkv.page import Page
 from fibkv.policy import Run
 from fibkv.shape import KVShape, Role
 from fibkv.slabs import Slabs
+from fibkv.space import KeySpace
 from fibkv.tables import Tables
 from fibkv.view import Tail
 
@@ -52,9 +53,10 @@ class LayerSettings:
         """Newest tokens that no page may hold yet."""
         return self.keys.policy.protected.last_tokens_raw
 
-    def tables(self) -> tuple[Tables, Tables]:
-        """The tables behind the keys' and the values' codes."""
-        return self.keys.compressing.tables, self.values.compressing.tables
+    def tables(self) -> tuple[Tables | KeySpace, ...]:
+        """The tables behind the keys' and the values' codes, and the keys' space."""
+        space = () if self.keys.space is None else (self.keys.space,)
+        return self.keys.compressing.tables, self.values.compressing.tables, *space
 
     def __deepcopy__(self, memo: dict[int, object]) -> LayerSettings:
         return self  # immutable

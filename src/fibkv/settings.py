@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Self, get_args
 
 from torch import Tensor
@@ -24,6 +24,7 @@ from fibkv.policy import Policy, carries
 from fibkv.regions import ProtectedRegions
 from fibkv.sealing import LayerSettings
 from fibkv.shape import AttentionKind, Dtype, KVShape, Role
+from fibkv.space import KeySpace
 from fibkv.view import DTYPE_NAMES
 
 Choice = str | CodecParameters
@@ -47,6 +48,7 @@ class CacheSettings:
         implementation: of the kernels.
         layers: layers of the model.
         query_heads: query heads of the model.
+        key_spaces: by layer, what its keys go through before they are coded.
     """
 
     keys: Choice
@@ -58,6 +60,7 @@ class CacheSettings:
     implementation: str
     layers: int
     query_heads: int
+    key_spaces: Mapping[int, KeySpace]
 
     @classmethod
     def of(
@@ -73,6 +76,7 @@ class CacheSettings:
         layers: int,
         kv_heads: int,
         query_heads: int,
+        key_spaces: Mapping[int, KeySpace] | None = None,
     ) -> Self:
         """Settings from what `fibkv.Cache` takes.
 
@@ -104,6 +108,7 @@ class CacheSettings:
             implementation=implementation,
             layers=layers,
             query_heads=query_heads,
+            key_spaces=_checked_spaces(key_spaces or {}, layers),
         )
 
     @property
@@ -165,7 +170,7 @@ class CacheSettings:
             layer=layer,
             key_shape=key_shape,
             value_shape=value_shape,
-            keys=key_coder,
+            keys=self._in_space(key_coder, layer, keys),
             values=value_coder,
             tokens_per_page=self.tokens_per_page,
             read_through=self.read_through,
@@ -196,6 +201,15 @@ class CacheSettings:
             implementation=self.implementation,
         )
         return shape, coder
+
+    def _in_space(self, coder: RoleCoder, layer: int, keys: Tensor) -> RoleCoder:
+        space = self.key_spaces.get(layer)
+        if space is None:
+            return coder
+        expected = [keys.shape[1], keys.shape[3]]
+        if list(space.mean.shape) != expected:
+            raise ContractError(f"Cache.key_spaces[{layer}].mean", f"shape {expected}", list(space.mean.shape))
+        return replace(coder, space=space.to(keys.device))
 
     def _policy(self, choice: Choice) -> Policy:
         protected = ProtectedRegions() if self.read_through else DEFAULT_PROTECTED
@@ -243,6 +257,16 @@ def _known(choice: Any) -> Choice:
     # Any head_dim will do to refuse an unknown name before a token has been seen.
     _parameters(choice, 64, "f16")
     return choice
+
+
+def _checked_spaces(spaces: Mapping[int, KeySpace], layers: int) -> Mapping[int, KeySpace]:
+    """Refuses spaces of layers that the model does not have."""
+    for layer, space in spaces.items():
+        if not isinstance(space, KeySpace) or not 0 <= layer < layers:
+            raise ContractError(
+                "Cache.key_spaces", f"KeySpaces of layers below {layers}", (layer, type(space).__name__)
+            )
+    return dict(spaces)
 
 
 def _check_policy(policy: Policy | None, layers: int, kv_heads: int) -> None:

@@ -16,6 +16,7 @@ from fibkv.kernels.native import Native, Plan, Run
 from fibkv.page import Page, Segment, decode_segments
 from fibkv.parameters import RawParameters
 from fibkv.shape import Dtype
+from fibkv.space import KeySpace
 
 # Tokens that attention reads at a time: pages of equal form are stacked up to this many.
 TILE_TOKENS = 1024
@@ -35,6 +36,7 @@ class Part:
         keys: ``[B, P, heads, T, ...]``.
         value_codec: codec of the values.
         values: ``[B, P, heads, T, ...]``.
+        space: of the keys, for all KV heads; None = they are coded as they are.
     """
 
     rows: slice
@@ -45,6 +47,7 @@ class Part:
     keys: Codes
     value_codec: Codec
     values: Codes
+    space: KeySpace | None = None
 
     @property
     def spans(self) -> int:
@@ -223,6 +226,7 @@ def _runs(rows: PageRows) -> Iterator[Run]:
                 keys=[[page.keys[index].held for page in row[pages]] for row in rows[chosen]],
                 value_tables=value.codec.tables,
                 values=[[page.values[index].held for page in row[pages]] for row in rows[chosen]],
+                space=key.space,
             )
 
 
@@ -239,6 +243,7 @@ def _stacked(chosen: slice, rows: list[tuple[Page, ...]]) -> Iterator[Part]:
             keys=_stack([[page.keys[index] for page in row] for row in rows]),
             value_codec=value.codec,
             values=_stack([[page.values[index] for page in row] for row in rows]),
+            space=key.space,
         )
 
 

@@ -18,6 +18,7 @@ from fibkv.handle import Handle
 from fibkv.hf_attention import ATTENTION_NAME, attention_forward
 from fibkv.hf_layer import CompressedLayer
 from fibkv.parameters import FibParameters, RawParameters
+from fibkv.space import KeySpace
 from tests.hf.models import COMMON, build, prompt
 
 
@@ -419,3 +420,21 @@ class TestIntegrity:
             cache.corrupt_page(layer=0, row=0, page=9)
         with pytest.raises(ModelError, match="layer 7: expected a filled compressed layer"):
             cache.corrupt_page(layer=7, row=0, page=0)
+
+
+class TestKeySpaces:
+    def test_keys_of_a_layer_are_coded_in_its_space(self) -> None:
+        mean = 5 * torch.ones(2, 32)
+        _, plain = filled(profile="fib4")
+        _, cache = filled(profile="fib4", key_spaces={0: KeySpace.of(mean)})
+        spaces = [{segment.space for page in layer.store.pages() for segment in page.keys} for layer in cache.layers]
+        assert KeySpace.of(mean) in spaces[0]
+        assert all(found == {None} for found in spaces[1:])
+        assert cache.report().tables_nbytes == plain.report().tables_nbytes + mean.nbytes
+
+    def test_spaces_that_do_not_fit_are_refused(self) -> None:
+        space = KeySpace.of(torch.zeros(3, 32))
+        with pytest.raises(ContractError, match=r"key_spaces: expected KeySpaces of layers below 3, got .4,"):
+            fibkv.Cache(build("llama"), key_spaces={4: space})
+        with pytest.raises(ContractError, match=r"key_spaces\[1\]\.mean: expected shape \[2, 32\], got \[3, 32\]"):
+            filled(key_spaces={1: space})

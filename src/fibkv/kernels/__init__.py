@@ -105,19 +105,31 @@ def attend(
     scale: float,
     mask: Tensor | None = None,
     softcap: float | None = None,
+    key_mean: Tensor | None = None,
     implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Validates and attends on one part; see `reference.attend`.
 
     Raises:
-        KernelError: the query's head_dim is not the keys', or the softcap is not positive.
+        KernelError: the query's or the mean's head_dim is not the keys', or the softcap is not positive.
     """
-    if query.shape[-1] != key_tables.head_dim:
-        raise KernelError(f"query: expected head_dim {key_tables.head_dim} of the keys, got shape {list(query.shape)}")
+    for name, tensor in (("query", query), ("key_mean", query if key_mean is None else key_mean)):
+        if tensor.shape[-1] != key_tables.head_dim:
+            raise KernelError(
+                f"{name}: expected head_dim {key_tables.head_dim} of the keys, got shape {list(tensor.shape)}"
+            )
     if softcap is not None and not softcap > 0:
         raise KernelError(f"softcap: expected a positive number or None, got {softcap!r}")
     out, lse = resolve(implementation, query.device).attend(
-        query, key_codes, key_tables, value_codes, value_tables, scale=scale, mask=mask, softcap=softcap
+        query,
+        key_codes,
+        key_tables,
+        value_codes,
+        value_tables,
+        scale=scale,
+        mask=mask,
+        softcap=softcap,
+        key_mean=key_mean,
     )
     return out, lse
 

@@ -23,6 +23,7 @@ from fibkv.kernels.native_sides import (
     extent,
     fill,
     leading_axes,
+    native_space,
     packed_codes,
     raw_tables,
     side_of,
@@ -30,6 +31,7 @@ from fibkv.kernels.native_sides import (
 from fibkv.packed import Packed
 from fibkv.shape import Role
 from fibkv.slabs import ALIGNMENT, Slabs
+from fibkv.space import KeySpace
 from fibkv.tables import Tables
 
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
@@ -49,6 +51,7 @@ class Run:
         value_tables: of the values' codec.
         values: [B][P] codes ``[heads, T, ...]``.
         rotated: whether attention rotates queries and un-rotates outputs; else both are in the codes' space already.
+        space: of the keys, for all KV heads of the layer; None = keys are coded as they are.
     """
 
     rows: tuple[int, int]
@@ -60,6 +63,7 @@ class Run:
     value_tables: Tables
     values: Sequence[Sequence[Codes | Packed]]
     rotated: bool = True
+    space: KeySpace | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +164,7 @@ class Native:
                 spans=len(run.keys[0]),
                 key=key,
                 value=value,
+                space=None if run.space is None else native_space(run.space),
                 keys=[packed.data.data_ptr() for packed in keys],
                 values=[packed.data.data_ptr() for packed in values],
             )
@@ -235,6 +240,7 @@ class Native:
         scale: float,
         mask: Tensor | None = None,
         softcap: float | None = None,
+        key_mean: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attention of rotated queries on one part of a cache; see `fibkv.kernels.reference.attend`."""
         leading = leading_axes(key_codes)
@@ -253,6 +259,8 @@ class Native:
             value_tables=value_tables,
             values=[[values]],
             rotated=False,
+            # Queries that are in the codes' space already take the mean there.
+            space=None if key_mean is None else KeySpace.of(key_mean.expand(*leading, -1).reshape(heads, -1)),
         )
         nothing = (
             query.new_empty(1, heads, 0, query.shape[-1]),

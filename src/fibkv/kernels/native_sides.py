@@ -14,6 +14,7 @@ from fibkv.packed import Packed
 from fibkv.packing import packed_nbytes
 from fibkv.rotation import Rotation, hadamard_signs
 from fibkv.shape import Role
+from fibkv.space import KeySpace
 from fibkv.tables import ChannelTables, FibTables, RawTables, ScaledTables, Tables
 
 # Beyond, the float32 matrix of a Hadamard rotation is not the transform itself, and the matrix is what counts.
@@ -82,6 +83,12 @@ def _rotation(rotation: Rotation) -> Any:
     is_transform = rotation.kind == "hadamard" and rotation.dim <= MAX_EXACT_HADAMARD
     signs = hadamard_signs(rotation.dim, rotation.seed) if is_transform else torch.empty(0, rotation.dim)
     return extension.Rotation(rotation.matrix.contiguous(), signs.to(torch.float32))
+
+
+@lru_cache(maxsize=256)
+def native_space(space: KeySpace) -> Any:
+    """The native form of a key space, one object per space: plans are compared by it."""
+    return extension.KeySpace(space.mean, space.inverse)
 
 
 @lru_cache(maxsize=64)

@@ -81,17 +81,20 @@ def unrotate(out: Tensor, tables: Tables) -> Tensor:
     return out if tables.rotation is None else tables.rotation.invert(out)
 
 
-def logits(query: Tensor, codes: Codes, tables: Tables) -> Tensor:
+def logits(query: Tensor, codes: Codes, tables: Tables, mean: Tensor | None = None) -> Tensor:
     """Inner products of rotated queries with coded keys.
 
     Args:
         query: ``[..., Q, d]`` float32, in the codes' space (`rotate`); broadcast over leading axes.
         codes: keys, ``[..., T]`` vectors.
         tables: of the keys' codec.
+        mean: ``[..., d]`` float32 in the codes' space, what every key has beside its code; None = nothing.
 
     Returns:
         ``[..., Q, T]`` float32, not scaled.
     """
+    if mean is not None:
+        return logits(query, codes, tables) + query @ mean.unsqueeze(-1)
     if isinstance(tables, ChannelTables):
         assert isinstance(codes, ChannelCodes)
         # <q, s * k> = <s * q, k>: the group's scales go to the query.
@@ -128,6 +131,7 @@ def attend(
     scale: float,
     mask: Tensor | None = None,
     softcap: float | None = None,
+    key_mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of rotated queries on one part of a cache: logits -> softmax -> mix.
 
@@ -140,12 +144,13 @@ def attend(
         scale: factor of the logits, usually 1/sqrt(d).
         mask: broadcastable to ``[..., Q, T]``: bool (True = attend) or float32 (added to the logits).
         softcap: c of c * tanh(logits / c), or None.
+        key_mean: ``[..., d]`` float32 in the keys' space, see `logits`.
 
     Returns:
         ``out [..., Q, d_value]`` float32 in the values' space and ``lse [..., Q]`` float32, the log of the softmax's
         denominator. A query that may attend to nothing here has lse -inf and out 0.
     """
-    scores = logits(query, key_codes, key_tables) * scale
+    scores = logits(query, key_codes, key_tables, key_mean) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
