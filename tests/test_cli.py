@@ -106,3 +106,18 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     assert "fibkv: [Errno" in shown.stderr
     assert "Traceback" not in shown.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_eval_on_the_embedded_model(tmp_path: Path) -> None:
+    receipt = tmp_path / "eval.json"
+    shown = run("eval", "embedded", "--quick", "--caches", "fib2,kivi2", "--json", str(receipt))
+    assert shown.returncode == 0, shown.stderr
+    assert "KIVI-2 g32" in shown.stdout
+    assert [row["name"] for row in json.loads(receipt.read_text())["result"]["rows"]] == ["fib2", "kivi2"]
+
+
+def test_eval_asks_for_a_text_beside_a_model() -> None:
+    model = Path(fibkv.__file__).parent / "data" / "reference_lm"
+    shown = run("eval", str(model), "--quick")
+    assert shown.returncode == 1
+    assert "expected a text file beside a model directory" in " ".join(shown.stderr.split())

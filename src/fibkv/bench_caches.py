@@ -156,8 +156,13 @@ def held_nbytes(cache: Any) -> int:
     """Bytes that a cache holds: a compressed one's counted bytes, else the memory behind every tensor of its layers."""
     if isinstance(cache, Cache):
         return cache.report().nbytes
+    return held_tensors_nbytes([vars(layer) for layer in cache.layers])
+
+
+def held_tensors_nbytes(held: Any) -> int:
+    """Bytes of the memory behind every tensor in nested containers."""
     storages: dict[int, int] = {}
-    _collect([vars(layer) for layer in cache.layers], storages)
+    _collect(held, storages)
     return sum(storages.values())
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fibkv.errors import PageError
-from fibkv.page import Page, Segment
+from fibkv.page import METADATA_NBYTES, Page, Segment
 from fibkv.quarantine import Quarantine
 from fibkv.sealing import LayerSettings, Span, full_spans, resident, seal
 from fibkv.slabs import Slabs
@@ -154,6 +154,21 @@ class LayerCache:
         entries = sum(len(row) for row in self._rows) - len(pages)
         return sum(page.nbytes for page in pages) + 8 * entries + self._tail.nbytes
 
+    def raw_parts(self) -> tuple[int, int]:
+        """Elements that are kept raw, row by row, and bytes behind them (shared pages once), the tail included."""
+        tail = self._tail
+        elements = tail.length * sum(t.shape[0] * t.shape[1] * t.shape[3] for t in (tail.keys, tail.values))
+        for page in (page for row in self._rows for page in row):
+            elements += sum(s.header().num_vectors * s.codec.head_dim for s in _raw_segments(page))
+        held = (segment.held.nbytes for page in self.pages() for segment in _raw_segments(page))
+        return elements, tail.nbytes + sum(held)
+
+    @property
+    def metadata_nbytes(self) -> int:
+        """Bytes of the pages' digests and counts, and of the page tables."""
+        distinct = sum(1 for _ in self.pages())
+        return METADATA_NBYTES * distinct + 8 * (sum(len(row) for row in self._rows) - distinct)
+
     def raw_reasons(self) -> Counter[str]:
         """Vectors that pages hold raw, by reason."""
         counts: Counter[str] = Counter()
@@ -236,6 +251,10 @@ def _plain_tensors(like: Tensor) -> Iterator[None]:
     """What a cache keeps outlives the mode it was made in: no inference tensors, no gradients, no autocast."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
         yield
+
+
+def _raw_segments(page: Page) -> Iterator[Segment]:
+    return (s for s in (*page.keys, *page.values) if s.header().raw_reason is not None)
 
 
 def _name(page: Page) -> str:

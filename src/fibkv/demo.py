@@ -23,21 +23,12 @@ from fibkv.prompts import NeedlePrompt, bos_prefix, needle_prompts, spread_windo
 from fibkv.quality import (
     CacheVariant,
     CausalLM,
-    PoisonOutcome,
     TokenScores,
-    cached_logits,
-    count_recalled,
     decode_speed,
-    dense_logits,
-    poison,
-    score_tokens,
     summarize,
 )
-from fibkv.report import CacheReport
+from fibkv.read_through import DENSE, ReadThrough
 from fibkv.threads import torch_threads
-
-DENSE = "dense"
-"""Name of the row that the others are compared with."""
 
 
 def standard_variants() -> tuple[CacheVariant, ...]:
@@ -128,24 +119,21 @@ class _Run:
     def __init__(
         self, model: CausalLM, variants: Sequence[CacheVariant], settings: DemoSettings, progress: ProgressCallback
     ) -> None:
-        # Of every cache that was read; the first holds exactly one window.
-        self._reports: dict[str, list[CacheReport]] = {variant.name: [] for variant in variants}
-        if len(self._reports) < len(variants) or DENSE in self._reports:
-            raise ContractError("variants", f"different names, none of them {DENSE!r}", [v.name for v in variants])
         self._model = model
         self._variants = variants
         self._settings = settings
         per_row = settings.num_windows + settings.num_prompts + settings.rounds
         self._step = StepCounter(progress, len(variants) + (1 + len(variants)) * per_row)
+        self._through = ReadThrough(model, variants, chunk_tokens=settings.chunk_tokens, step=self._step)
 
     def rows(
         self, windows: Sequence[Tensor], prompts: Sequence[NeedlePrompt]
     ) -> tuple[DenseRow, tuple[VariantRow, ...]]:
         """Measure everything; sizes and decoding are those of the first window."""
         # First, because the figures of a cache that is not read mean nothing.
-        poisoned = self._poison_outcomes(windows[0])
-        scores = self._window_scores(windows)
-        recalled = self._recalled(prompts)
+        poisoned = self._through.poison_outcomes(windows[0])
+        scores = self._through.window_scores(windows)
+        recalled = self._through.recalled(prompts)
         speeds = self._speeds(windows[0])
         dense = _dense_row(self._model, windows[0], scores[DENSE], recalled[DENSE], speeds[DENSE])
         return dense, tuple(
@@ -160,37 +148,8 @@ class _Run:
                 materialized=sum(report.materialized for report in reports),
                 poison=poisoned[variant.name],
             )
-            for variant, reports in zip(self._variants, self._reports.values(), strict=True)
+            for variant, reports in zip(self._variants, self._through.reports.values(), strict=True)
         )
-
-    def _poison_outcomes(self, ids: Tensor) -> dict[str, PoisonOutcome]:
-        outcomes = {}
-        for variant in self._variants:
-            self._step(f"poison test: {variant.title}")
-            outcomes[variant.name] = poison(self._model, variant, ids, chunk_tokens=self._settings.chunk_tokens)
-        return outcomes
-
-    def _window_scores(self, windows: Sequence[Tensor]) -> dict[str, list[TokenScores]]:
-        scores: dict[str, list[TokenScores]] = {DENSE: [], **{variant.name: [] for variant in self._variants}}
-        # One window at a time, so that the dense logits of one window only are held.
-        for ids in windows:
-            self._step("text: dense")
-            dense = dense_logits(self._model, ids)
-            scores[DENSE].append(score_tokens(dense, dense, ids))
-            for variant in self._variants:
-                self._step(f"text: {variant.title}")
-                scores[variant.name].append(score_tokens(dense, self._read_through(variant, ids), ids))
-        return scores
-
-    def _recalled(self, prompts: Sequence[NeedlePrompt]) -> dict[str, int]:
-        counts = dict.fromkeys([DENSE, *self._reports], 0)
-        for prompt in prompts:
-            self._step("needles: dense")
-            counts[DENSE] += count_recalled(dense_logits(self._model, prompt.ids), prompt)
-            for variant in self._variants:
-                self._step(f"needles: {variant.title}")
-                counts[variant.name] += count_recalled(self._read_through(variant, prompt.ids), prompt)
-        return counts
 
     def _speeds(self, ids: Tensor) -> dict[str, float]:
         """Medians over rounds; the rows take turns, so that a busy moment of the machine meets all of them."""
@@ -203,18 +162,11 @@ class _Run:
                 cache = variant.make_cache(self._model, read_through=False)
                 with variant.attention(self._model):
                     rounds[variant.name].append(self._speed(ids, cache))
-                self._reports[variant.name].append(cache.report())
+                self._through.reports[variant.name].append(cache.report())
         return {name: median(speeds) for name, speeds in rounds.items()}
 
     def _speed(self, ids: Tensor, cache: object | None) -> float:
         return decode_speed(self._model, ids, new_tokens=self._settings.new_tokens, cache=cache)
-
-    def _read_through(self, variant: CacheVariant, ids: Tensor) -> Tensor:
-        cache = variant.make_cache(self._model, read_through=True)
-        with variant.attention(self._model):
-            logits = cached_logits(self._model, ids, cache, chunk_tokens=self._settings.chunk_tokens)
-        self._reports[variant.name].append(cache.report())
-        return logits
 
 
 @torch.no_grad()

@@ -159,6 +159,7 @@ class CompressedLayer(CacheLayerMixin):
                 layer=self.index, kind=kind, compressed=True, reason="empty", tokens=0, pages=0, elements=0, nbytes=0
             )
         elements = sum(t.shape[0] * t.shape[1] * t.shape[3] for t in (store.tail.keys, store.tail.values))
+        raw_elements, raw_nbytes = store.raw_parts()
         return LayerReport(
             layer=self.index,
             kind=kind,
@@ -171,6 +172,9 @@ class CompressedLayer(CacheLayerMixin):
             raw_vectors=tuple(sorted(store.raw_reasons().items())),
             tail_tokens=store.tail.length,
             materialized=self.materialized,
+            raw_elements=raw_elements,
+            raw_nbytes=raw_nbytes,
+            metadata_nbytes=store.metadata_nbytes,
         )
 
     def _reason(self) -> str:

@@ -21,6 +21,9 @@ class LayerReport(Contract):
         tail_tokens: newest tokens, raw.
         materialized: how often its keys or values were decoded to a dense tensor because something other than
             attention on pages read them.
+        raw_elements: elements of those kept raw: protected ones, fallbacks, the tail.
+        raw_nbytes: bytes of these, the tail's unused room included.
+        metadata_nbytes: bytes of digests, counts and page tables.
     """
 
     layer: Total
@@ -34,6 +37,9 @@ class LayerReport(Contract):
     raw_vectors: tuple[tuple[str, Total], ...] = ()
     tail_tokens: Total = 0
     materialized: Total = 0
+    raw_elements: Total = 0
+    raw_nbytes: Total = 0
+    metadata_nbytes: Total = 0
 
 
 class CacheReport(Contract):
@@ -68,6 +74,17 @@ class CacheReport(Contract):
     def bits_per_element(self) -> float:
         """Counted bits: all bytes * 8 / elements; 0 for an empty cache."""
         return 8 * self.nbytes / self.elements if self.elements else 0.0
+
+    @property
+    def codec_bits_per_element(self) -> float:
+        """Codes, norms, scales and tables * 8 over the elements that are compressed; 0 if none is.
+
+        Raw regions, page metadata and slack are left out: `bits_per_element` has them too.
+        """
+        layers = [layer for layer in self.layers if layer.compressed]
+        elements = sum(layer.elements - layer.raw_elements for layer in layers)
+        coded = sum(layer.nbytes - layer.raw_nbytes - layer.metadata_nbytes for layer in layers)
+        return 8 * (coded + self.tables_nbytes) / elements if elements else 0.0
 
     def __str__(self) -> str:
         lines = [

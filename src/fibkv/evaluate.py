@@ -1,0 +1,214 @@
+"""`fibkv eval`: compressed caches against the same model's dense cache, in all the ways that reviewers ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fibkv.attention_errors import AttentionErrors, attention_errors, mean_errors
+from fibkv.digest import digest, digest_bytes
+from fibkv.errors import ContractError
+from fibkv.eval_caches import EvalVariant
+from fibkv.eval_result import EvalResult, EvalRow, EvalSettings, HeadErrors
+from fibkv.handle import Handle
+from fibkv.hf_observe import Observation, observe
+from fibkv.machine import Conditions
+from fibkv.progress import ProgressCallback, StepCounter
+from fibkv.prompts import bos_prefix, needle_prompts, spread_windows
+from fibkv.quality import CausalLM, cached_logits, dense_logits, score_tokens, summarize
+from fibkv.read_through import DENSE, ReadThrough
+from fibkv.threads import torch_threads
+
+TEXT_DOMAIN = "fibkv_text_v1"
+MODEL_DOMAIN = "fibkv_model_config_v1"
+
+
+def model_digest(model: CausalLM) -> str:
+    """Digest of a model's configuration, without what depends on where it lies and how it is run."""
+    config = model.config.to_dict()
+    left_out = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation_internal")
+    return digest(MODEL_DOMAIN, {name: _plain(config[name]) for name in sorted(config) if name not in left_out})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value if isinstance(value, str | int | float | bool) or value is None else str(value)
+
+
+def run_eval(
+    model: CausalLM,
+    tokenizer: Any,
+    text: str,
+    *,
+    name: str,
+    variants: Sequence[EvalVariant],
+    skipped: tuple[tuple[str, str], ...],
+    settings: EvalSettings,
+    caveats: tuple[str, ...],
+    progress: ProgressCallback,
+) -> EvalResult:
+    """Measure dense and each variant on the same windows, needle prompts and decoded text.
+
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: its tokenizer, a fast one.
+        text: that the model was not trained on; also the filler of the needle task.
+        name: of the model, for the result.
+        variants: the compressed caches; those that keep sinks and newest tokens raw were made with the settings'.
+        skipped: caches that could not be made, with the reasons.
+        settings: how much to measure.
+        caveats: what has to be said of this model wherever its figures are printed.
+        progress: told before each step.
+
+    Raises:
+        ContractError: the text is too short, or the windows are longer than the model's positions.
+        ModelError: the model or its tokenizer cannot be served.
+    """
+    started = perf_counter()
+    _check(model, settings)
+    conditions = Conditions.now(settings.num_threads)
+    windows = spread_windows(tokenizer, text, num_windows=settings.num_windows, window_tokens=settings.window_tokens)
+    single, multi = (
+        needle_prompts(
+            tokenizer,
+            text,
+            num_prompts=settings.num_prompts,
+            num_tokens=settings.window_tokens,
+            num_needles=needles,
+            seed=settings.seed,
+        )
+        for needles in (1, settings.num_needles)
+    )
+    rows = len(variants) + 1
+    total = len(variants) * (2 + settings.num_windows) + rows * (settings.num_windows + 2 * settings.num_prompts)
+    step = StepCounter(progress, total)
+    through = ReadThrough(model, variants, chunk_tokens=settings.chunk_tokens, step=step)
+    with torch_threads(settings.num_threads):
+        # First, because the figures of a cache that is not read mean nothing.
+        poisoned = through.poison_outcomes(windows[0])
+        scores = through.window_scores(windows)
+        recalled = [through.recalled(prompts) for prompts in (single, multi)]
+        drifts = _drifts(model, variants, windows[0], settings, step)
+        heads = _head_errors(model, variants, windows, settings, step)
+    return EvalResult(
+        model=name,
+        model_digest=model_digest(model),
+        text_digest=digest_bytes(TEXT_DOMAIN, text.encode()),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        dtype=str(model.dtype).removeprefix("torch."),
+        bos=bool(bos_prefix(tokenizer)),
+        settings=settings,
+        planted_single=sum(len(prompt.answers) for prompt in single),
+        planted_multi=sum(len(prompt.answers) for prompt in multi),
+        dense_perplexity=summarize(scores[DENSE]).perplexity,
+        dense_single=recalled[0][DENSE],
+        dense_multi=recalled[1][DENSE],
+        rows=tuple(
+            EvalRow(
+                name=variant.name,
+                title=variant.title,
+                kind=variant.kind,
+                # The first report is of one window of text.
+                codec_bits=reports[0].codec_bits_per_element,
+                all_bits=reports[0].bits_per_element,
+                raw_elements=sum(layer.raw_elements for layer in reports[0].layers),
+                elements=reports[0].elements,
+                quality=summarize(scores[variant.name]),
+                recalled_single=recalled[0][variant.name],
+                recalled_multi=recalled[1][variant.name],
+                drift=drifts[variant.name],
+                heads=heads[variant.name],
+                mean_errors=mean_errors([one.errors for one in heads[variant.name]]),
+                materialized=sum(report.materialized for report in reports),
+                poison=poisoned[variant.name],
+            )
+            for variant, reports in zip(variants, through.reports.values(), strict=True)
+        ),
+        skipped=skipped,
+        caveats=caveats,
+        conditions=conditions,
+        seconds=perf_counter() - started,
+    )
+
+
+def _check(model: CausalLM, settings: EvalSettings) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and settings.window_tokens > limit:
+        raise ContractError("window_tokens", f"at most {limit}, the model's positions", settings.window_tokens)
+    decoded = settings.window_tokens - settings.drift_prompt
+    if decoded < settings.drift_buckets:
+        expected = f"at most {settings.window_tokens - settings.drift_buckets}, so that tokens are left to decode"
+        raise ContractError("drift_prompt", expected, settings.drift_prompt)
+
+
+def _drifts(
+    model: CausalLM, variants: Sequence[EvalVariant], ids: Tensor, settings: EvalSettings, step: StepCounter
+) -> dict[str, tuple[float, ...]]:
+    """KL against dense in stretches of tokens that are fed one by one, the cache being used as in decoding."""
+    dense = dense_logits(model, ids)[settings.drift_prompt :]
+    prompt, rest = ids[: settings.drift_prompt], ids[settings.drift_prompt :]
+    drifts = {}
+    for variant in variants:
+        step(f"decoding: {variant.title}")
+        cache = variant.make_cache(model, read_through=False)
+        with variant.attention(model):
+            cached_logits(model, prompt, cache, chunk_tokens=settings.drift_prompt)
+            logits = cached_logits(model, rest, cache, chunk_tokens=1)
+        kl = score_tokens(dense, logits, rest).kl
+        drifts[variant.name] = tuple(part.mean().item() for part in kl.tensor_split(settings.drift_buckets))
+    return drifts
+
+
+def _head_errors(
+    model: CausalLM,
+    variants: Sequence[EvalVariant],
+    windows: Sequence[Tensor],
+    settings: EvalSettings,
+    step: StepCounter,
+) -> dict[str, tuple[HeadErrors, ...]]:
+    """Errors of attention on the dense model's own queries, keys and values: each layer's codec alone."""
+    found: dict[str, dict[tuple[int, int], list[AttentionErrors]]] = {variant.name: {} for variant in variants}
+    for ids in windows:
+        seen = observe(model, ids)
+        for variant in variants:
+            step(f"heads: {variant.title}")
+            cache = variant.make_cache(model, read_through=True)
+            for one in seen:
+                for head, errors in enumerate(observed_errors(one, cache, settings.num_queries)):
+                    found[variant.name].setdefault((one.layer, head), []).append(errors)
+    return {
+        name: tuple(
+            HeadErrors(layer=layer, head=head, errors=mean_errors(errors)) for (layer, head), errors in heads.items()
+        )
+        for name, heads in found.items()
+    }
+
+
+@torch.no_grad()
+def observed_errors(seen: Observation, cache: Any, num_queries: int) -> tuple[AttentionErrors, ...]:
+    """Errors per KV head of one layer whose keys and values go through an empty layer of a cache.
+
+    Args:
+        seen: of batch size 1, over a whole text.
+        cache: made with ``read_through=True``; its layer holds the keys and values afterwards.
+        num_queries: that are looked at, spread evenly.
+    """
+    decoded = [
+        side.dense() if isinstance(side, Handle) else side for side in cache.update(seen.keys, seen.values, seen.layer)
+    ]
+    tokens = seen.keys.shape[2]
+    positions = torch.linspace(0, tokens - 1, min(num_queries, tokens)).long()
+    return attention_errors(
+        seen.query[0, :, positions.to(seen.query.device)],
+        (seen.keys[0], seen.values[0]),
+        (decoded[0][0], decoded[1][0]),
+        scale=seen.scale,
+        positions=positions,
+    )
