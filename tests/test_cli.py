@@ -121,3 +121,15 @@ def test_eval_asks_for_a_text_beside_a_model() -> None:
     shown = run("eval", str(model), "--quick")
     assert shown.returncode == 1
     assert "expected a text file beside a model directory" in " ".join(shown.stderr.split())
+
+
+def test_calibrate_then_evaluate(tmp_path: Path) -> None:
+    file = tmp_path / "small.safetensors"
+    shown = run(
+        "calibrate", "embedded", "--windows", "2", "--window-tokens", "64", "--trial-windows", "1", "-o", str(file)
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "recommended" in shown.stdout
+    shown = run("eval", "embedded", "--quick", "--caches", "calmix", "--calibration", str(file))
+    assert shown.returncode == 0, shown.stderr
+    assert "calibrated, per layer" in shown.stdout

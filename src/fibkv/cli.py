@@ -32,6 +32,7 @@ codebooks = typer.Typer(
 app.add_typer(codebooks, name="codebooks")
 app.add_typer(cli_bench.app, name="bench")
 app.command("eval")(cli_eval.evaluate)
+app.command("calibrate")(cli_eval.calibrate)
 
 DEFAULTS = DemoSettings()
 

@@ -1,4 +1,4 @@
-"""`fibkv eval`: options -> one run -> print -> exit code. All defaults are those of `fibkv.eval_result`."""
+"""`fibkv eval` and `fibkv calibrate`: options -> one run -> print -> exit code. Defaults are those of the settings."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ def evaluate(
     model: Model,
     text: Annotated[Path | None, typer.Argument(help="UTF-8 text that the model was not trained on.")] = None,
     caches: Annotated[str | None, typer.Option(help="Names of caches, by comma; default: all.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="What `fibkv calibrate` wrote, from other text than this; adds its rows.")
+    ] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="Windows of text.")] = None,
     window_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens per window and prompt.")] = None,
     prompts: Annotated[int | None, typer.Option(min=1, help="Needle prompts of either kind.")] = None,
@@ -42,6 +45,7 @@ def evaluate(
     Exit code 1 if a cache was not really read: the poison test failed, or dense copies were made.
     """
     # Here, so that `fibkv --help` does not wait for transformers.
+    from fibkv.calibration_file import Calibration  # noqa: PLC0415
     from fibkv.demo_view import progress_bar  # noqa: PLC0415
     from fibkv.eval_caches import eval_variants  # noqa: PLC0415
     from fibkv.eval_result import QUICK, EvalReceipt, EvalSettings  # noqa: PLC0415
@@ -62,7 +66,8 @@ def evaluate(
         loaded, tokenizer = load(model, dtype)
         protected = ProtectedRegions(first_tokens_raw=settings.sinks, last_tokens_raw=settings.window)
         names = None if caches is None else tuple(name.strip() for name in caches.split(","))
-        variants, skipped = eval_variants(loaded, protected, names)
+        learned = None if calibration is None else Calibration.load(calibration)
+        variants, skipped = eval_variants(loaded, protected, names, learned)
         result = run_eval(
             loaded,
             tokenizer,
@@ -83,6 +88,40 @@ def evaluate(
         plot_eval(result, plot)
     if not result.passed:
         raise typer.Exit(1)
+
+
+def calibrate(
+    model: Model,
+    texts: Annotated[list[Path] | None, typer.Argument(help="UTF-8 texts like what the model will read.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("calibration.safetensors"),
+    bits: Annotated[float | None, typer.Option(help="Average of counted bits for the recommended codecs.")] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="Windows of each text.")] = None,
+    window_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens per window.")] = None,
+    trial_windows: Annotated[int | None, typer.Option(min=1, help="Windows that KL is measured on.")] = None,
+    dtype: Dtype = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
+) -> None:
+    """Learn key spaces and codecs per layer from texts: `fibkv.Cache(model, calibration=FILE)` uses them.
+
+    An interrupted run goes on where it stopped when it is given again.
+    """
+    from fibkv.calibrate import CalibrateSettings, run_calibrate  # noqa: PLC0415
+    from fibkv.demo_view import progress_bar  # noqa: PLC0415
+    from fibkv.eval_view import render_calibration  # noqa: PLC0415
+
+    given = {
+        "bits": bits,
+        "num_windows": windows,
+        "window_tokens": window_tokens,
+        "trial_windows": trial_windows,
+        "num_threads": threads,
+    }
+    settings = CalibrateSettings().model_copy(update={name: one for name, one in given.items() if one is not None})
+    with progress_bar(Console(stderr=True)) as progress:
+        loaded, tokenizer = load(model, dtype)
+        sources = [embedded.read_text(path) for path in texts] if texts else [text_of(model, None)]
+        found = run_calibrate(loaded, tokenizer, sources, output, settings=settings, progress=progress)
+    Console().print(render_calibration(found.info))
 
 
 def load(model: str, dtype: str | None) -> tuple[Any, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import QuantizedCache
 
 from fibkv.bench_caches import held_tensors_nbytes
+from fibkv.calibration_file import Calibration
 from fibkv.errors import ContractError
 from fibkv.eval_result import Kind
 from fibkv.hf import Cache
@@ -86,7 +87,10 @@ class StockQuantizer:
 
 
 def eval_variants(
-    model: CausalLM, protected: ProtectedRegions, names: tuple[str, ...] | None = None
+    model: CausalLM,
+    protected: ProtectedRegions,
+    names: tuple[str, ...] | None = None,
+    calibration: Calibration | None = None,
 ) -> tuple[tuple[EvalVariant, ...], tuple[tuple[str, str], ...]]:
     """The caches of a run, and those that cannot be made here, each with the reason.
 
@@ -94,11 +98,12 @@ def eval_variants(
         model: the model; simulated caches need one whose layers are all compressed by fibkv.
         protected: sinks and newest tokens that every cache keeps raw.
         names: of the wanted ones; default: all.
+        calibration: of the model, made from other text; adds rows that use it.
 
     Raises:
         ContractError: a name that no cache has.
     """
-    variants = _fibkv_variants(protected)
+    variants = [*_fibkv_variants(protected), *_calibrated_variants(protected, calibration)]
     skipped: list[tuple[str, str]] = []
     plan = plan_model(model)
     whole = plan.latent_widths is None and all(layer.why_stock is None for layer in plan.layers)
@@ -136,6 +141,16 @@ def fibkv_variant(name: str, title: str, protected: ProtectedRegions, **options:
 def _fibkv_variants(protected: ProtectedRegions) -> list[EvalVariant]:
     recipes = [fibkv_variant(f"bits{bits}", f"fibkv bits={bits}", protected, bits=bits) for bits in DEFAULT_BITS]
     return [*recipes, *(fibkv_variant(name, title, protected, profile=name) for name, title in PROFILES)]
+
+
+def _calibrated_variants(protected: ProtectedRegions, calibration: Calibration | None) -> list[EvalVariant]:
+    if calibration is None:
+        return []
+    by_bits = [
+        fibkv_variant(f"cal{bits}", f"calibrated {bits}", protected, profile=f"fib{bits}", calibration=calibration)
+        for bits in DEFAULT_BITS
+    ]
+    return [*by_bits, fibkv_variant("calmix", "calibrated, per layer", protected, calibration=calibration)]
 
 
 def _simulated(

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fibkv.calibration_file import CalibrationInfo
 from fibkv.demo_view import verdict
 from fibkv.eval_result import EvalResult, EvalRow
 from fibkv.plot import new_figure
@@ -108,6 +109,22 @@ def eval_notes(result: EvalResult) -> list[str]:
         f"{result.conditions.command}, {result.conditions.started}, {result.seconds:.0f} s.",
         *result.caveats,
     ]
+
+
+def render_calibration(info: CalibrationInfo) -> RenderableType:
+    """Key spaces, sensitivities and the recommended codecs of a calibration."""
+    spaces = Table("codec", "key space", "KL", title="all layers", title_justify="left", box=SIMPLE_HEAD)
+    for trial in info.spaces:
+        spaces.add_row(trial.profile, trial.space, f"{trial.kl:.5f}")
+    alone = Table("layer", "role", "codec", "bits", "KL", title="alone", title_justify="left", box=SIMPLE_HEAD)
+    for one in info.sensitivities:
+        alone.add_row(str(one.layer), one.role, one.profile, f"{one.bits:.3f}", f"{one.kl:.5f}")
+    best = info.recommendation
+    chosen = Table("layer", "keys", "values", title="recommended", title_justify="left", box=SIMPLE_HEAD)
+    for layer in best.layers:
+        chosen.add_row(str(layer.layer), layer.keys, layer.values)
+    text = f"{best.bits:.3f} bits on average (asked: {best.target_bits:g}), KL {best.kl:.5f}; "
+    return Group(spaces, alone, chosen, Text(f"{text}best single codec within it: {best.uniform_kl:.5f}"))
 
 
 def plot_eval(result: EvalResult, path: Path) -> None:

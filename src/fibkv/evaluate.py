@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from fibkv.attention_errors import AttentionErrors, attention_errors, mean_errors
-from fibkv.digest import digest, digest_bytes
+from fibkv.digest import digest_bytes
 from fibkv.errors import ContractError
 from fibkv.eval_caches import EvalVariant
 from fibkv.eval_result import EvalResult, EvalRow, EvalSettings, HeadErrors
 from fibkv.handle import Handle
+from fibkv.hf_model import model_digest
 from fibkv.hf_observe import Observation, observe
 from fibkv.machine import Conditions
 from fibkv.progress import ProgressCallback, StepCounter
@@ -24,22 +25,6 @@ from fibkv.read_through import DENSE, ReadThrough
 from fibkv.threads import torch_threads
 
 TEXT_DOMAIN = "fibkv_text_v1"
-MODEL_DOMAIN = "fibkv_model_config_v1"
-
-
-def model_digest(model: CausalLM) -> str:
-    """Digest of a model's configuration, without what depends on where it lies and how it is run."""
-    config = model.config.to_dict()
-    left_out = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation_internal")
-    return digest(MODEL_DOMAIN, {name: _plain(config[name]) for name in sorted(config) if name not in left_out})
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return value if isinstance(value, str | int | float | bool) or value is None else str(value)
 
 
 def run_eval(
@@ -99,7 +84,7 @@ def run_eval(
         heads = _head_errors(model, variants, windows, settings, step)
     return EvalResult(
         model=name,
-        model_digest=model_digest(model),
+        model_digest=model_digest(model.config),
         text_digest=digest_bytes(TEXT_DOMAIN, text.encode()),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         dtype=str(model.dtype).removeprefix("torch."),

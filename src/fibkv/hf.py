@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,16 +22,17 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache as StockCache
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAttentionLayer
 
+from fibkv.calibration_file import Calibration
 from fibkv.errors import ModelError
 from fibkv.handle import outside_graphs
 from fibkv.hf_hybrid import CompressedHybridLayer
 from fibkv.hf_layer import CompressedLayer
-from fibkv.hf_model import LayerPlan, plan_model
+from fibkv.hf_model import LayerPlan, model_digest, plan_model
 from fibkv.hf_stock import holds_state, num_rows, report_of, why_not_cropped
 from fibkv.policy import Policy
 from fibkv.quarantine import Quarantine
 from fibkv.report import CacheReport
-from fibkv.settings import CacheSettings, Choice
+from fibkv.settings import CacheSettings, Choice, calibrated
 from fibkv.slabs import Slabs
 from fibkv.space import KeySpace
 
@@ -54,6 +56,10 @@ class Cache(StockCache):
         implementation: of the kernels: "auto" or a name of `fibkv.kernels.available`.
         key_spaces: by layer index, what its keys go through before they are coded: a mean and a transform per KV head,
             from a calibration. Attention takes the queries there, so that nothing is undone per token.
+        layer_profiles: by layer index, a pair of codecs for keys and values in place of ``bits`` or ``profile``.
+        calibration: what `fibkv calibrate` wrote for this model. Without bits, profile and layer_profiles its
+            recommended codecs are taken, and in any case, without key_spaces, the key spaces that measured best with
+            the codecs of the keys.
 
     Raises:
         ModelError: the model cannot be served: what it is, and what to do instead.
@@ -72,8 +78,15 @@ class Cache(StockCache):
         read_through: bool = False,
         implementation: str = "auto",
         key_spaces: Mapping[int, KeySpace] | None = None,
+        layer_profiles: Mapping[int, tuple[Choice, Choice]] | None = None,
+        calibration: Calibration | Path | str | None = None,
     ) -> None:
         self.plan = plan_model(model)
+        if calibration is not None:
+            calibration = calibration if isinstance(calibration, Calibration) else Calibration.load(Path(calibration))
+            calibration.check_model(model_digest(model.config if isinstance(model, PreTrainedModel) else model))
+            if bits is None and profile is None and layer_profiles is None:
+                layer_profiles = {layer: (keys, values) for layer, (keys, values) in calibration.choices().items()}
         self.settings = CacheSettings.of(
             bits=bits,
             profile=profile,
@@ -86,7 +99,10 @@ class Cache(StockCache):
             kv_heads=self.plan.kv_heads,
             query_heads=self.plan.query_heads,
             key_spaces=key_spaces,
+            layer_profiles=layer_profiles,
         )
+        if calibration is not None and key_spaces is None:
+            self.settings = calibrated(self.settings, calibration)
         self.settings.check_head_dims(self.plan.head_dims)
         self.quarantine = Quarantine()
         self.slabs = Slabs()

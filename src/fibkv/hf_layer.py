@@ -178,9 +178,10 @@ class CompressedLayer(CacheLayerMixin):
         )
 
     def _reason(self) -> str:
+        keys, values = self.settings.names(self.index)
         if self.is_latent:
-            return f"latents {self.settings.key_name}, rotary keys raw; the model expands them at every step"
-        return f"keys {self.settings.key_name}, values {self.settings.value_name}"
+            return f"latents {keys}, rotary keys raw; the model expands them at every step"
+        return f"keys {keys}, values {values}"
 
     def _count(self) -> None:
         self.materialized += 1

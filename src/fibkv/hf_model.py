@@ -13,9 +13,11 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer
 
+from fibkv.digest import digest
 from fibkv.errors import ModelError
 from fibkv.view import DTYPE_NAMES
 
+MODEL_DOMAIN = "fibkv_model_config_v1"
 # By class name: not every release has every class.
 _WHY_STOCK = {
     "DynamicSlidingWindowLayer": "a window of fixed size",
@@ -132,3 +134,18 @@ def _why_stock(layer: Any, is_crossing: bool) -> str | None:
     if type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer):
         return None
     return _WHY_STOCK.get(type(layer).__name__, "a cache class of the model's own")
+
+
+def model_digest(config: PretrainedConfig) -> str:
+    """Digest of a model's configuration, without what depends on where it lies and how it is run."""
+    fields = config.to_dict()
+    left_out = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation_internal")
+    return digest(MODEL_DOMAIN, {name: _plain(fields[name]) for name in sorted(fields) if name not in left_out})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value if isinstance(value, str | int | float | bool) or value is None else str(value)

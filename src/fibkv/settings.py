@@ -9,6 +9,7 @@ from typing import Any, Self, get_args
 from torch import Tensor
 
 from fibkv import kernels
+from fibkv.calibration_file import Calibration
 from fibkv.coder import RoleCoder, bind_coder
 from fibkv.errors import ContractError, DecisionError, ModelError
 from fibkv.parameters import (
@@ -49,6 +50,7 @@ class CacheSettings:
         layers: layers of the model.
         query_heads: query heads of the model.
         key_spaces: by layer, what its keys go through before they are coded.
+        layer_profiles: by layer, codecs of keys and values in place of the above.
     """
 
     keys: Choice
@@ -61,6 +63,7 @@ class CacheSettings:
     layers: int
     query_heads: int
     key_spaces: Mapping[int, KeySpace]
+    layer_profiles: Mapping[int, tuple[Choice, Choice]]
 
     @classmethod
     def of(
@@ -77,6 +80,7 @@ class CacheSettings:
         kv_heads: int,
         query_heads: int,
         key_spaces: Mapping[int, KeySpace] | None = None,
+        layer_profiles: Mapping[int, tuple[Choice, Choice]] | None = None,
     ) -> Self:
         """Settings from what `fibkv.Cache` takes.
 
@@ -109,17 +113,17 @@ class CacheSettings:
             layers=layers,
             query_heads=query_heads,
             key_spaces=_checked_spaces(key_spaces or {}, layers),
+            layer_profiles=_checked_profiles(layer_profiles or {}, layers),
         )
 
-    @property
-    def key_name(self) -> str:
-        """The keys' codec in words."""
-        return self.keys if isinstance(self.keys, str) else self.keys.codec
+    def choices(self, layer: int) -> tuple[Choice, Choice]:
+        """Codecs of the keys and the values of a layer."""
+        return self.layer_profiles.get(layer, (self.keys, self.values))
 
-    @property
-    def value_name(self) -> str:
-        """The values' codec in words."""
-        return self.values if isinstance(self.values, str) else self.values.codec
+    def names(self, layer: int) -> tuple[str, str]:
+        """The same in words."""
+        keys, values = (choice if isinstance(choice, str) else choice.codec for choice in self.choices(layer))
+        return keys, values
 
     def check_head_dims(self, head_dims: Sequence[int]) -> None:
         """Refuses, before the first token, what no layer of a model could be given.
@@ -164,8 +168,9 @@ class CacheSettings:
             raise ModelError(f"layer {layer}: expected keys and values in float16, bfloat16 or float32, got {got}")
         if keys.device.type == "meta":
             raise ModelError(f"layer {layer}: expected keys with data, got a meta tensor")
-        key_shape, key_coder = self._role("key", keys, self.keys)
-        value_shape, value_coder = self._role("value", values, "raw" if is_latent else self.values)
+        key_choice, value_choice = self.choices(layer)
+        key_shape, key_coder = self._role("key", keys, key_choice)
+        value_shape, value_coder = self._role("value", values, "raw" if is_latent else value_choice)
         return LayerSettings(
             layer=layer,
             key_shape=key_shape,
@@ -236,6 +241,16 @@ class CacheSettings:
         )
 
 
+def calibrated(settings: CacheSettings, calibration: Calibration) -> CacheSettings:
+    """Settings with the key spaces of a calibration that measured best with each layer's key codec."""
+    spaces = {}
+    for layer in calibration.statistics:
+        space = calibration.space(layer, calibration.best_space(settings.names(layer)[0]))
+        if space is not None:
+            spaces[layer] = space
+    return replace(settings, key_spaces=_checked_spaces(spaces, settings.layers))
+
+
 def _pair(field: str, given: Any) -> tuple[Any, Any]:
     """Keys' and values' choice from one for both, or a pair."""
     if not isinstance(given, tuple | list):
@@ -267,6 +282,19 @@ def _checked_spaces(spaces: Mapping[int, KeySpace], layers: int) -> Mapping[int,
                 "Cache.key_spaces", f"KeySpaces of layers below {layers}", (layer, type(space).__name__)
             )
     return dict(spaces)
+
+
+def _checked_profiles(
+    profiles: Mapping[int, tuple[Choice, Choice]], layers: int
+) -> Mapping[int, tuple[Choice, Choice]]:
+    """Refuses codecs of layers that the model does not have, and unknown ones."""
+    found = {}
+    for layer, pair in profiles.items():
+        if not 0 <= layer < layers:
+            raise ContractError("Cache.layer_profiles", f"layers below {layers}", layer)
+        keys, values = (_known(choice) for choice in _pair(f"Cache.layer_profiles[{layer}]", pair))
+        found[layer] = (keys, values)
+    return found
 
 
 def _check_policy(policy: Policy | None, layers: int, kv_heads: int) -> None:

@@ -13,8 +13,9 @@ from fibkv.errors import ContractError, DigestMismatch
 from fibkv.eval_caches import eval_variants, fibkv_variant
 from fibkv.eval_result import QUICK, EvalReceipt, EvalResult
 from fibkv.eval_view import frontier, plot_eval, render_eval
-from fibkv.evaluate import model_digest, run_eval
+from fibkv.evaluate import run_eval
 from fibkv.hf import Cache
+from fibkv.hf_model import model_digest
 from fibkv.hf_observe import observe
 from fibkv.regions import ProtectedRegions
 from fibkv.simulated import Kivi, SimulatedCache, affine
@@ -143,11 +144,11 @@ def test_observed_tensors_are_those_that_the_cache_gets(model: Any) -> None:
 
 
 def test_the_models_digest_is_of_its_configuration(model: Any) -> None:
-    before = model_digest(model)
-    assert before == model_digest(model)
+    before = model_digest(model.config)
+    assert before == model_digest(model.config)
     theta = model.config.rms_norm_eps
     try:
         model.config.rms_norm_eps = 1e-5
-        assert model_digest(model) != before
+        assert model_digest(model.config) != before
     finally:
         model.config.rms_norm_eps = theta

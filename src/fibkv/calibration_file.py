@@ -1,0 +1,214 @@
+"""Calibrations on disk: moments, what was measured with them, and what follows, in one safetensors file.
+
+Metadata ``fibkv``: the `CalibrationInfo` as canonical JSON; ``digest``: its digest, which by ``tensors_digest`` covers
+the tensors too. Tensors: ``<layer>.<moment>`` float64, the fields of `fibkv.calibration.LayerStatistics`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fibkv.attention_errors import AttentionErrors
+from fibkv.calibration import LayerStatistics, balanced_transform
+from fibkv.codecs.base import tensor_bytes
+from fibkv.contract import Contract, Count, Index, MarkedContract
+from fibkv.digest import Digest, digest_bytes, require_digest
+from fibkv.errors import ContractError
+from fibkv.files import write_bytes
+from fibkv.shape import Role
+from fibkv.space import KeySpace
+
+SpaceKind = Literal["plain", "mean", "balanced"]
+TENSORS_DOMAIN = "fibkv_calibration_tensors_v1"
+_MOMENTS = tuple(field.name for field in fields(LayerStatistics) if field.name != "tokens")
+
+
+class Sensitivity(Contract):
+    """What coding one role of one layer, all else raw, does to the model.
+
+    Attributes:
+        layer: its index.
+        role: keys or values.
+        profile: name of the codec.
+        bits: counted, per element, of a full page: codes, norms and scales.
+        kl: mean KL against dense over the tokens of the calibration windows.
+        heads: errors of attention of each KV head, values or keys being exact.
+    """
+
+    layer: Index
+    role: Role
+    profile: str
+    bits: float
+    kl: float
+    heads: tuple[AttentionErrors, ...]
+
+
+class SpaceTrial(Contract):
+    """Mean KL with all keys and values of one codec, the keys in one kind of space."""
+
+    profile: str
+    space: SpaceKind
+    kl: float
+
+
+class LayerChoice(Contract):
+    """What is recommended for one layer: names of codecs."""
+
+    layer: Index
+    keys: str
+    values: str
+
+
+class Recommendation(Contract):
+    """Codecs per layer and role.
+
+    Attributes:
+        target_bits: the average that was asked for.
+        bits: the average of what was chosen, as in `Sensitivity`.
+        kl: mean KL against dense, measured with all of it together.
+        uniform_kl: that of the best single codec for all layers that stays within the target, for comparison.
+        layers: the choices.
+    """
+
+    target_bits: float
+    bits: float
+    kl: float
+    uniform_kl: float
+    layers: tuple[LayerChoice, ...]
+
+
+class CalibrationInfo(MarkedContract):
+    """Everything of a calibration but its tensors.
+
+    Attributes:
+        model_digest: of the model's configuration.
+        source_digest: of the texts.
+        tokens: that the moments were gathered from.
+        spaces: trials of key spaces.
+        sensitivities: per layer, role and codec.
+        recommendation: for the average of bits that was asked for.
+        tensors_digest: over the moments.
+    """
+
+    schema_version: Literal["fibkv_calibration_v1"] = "fibkv_calibration_v1"
+    model_digest: Digest
+    source_digest: Digest
+    tokens: Count
+    spaces: tuple[SpaceTrial, ...]
+    sensitivities: tuple[Sensitivity, ...]
+    recommendation: Recommendation
+    tensors_digest: Digest
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """A calibration: `info`, and the moments by layer index."""
+
+    info: CalibrationInfo
+    statistics: Mapping[int, LayerStatistics]
+
+    def check_model(self, model_digest: str) -> None:
+        """Refuses another model than the one it was made from.
+
+        Raises:
+            DigestMismatch: with both digests.
+        """
+        require_digest("Calibration.model_digest", self.info.model_digest, model_digest)
+
+    def best_space(self, profile: str) -> SpaceKind:
+        """The kind of space with the lowest measured KL for keys of a codec; ``plain`` for one that was not tried."""
+        trials = [trial for trial in self.info.spaces if trial.profile == profile]
+        return min(trials, key=lambda trial: trial.kl).space if trials else "plain"
+
+    def space(self, layer: int, kind: SpaceKind) -> KeySpace | None:
+        """The space of a layer's keys."""
+        return None if kind == "plain" else self._spaces[layer, kind]
+
+    @cached_property
+    def _spaces(self) -> dict[tuple[int, SpaceKind], KeySpace]:
+        return spaces_of(self.statistics)
+
+    def choices(self) -> dict[int, tuple[str, str]]:
+        """Codecs of keys and values by layer, as recommended."""
+        return {one.layer: (one.keys, one.values) for one in self.info.recommendation.layers}
+
+    def save(self, path: Path) -> None:
+        """Writes the file by way of a temporary one.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        metadata = {"fibkv": self.info.to_json(), "digest": self.info.digest()}
+        write_bytes(path, save(named_tensors(self.statistics), metadata))
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Reads a file, checked against its digests.
+
+        Raises:
+            ContractError: it is not a calibration.
+            DigestMismatch: it was damaged or changed.
+            OSError: it cannot be read.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        except SafetensorError as error:
+            raise ContractError(f"calibration {path}", "a safetensors file", str(error)) from error
+        if "fibkv" not in metadata or "digest" not in metadata:
+            raise ContractError(f"calibration {path}", "metadata 'fibkv' and 'digest'", sorted(metadata))
+        info = CalibrationInfo.from_json(metadata["fibkv"])
+        require_digest("Calibration.digest", metadata["digest"], info.digest())
+        require_digest("Calibration.tensors_digest", info.tensors_digest, tensors_digest(tensors))
+        return cls(info, statistics_of(tensors, info.tokens))
+
+
+def spaces_of(statistics: Mapping[int, LayerStatistics]) -> dict[tuple[int, SpaceKind], KeySpace]:
+    """Key spaces by layer and kind: the mean alone, and with the balanced transform."""
+    found: dict[tuple[int, SpaceKind], KeySpace] = {}
+    for layer, one in statistics.items():
+        found[layer, "mean"] = KeySpace.of(one.key_mean)
+        transform = balanced_transform(one.key_covariance, one.query_moment)
+        found[layer, "balanced"] = KeySpace.of(one.key_mean, transform)
+    return found
+
+
+def named_tensors(statistics: Mapping[int, LayerStatistics]) -> dict[str, Tensor]:
+    """The moments by their names in the file."""
+    return {
+        f"{layer}.{name}": getattr(one, name).contiguous() for layer, one in statistics.items() for name in _MOMENTS
+    }
+
+
+def statistics_of(tensors: Mapping[str, Tensor], tokens: int) -> dict[int, LayerStatistics]:
+    """The inverse of `named_tensors`.
+
+    Raises:
+        ContractError: a tensor is missing, or foreign.
+    """
+    layers = sorted({int(name.split(".")[0]) for name in tensors if name.split(".")[0].isdecimal()})
+    expected = {f"{layer}.{name}" for layer in layers for name in _MOMENTS}
+    if set(tensors) != expected or not layers:
+        raise ContractError("calibration tensors", f"{sorted(expected)}", sorted(tensors))
+    return {
+        layer: LayerStatistics(tokens, **{name: tensors[f"{layer}.{name}"] for name in _MOMENTS}) for layer in layers
+    }
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Digest over names, shapes and values, in the order of the names."""
+    chunks = []
+    for name in sorted(tensors):
+        tensor = tensors[name].to(torch.float64)
+        chunks += [f"{name}{list(tensor.shape)}\0".encode(), tensor_bytes(tensor)]
+    return digest_bytes(TENSORS_DOMAIN, *chunks)

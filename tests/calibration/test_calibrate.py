@@ -1,0 +1,145 @@
+"""`fibkv calibrate`: moments, the file, what is recommended, and the cache that uses it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2Config
+
+from fibkv import embedded
+from fibkv.attention_errors import AttentionErrors
+from fibkv.calibrate import CalibrateSettings, allocate_rungs, run_calibrate
+from fibkv.calibration_file import Calibration, Sensitivity
+from fibkv.errors import ContractError, DigestMismatch
+from fibkv.hf import Cache
+from fibkv.hf_observe import observe
+from fibkv.prompts import spread_windows
+
+SMALL = CalibrateSettings(num_windows=3, window_tokens=128, trial_windows=1, num_queries=8)
+NOTHING = AttentionErrors(
+    logit_mse=0.0, attention_tv=0.0, attention_kl=0.0, topk_agreement=1.0, value_aggregation_mse=0.0
+)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[Any, Any]:
+    return embedded.load()
+
+
+def _run(loaded: tuple[Any, Any], path: Path, progress: Any = lambda *_: None, **change: Any) -> Calibration:
+    settings = SMALL.model_copy(update=change)
+    text = embedded.heldout_text()[:60_000]
+    return run_calibrate(*loaded, [text], path, settings=settings, progress=progress)
+
+
+@pytest.fixture(scope="module")
+def path(loaded: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("calibration") / "small.safetensors"
+    _run(loaded, path)
+    return path
+
+
+def test_moments_are_those_of_the_observed_vectors(loaded: tuple[Any, Any], path: Path) -> None:
+    text = embedded.heldout_text()[:60_000]
+    windows = spread_windows(loaded[1], text, num_windows=3, window_tokens=128)
+    seen = [observe(loaded[0], ids)[2] for ids in windows]
+    keys = torch.cat([one.keys[0, 1] for one in seen]).double()
+    queries = torch.cat([one.query[0, head] for one in seen for head in (2, 3)]).double()
+    found = Calibration.load(path).statistics[2]
+    assert found.tokens == 3 * 128
+    assert torch.allclose(found.key_mean[1], keys.mean(0))
+    assert torch.allclose(found.key_moment[1], keys.T @ keys / len(keys))
+    assert torch.allclose(found.query_moment[1], queries.T @ queries / len(queries))
+
+
+def test_an_interrupted_run_goes_on_and_ends_the_same(
+    loaded: tuple[Any, Any], path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = tmp_path / "again.safetensors"
+    partial = tmp_path / "again.safetensors.partial"
+
+    def interrupt(label: str, done: int, total: int) -> None:
+        if done == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _run(loaded, again, interrupt)
+    assert partial.exists()
+    assert not again.exists()
+    observed = []
+    monkeypatch.setattr("fibkv.calibrate.observe", lambda model, ids: observed.append(ids) or observe(model, ids))
+    _run(loaded, again)
+    assert len(observed) == 1, "the windows were read before; one is looked at for the errors of heads"
+    assert again.read_bytes() == path.read_bytes()
+    assert [one.name for one in tmp_path.iterdir()] == ["again.safetensors"]
+
+
+def test_it_measures_what_it_recommends(path: Path) -> None:
+    info = Calibration.load(path).info
+    best = info.recommendation
+    assert best.bits <= best.target_bits == 3.5
+    assert best.kl <= best.uniform_kl
+    assert len(info.sensitivities) == 4 * 2 * 3
+    for layer in range(4):
+        for role in ("key", "value"):
+            ladder = [one for one in info.sensitivities if (one.layer, one.role) == (layer, role)]
+            assert [one.kl for one in ladder] == sorted((one.kl for one in ladder), reverse=True)
+            assert all(len(one.heads) == 2 for one in ladder)
+            exact = {one.logit_mse if role == "value" else one.value_aggregation_mse for s in ladder for one in s.heads}
+            assert exact == {0.0}, "the other role is exact"
+
+
+def test_a_cache_uses_it(loaded: tuple[Any, Any], path: Path) -> None:
+    calibration = Calibration.load(path)
+    cache = Cache(loaded[0], calibration=path)
+    for layer, (keys, values) in calibration.choices().items():
+        assert cache.settings.names(layer) == (keys, values)
+        expected = calibration.space(layer, calibration.best_space(keys))
+        assert cache.settings.key_spaces.get(layer) == expected
+    fixed = Cache(loaded[0], profile="fib2", calibration=calibration)
+    assert fixed.settings.names(3) == ("fib2", "fib2")
+    assert set(fixed.settings.key_spaces) in (set(), {0, 1, 2, 3})
+    with pytest.raises(ContractError, match=r"Cache\.layer_profiles: expected layers below 4"):
+        Cache(loaded[0], layer_profiles={4: ("fib2", "fib2")})
+
+
+def test_another_model_is_refused(path: Path) -> None:
+    with pytest.raises(DigestMismatch, match=r"Calibration\.model_digest"):
+        Cache(Qwen2Config(), calibration=path)
+
+
+def test_damage_is_refused(path: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    damaged.write_bytes(data)
+    with pytest.raises(DigestMismatch, match=r"Calibration\.tensors_digest"):
+        Calibration.load(damaged)
+    save_file(load_file(path), damaged)
+    with pytest.raises(ContractError, match="metadata 'fibkv' and 'digest'"):
+        Calibration.load(damaged)
+    damaged.write_text("nothing of the kind")
+    with pytest.raises(ContractError, match="a safetensors file"):
+        Calibration.load(damaged)
+
+
+def _ladder(layer: int, role: Any, kls: tuple[float, float]) -> list[Sensitivity]:
+    return [
+        Sensitivity(layer=layer, role=role, profile=profile, bits=bits, kl=kl, heads=(NOTHING,))
+        for profile, bits, kl in zip(("fib2", "fib4"), (2.0, 4.0), kls, strict=True)
+    ]
+
+
+def test_bits_go_where_they_lower_kl_most() -> None:
+    ladders = [*_ladder(0, "key", (1.0, 0.1)), *_ladder(0, "value", (0.3, 0.1))]
+    assert allocate_rungs(ladders, 2.0) == {0: ("fib2", "fib2")}
+    assert allocate_rungs(ladders, 3.0) == {0: ("fib4", "fib2")}
+    assert allocate_rungs(ladders, 4.0) == {0: ("fib4", "fib4")}
+    worse = [*_ladder(0, "key", (0.1, 0.2)), *_ladder(0, "value", (0.3, 0.1))]
+    assert allocate_rungs(worse, 4.0) == {0: ("fib2", "fib4")}
+    with pytest.raises(ContractError, match=r"at least 2\.000"):
+        allocate_rungs(ladders, 1.9)
