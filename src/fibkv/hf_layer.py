@@ -164,7 +164,7 @@ class CompressedLayer(CacheLayerMixin):
             layer=self.index,
             kind=kind,
             compressed=True,
-            reason=self._reason(),
+            reason=self.reason,
             tokens=store.length,
             pages=sum(1 for _ in store.pages()),
             elements=elements * store.length,
@@ -177,7 +177,9 @@ class CompressedLayer(CacheLayerMixin):
             metadata_nbytes=store.metadata_nbytes,
         )
 
-    def _reason(self) -> str:
+    @property
+    def reason(self) -> str:
+        """How it is compressed."""
         keys, values = self.settings.names(self.index)
         if self.is_latent:
             return f"latents {keys}, rotary keys raw; the model expands them at every step"
