@@ -63,15 +63,18 @@ class ShapeProbe:
 
 
 def _meta_model(config: PretrainedConfig, dtype: torch.dtype | None) -> PreTrainedModel:
-    chosen: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    # Eager attention looks at no mask's values to save work, whereas `sdpa` may; what is cached is the same.
+    chosen: dict[str, Any] = {"attn_implementation": "eager", **({} if dtype is None else {"dtype": dtype})}
     try:
         with _META:
-            model = AutoModelForCausalLM.from_config(config, **chosen)
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **chosen)
     except ValueError as error:
         raise ModelError(
             f"{type(config).__name__}: expected the configuration of a causal language model of transformers "
             f"({str(error).splitlines()[0]})"
         ) from error
+    # Else some models look for padding, to warn of it.
+    model.config.pad_token_id = None
     # Experts one by one ask which of them are hit. Models without experts refuse the choice.
     with contextlib.suppress(ValueError, AttributeError):
         model.set_experts_implementation("batched_mm")

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import transformers as tf
 
 import fibkv
 from fibkv.errors import ModelError
 from fibkv.hf_forecast import CacheForecast, ShapeProbe
 from fibkv.policy import Policy
 from fibkv.regions import ProtectedRegions
-from tests.hf.architectures import is_known, tiny
+from tests.hf.architectures import ARGUMENTS, is_known, tiny
 
 # GPTBigCode in older releases.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -49,6 +50,11 @@ def test_every_field_of_the_report_is_forecast(name: str) -> None:
     for batch, tokens in CASES:
         check(model, batch, tokens, profile="fib4")
     check(model, 2, 200, profile=("int8", "fib2"), implementation="reference")
+
+
+@pytest.mark.parametrize("name", [name for name in ARGUMENTS if is_known(name) and name not in ARCHITECTURES])
+def test_the_other_architectures(name: str) -> None:
+    check(tiny(name), 2, 150, profile="fib4")
 
 
 @pytest.mark.parametrize("profile", ["raw", "int8", "fp8", "fib4", "fib3", "fib2", ("fib4", "raw")])
@@ -90,6 +96,17 @@ def test_weights_are_those_of_the_model() -> None:
         assert ShapeProbe(model.config, torch.float32).weights_nbytes == expected
 
 
-def test_a_model_that_needs_data_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"BioGptForCausalLM: its forward needs data, .* load it"):
-        ShapeProbe(tiny("BioGpt").config)
+def test_a_model_that_needs_data_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: object, input_ids: torch.Tensor, **kwargs: object) -> object:
+        return input_ids.max().item()
+
+    monkeypatch.setattr(tf.LlamaForCausalLM, "forward", forward)
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM: its forward needs data, .* load it .*item\(\)"):
+        ShapeProbe(tiny("Llama").config)
+
+
+def test_the_configuration_is_left_as_it_was() -> None:
+    config = tiny("GPT2").config
+    before = config.to_dict()
+    ShapeProbe(config, torch.bfloat16)
+    assert config.to_dict() == before
