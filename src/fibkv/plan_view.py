@@ -46,7 +46,7 @@ def render_plan(result: PlanResult) -> RenderableType:
         ),
         *(
             table(
-                f"Cache at batch {batch} (! = does not fit)",
+                f"Cache at batch {batch}",
                 "context",
                 contexts,
                 partial(_cell, by_key, batch),
@@ -54,6 +54,7 @@ def render_plan(result: PlanResult) -> RenderableType:
             for batch in batches
         ),
         Text(
+            "* the model's longest context, + the largest batch that is tried, - none, ! does not fit.\n"
             "Counted: what Cache.report() counts after one prompt (codes, norms, metadata, raw regions, windows, "
             "states, tables, padding, slack), and the weights. Not counted: what a forward pass needs beside them."
         ),
