@@ -1,7 +1,8 @@
 """Calibrations on disk: moments, what was measured with them, and what follows, in one safetensors file.
 
-Metadata ``fibkv``: the `CalibrationInfo` as canonical JSON; ``digest``: its digest, which by ``tensors_digest`` covers
-the tensors too. Tensors: ``<layer>.<moment>`` float64, the fields of `fibkv.calibration.LayerStatistics`.
+Metadata ``fibkv``: a `StampedInfo` as canonical JSON, whose digest by ``tensors_digest`` covers the tensors too (one
+entry only, since safetensors keeps entries in no fixed order).
+Tensors: ``<layer>.<moment>`` float64, the fields of `fibkv.calibration.LayerStatistics`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 import torch
+from pydantic import model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -109,6 +111,22 @@ class CalibrationInfo(MarkedContract):
     tensors_digest: Digest
 
 
+class StampedInfo(Contract):
+    """What a file says of itself, and the digest of that.
+
+    Raises:
+        DigestMismatch: on construction, for information that is not what was stamped.
+    """
+
+    digest: Digest
+    info: CalibrationInfo
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        require_digest("Calibration.digest", self.digest, self.info.digest())
+        return self
+
+
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """A calibration: `info`, and the moments by layer index."""
@@ -147,8 +165,8 @@ class Calibration:
         Raises:
             OSError: it cannot be written.
         """
-        metadata = {"fibkv": self.info.to_json(), "digest": self.info.digest()}
-        write_bytes(path, save(named_tensors(self.statistics), metadata))
+        stamped = StampedInfo(digest=self.info.digest(), info=self.info)
+        write_bytes(path, save(named_tensors(self.statistics), {"fibkv": stamped.to_json()}))
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -165,10 +183,9 @@ class Calibration:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except SafetensorError as error:
             raise ContractError(f"calibration {path}", "a safetensors file", str(error)) from error
-        if "fibkv" not in metadata or "digest" not in metadata:
-            raise ContractError(f"calibration {path}", "metadata 'fibkv' and 'digest'", sorted(metadata))
-        info = CalibrationInfo.from_json(metadata["fibkv"])
-        require_digest("Calibration.digest", metadata["digest"], info.digest())
+        if "fibkv" not in metadata:
+            raise ContractError(f"calibration {path}", "metadata 'fibkv'", sorted(metadata))
+        info = StampedInfo.from_json(metadata["fibkv"]).info
         require_digest("Calibration.tensors_digest", info.tensors_digest, tensors_digest(tensors))
         return cls(info, statistics_of(tensors, info.tokens))
 

@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache as StockCache
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAttentionLayer
 
+from fibkv.budget import enforce_budget
 from fibkv.calibration_file import Calibration
 from fibkv.errors import ModelError
 from fibkv.handle import outside_graphs
@@ -31,6 +32,7 @@ from fibkv.hf_model import LayerPlan, model_digest, plan_model
 from fibkv.hf_stock import holds_state, num_rows, report_of, why_not_cropped
 from fibkv.policy import Policy
 from fibkv.quarantine import Quarantine
+from fibkv.regions import QualityBudget
 from fibkv.report import CacheReport
 from fibkv.settings import CacheSettings, Choice, calibrated
 from fibkv.slabs import Slabs
@@ -60,6 +62,8 @@ class Cache(StockCache):
         calibration: what `fibkv calibrate` wrote for this model. Without bits, profile and layer_profiles its
             recommended codecs are taken, and in any case, without key_spaces, the key spaces that measured best with
             the codecs of the keys.
+        quality_budget: bounds that each layer's codecs must keep by the calibration's measurements; a role of a layer
+            that breaks one is kept raw, or the cache is refused, by the budget's fallback.
 
     Raises:
         ModelError: the model cannot be served: what it is, and what to do instead.
@@ -80,6 +84,7 @@ class Cache(StockCache):
         key_spaces: Mapping[int, KeySpace] | None = None,
         layer_profiles: Mapping[int, tuple[Choice, Choice]] | None = None,
         calibration: Calibration | Path | str | None = None,
+        quality_budget: QualityBudget | None = None,
     ) -> None:
         self.plan = plan_model(model)
         if calibration is not None:
@@ -100,6 +105,9 @@ class Cache(StockCache):
             query_heads=self.plan.query_heads,
             key_spaces=key_spaces,
             layer_profiles=layer_profiles,
+        )
+        self.settings, self.budget_violations = enforce_budget(
+            self.settings, quality_budget or QualityBudget.unavailable(), calibration
         )
         if calibration is not None and key_spaces is None:
             self.settings = calibrated(self.settings, calibration)
@@ -253,6 +261,7 @@ class Cache(StockCache):
             ),
             tables_nbytes=sum(shared.values()),
             slack_nbytes=self.slabs.slack_nbytes,
+            budget_violations=self.budget_violations,
         )
 
     def verify(self) -> tuple[Any, ...]:

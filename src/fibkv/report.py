@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fibkv.contract import Contract, Total
+from fibkv.shape import Role
 
 
 class LayerReport(Contract):
@@ -42,6 +43,28 @@ class LayerReport(Contract):
     metadata_nbytes: Total = 0
 
 
+class BudgetViolation(Contract):
+    """A bound of the quality budget that a codec broke when it was measured; the role of that layer is kept raw.
+
+    Attributes:
+        layer: its index.
+        head: KV head.
+        role: "key" or "value".
+        profile: the codec.
+        bound: field of `fibkv.QualityBudget`.
+        allowed: its value.
+        measured: what came.
+    """
+
+    layer: Total
+    head: Total
+    role: Role
+    profile: str
+    bound: str
+    allowed: float
+    measured: float
+
+
 class CacheReport(Contract):
     """A whole cache.
 
@@ -49,11 +72,13 @@ class CacheReport(Contract):
         layers: layer by layer.
         tables_nbytes: codebooks and rotations, counted once although all caches of a process share them.
         slack_nbytes: memory allocated for pages and used by none, shared with forks of the cache.
+        budget_violations: why roles of layers are raw although a codec was chosen for them.
     """
 
     layers: tuple[LayerReport, ...]
     tables_nbytes: Total
     slack_nbytes: Total = 0
+    budget_violations: tuple[BudgetViolation, ...] = ()
 
     @property
     def materialized(self) -> int:
@@ -98,5 +123,10 @@ class CacheReport(Contract):
             + (f", decoded {layer.materialized} times" if layer.materialized else "")
             + "".join(f", {count} raw vectors: {reason}" for reason, count in layer.raw_vectors)
             for layer in self.layers
+        ]
+        lines += [
+            f"  layer {one.layer} {one.role}s raw, for the budget: head {one.head} in {one.profile} has {one.bound} "
+            f"{one.measured:.3g}, allowed {one.allowed:g}"
+            for one in self.budget_violations
         ]
         return "\n".join(lines)

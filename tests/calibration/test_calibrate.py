@@ -16,8 +16,10 @@ from fibkv.calibrate import CalibrateSettings, allocate_rungs, run_calibrate
 from fibkv.calibration_file import Calibration, Sensitivity
 from fibkv.errors import ContractError, DigestMismatch
 from fibkv.hf import Cache
+from fibkv.hf_attention import attention
 from fibkv.hf_observe import observe
 from fibkv.prompts import spread_windows
+from fibkv.regions import QualityBudget
 
 SMALL = CalibrateSettings(num_windows=3, window_tokens=128, trial_windows=1, num_queries=8)
 NOTHING = AttentionErrors(
@@ -107,6 +109,39 @@ def test_a_cache_uses_it(loaded: tuple[Any, Any], path: Path) -> None:
         Cache(loaded[0], layer_profiles={4: ("fib2", "fib2")})
 
 
+def test_a_budget_keeps_raw_what_breaks_it(loaded: tuple[Any, Any], path: Path) -> None:
+    info = Calibration.load(path).info
+    worst = {
+        one.layer: max(head.attention_tv for head in one.heads)
+        for one in info.sensitivities
+        if (one.role, one.profile) == ("key", "fib2")
+    }
+    bound = sorted(worst.values())[1]  # two of the four layers keep it
+    budget = QualityBudget(max_attention_tv=bound)
+    cache = Cache(loaded[0], profile="fib2", calibration=path, quality_budget=budget)
+    for layer, value in worst.items():
+        assert cache.settings.names(layer) == ("fib2" if value <= bound else "raw", "fib2")
+    violations = cache.report().budget_violations
+    assert {one.layer for one in violations} == {layer for layer, value in worst.items() if value > bound}
+    assert all(one.measured > one.allowed == bound for one in violations)
+    assert "keys raw, for the budget" in str(cache.report())
+    with attention(loaded[0]), torch.no_grad():
+        loaded[0](input_ids=torch.arange(200)[None], past_key_values=cache)
+    raw = {layer.layer for layer in cache.report().layers if "raw_strategy" in dict(layer.raw_vectors)}
+    assert raw == {one.layer for one in violations}
+
+
+def test_budgets_that_cannot_be_kept_are_refused(loaded: tuple[Any, Any], path: Path) -> None:
+    closed = QualityBudget(max_value_aggregation_mse=0.0, fallback_on_violation="fail_closed")
+    with pytest.raises(ContractError, match=r"max_value_aggregation_mse: .* layer 0 head 0 value in fib4"):
+        Cache(loaded[0], profile="fib4", calibration=path, quality_budget=closed)
+    with pytest.raises(ContractError, match="a calibration beside it"):
+        Cache(loaded[0], quality_budget=closed)
+    with pytest.raises(ContractError, match=r"codecs that were measured \(fib2, fib3, fib4\), got 'int8'"):
+        Cache(loaded[0], profile="int8", calibration=path, quality_budget=closed)
+    assert Cache(loaded[0], profile=("raw", "raw"), calibration=path, quality_budget=closed).budget_violations == ()
+
+
 def test_another_model_is_refused(path: Path) -> None:
     with pytest.raises(DigestMismatch, match=r"Calibration\.model_digest"):
         Cache(Qwen2Config(), calibration=path)
@@ -120,7 +155,7 @@ def test_damage_is_refused(path: Path, tmp_path: Path) -> None:
     with pytest.raises(DigestMismatch, match=r"Calibration\.tensors_digest"):
         Calibration.load(damaged)
     save_file(load_file(path), damaged)
-    with pytest.raises(ContractError, match="metadata 'fibkv' and 'digest'"):
+    with pytest.raises(ContractError, match="metadata 'fibkv'"):
         Calibration.load(damaged)
     damaged.write_text("nothing of the kind")
     with pytest.raises(ContractError, match="a safetensors file"):

@@ -8,7 +8,7 @@ from fibkv.profile import Profile
 from fibkv.quarantine import Admission, QuarantineRecord
 from fibkv.receipt import Receipt
 from fibkv.regions import FallbackSettings, PageGeometry, ProtectedRegions, QualityBudget
-from fibkv.report import CacheReport, LayerReport
+from fibkv.report import BudgetViolation, CacheReport, LayerReport
 from fibkv.shape import KVShape
 from fibkv.timing import Timing
 from fibkv.training_settings import TrainingSettings
@@ -73,6 +73,10 @@ LAYER_REPORT = LayerReport(
     tail_tokens=2,
 )
 
+VIOLATION = BudgetViolation(
+    layer=1, head=0, role="key", profile="fib2", bound="max_attention_tv", allowed=0.1, measured=0.2
+)
+
 EXAMPLES: list[Contract] = [
     KEY_SHAPE,
     RawParameters(head_dim=64, dtype="bf16"),
@@ -95,6 +99,7 @@ EXAMPLES: list[Contract] = [
     Admission(action="admit", reason=""),
     COMPRESS_RECEIPT,
     LAYER_REPORT,
-    CacheReport(layers=(LAYER_REPORT,), tables_nbytes=100),
+    CacheReport(layers=(LAYER_REPORT,), tables_nbytes=100, budget_violations=(VIOLATION,)),
+    VIOLATION,
     Timing.of([[0.25, 0.5], [0.75]]),
 ]
