@@ -286,12 +286,12 @@ const uint8_t* Step::ahead(const Task& task, const Run& run, size_t at, int bloc
 }
 
 // Norms are few bytes, but attention waits for them: those of the next page are fetched while this one is read.
-void prefetch_norms(const Rectangle& rectangle, const uint8_t* page, int head, int dim) {
+void prefetch_norms(const Side& side, const Rectangle& rectangle, const uint8_t* page, int head) {
   __builtin_prefetch(page + rectangle.norm_offset + head * rectangle.norm_stride);
   if (head == 0) __builtin_prefetch(page + rectangle.range_offset);
-  if (rectangle.channel_offset != rectangle.nbytes) {
-    __builtin_prefetch(page + rectangle.channel_offset + 2 * static_cast<size_t>(head) * dim);
-  }
+  if (side.channels) __builtin_prefetch(page + rectangle.channel_offset + 2 * static_cast<size_t>(head) * side.dim);
+  const uint8_t* mean = page + rectangle.mean_offset + head * side.mean_bytes();
+  for (size_t at = 0; at < side.mean_bytes(); at += 64) __builtin_prefetch(mean + at);
 }
 
 void Step::soften(const Task& task, int head, int start, int tokens, const KeySpace* space, float* logits,
@@ -327,7 +327,7 @@ void Step::attend_tile(const Task& task, const Run& run, int span, int first, Pa
   const size_t reader = index_of(key_readers_, reader_of(run));
   for (int head = head0; head < head1; ++head) {
     const Span keys = Span::of(*run.key, run.key_rectangle, run.keys[at], head - run.head0);
-    prefetch_norms(run.key_rectangle, run.keys[next], head - run.head0, run.key->dim);
+    prefetch_norms(*run.key, run.key_rectangle, run.keys[next], head - run.head0);
     k_.score(*run.key, keys, first, tokens,
              prepared(reader, task.row * query_.kv_heads + head, task.first_query / kQueryBlock), n,
              scratch.logits.data() + static_cast<size_t>(head - task.head0) * n * kTile, scratch.tile.data(),
@@ -336,7 +336,7 @@ void Step::attend_tile(const Task& task, const Run& run, int span, int first, Pa
   const int side = index_of(value_sides_, run.value);
   for (int head = head0; head < head1; ++head) {
     const Span values = Span::of(*run.value, run.value_rectangle, run.values[at], head - run.head0);
-    prefetch_norms(run.value_rectangle, run.values[next], head - run.head0, run.value->dim);
+    prefetch_norms(*run.value, run.value_rectangle, run.values[next], head - run.head0);
     const size_t row = static_cast<size_t>(head - task.head0) * n;
     float* logits = scratch.logits.data() + row * kTile;
     soften(task, head, start, tokens, run.space, logits, partial, scratch);

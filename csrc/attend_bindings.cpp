@@ -22,14 +22,17 @@ using Bytes = Array<uint8_t, 1>;
 
 std::shared_ptr<OwnedSide> make_side(Form form, bool is_key, bool tiled, int dim, int code_bytes, int norm_bytes,
                                      int block, int size, int bits, bool log_norms, bool channels,
+                                     bool centered,
                                      std::optional<Array<float, 2>> codewords,
                                      std::shared_ptr<OwnedRotation> rotation) {
-  const SideSettings settings{form, is_key, tiled, dim, code_bytes, norm_bytes, block, size, bits, log_norms, channels};
+  const SideSettings settings{form, is_key, tiled, dim, code_bytes, norm_bytes, block, size, bits, log_norms, channels,
+                              centered};
   return std::make_shared<OwnedSide>(settings, codewords ? codewords->data() : nullptr, std::move(rotation));
 }
 
-OwnedSide::Canonical canonical(const Bytes& codes, const Bytes& norms, const Bytes& ranges, const Bytes& channels) {
-  return {codes.data(), norms.data(), ranges.data(), channels.data()};
+OwnedSide::Canonical canonical(const Bytes& codes, const Bytes& norms, const Bytes& ranges, const Bytes& channels,
+                               const Bytes& means) {
+  return {codes.data(), norms.data(), ranges.data(), channels.data(), means.data()};
 }
 
 std::vector<const uint8_t*> pointers(const std::vector<uintptr_t>& addresses) {
@@ -128,18 +131,18 @@ void bind_attention(nb::module_& m) {
            "mean"_a, "inverses"_a.none());
   nb::class_<OwnedSide>(m, "Side")
       .def(nb::new_(&make_side), nb::kw_only(), "form"_a, "is_key"_a, "tiled"_a, "dim"_a, "code_bytes"_a,
-           "norm_bytes"_a, "block"_a, "size"_a, "bits"_a, "log_norms"_a, "channels"_a, "codewords"_a.none(),
+           "norm_bytes"_a, "block"_a, "size"_a, "bits"_a, "log_norms"_a, "channels"_a, "centered"_a, "codewords"_a.none(),
            "rotation"_a.none())
       .def("nbytes", &OwnedSide::nbytes, "heads"_a, "tokens"_a)
       .def_prop_ro("on_integers", [](const OwnedSide& self) { return self.side().planes > 0; })
       .def("pack",
            [](const OwnedSide& self, int heads, int tokens, Bytes codes, Bytes norms, Bytes ranges, Bytes channels,
-              Bytes packed) {
-             self.pack(heads, tokens, canonical(codes, norms, ranges, channels), packed.data());
+              Bytes means, Bytes packed) {
+             self.pack(heads, tokens, canonical(codes, norms, ranges, channels, means), packed.data());
            })
       .def("unpack", [](const OwnedSide& self, int heads, int tokens, Bytes packed, Bytes codes, Bytes norms,
-                        Bytes ranges, Bytes channels) {
-        self.unpack(heads, tokens, packed.data(), canonical(codes, norms, ranges, channels));
+                        Bytes ranges, Bytes channels, Bytes means) {
+        self.unpack(heads, tokens, packed.data(), canonical(codes, norms, ranges, channels, means));
       });
   nb::class_<Plan>(m, "Plan")
       .def(nb::init<>())

@@ -178,17 +178,31 @@ void undo_channels(const Side& side, const Span& span, float* row) {
   }
 }
 
+// The mean of a span [padded_dim] in the space of its codes.
+void mean_of(const Side& side, const Span& span, float* mean) {
+  const uint32_t bits = static_cast<uint32_t>(span.mean[0] + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, 4);
+  const int width = padded_dim(side.dim);
+  const uint8_t* numbers = reinterpret_cast<const uint8_t*>(span.mean + 1);
+  for (int i = 0; i < width; i += kLanes) {
+    store(mean + i, from_int8(load_part<vsb>(numbers, i, side.dim)) * splat(power));
+  }
+}
+
 // Rows [tokens][padded_dim] in the space of the side.
 void decode(const Side& side, const Span& span, int first, int tokens, float* rows) {
-  float factors[kTile];
+  float factors[kTile], mean[padded_dim(4096)];
   uint8_t room[4 * 4096];
   const int width = padded_dim(side.dim);
+  if (side.centered) mean_of(side, span, mean);
   if (side.norm_bytes) factors_of(side, span, first, factors);
   for (int t = 0; t < tokens; ++t) {
     float* row = rows + static_cast<size_t>(t) * width;
     for (int i = width - kPad; i < width; ++i) row[i] = 0;
     numbers(side, code_row(side, span, first + t, room), row);
     if (side.norm_bytes) scale(row, side.dim, factors[t]);
+    if (side.centered) add_scaled(row, mean, side.dim, 1.0f);
     if (side.channels) undo_channels(side, span, row);
   }
 }
@@ -336,18 +350,25 @@ bool in_place(const Side& side, const Span& span, int first, int tokens, int n, 
 
 // ---- The table -----------------------------------------------------------------------------------------------------
 
+size_t query_bytes(const Side& key, int n) { return static_cast<size_t>(n) * padded_dim(key.dim) * sizeof(float); }
+
 size_t prepared_bytes(const Side& key, int n) {
 #ifdef FIBKV_INTEGER
-  if (on_integers(key, n)) return integer_prepared_bytes(key, n);
+  // Means are met by the queries as they are.
+  if (on_integers(key, n)) return integer_prepared_bytes(key, n) + (key.centered ? query_bytes(key, n) : 0);
 #endif
-  return static_cast<size_t>(n) * padded_dim(key.dim) * sizeof(float);
+  return query_bytes(key, n);
 }
 
 void prepare(const Side& key, const float* queries, int n, uint8_t* prepared) {
 #ifdef FIBKV_INTEGER
-  if (on_integers(key, n)) return integer_prepare(key, queries, n, prepared);
+  if (on_integers(key, n)) {
+    integer_prepare(key, queries, n, prepared);
+    if (!key.centered) return;
+    prepared += integer_prepared_bytes(key, n);
+  }
 #endif
-  std::memcpy(prepared, queries, prepared_bytes(key, n));
+  std::memcpy(prepared, queries, query_bytes(key, n));
 }
 
 size_t scratch_floats(const Side& side, int n) {
@@ -364,13 +385,32 @@ void scale_tokens(const Side& side, const Span& span, int first, int tokens, int
   }
 }
 
+#ifdef FIBKV_INTEGER
+// logits[q][t] += <query q, mean of the span>.
+void add_means(const Side& key, const Span& span, int tokens, const float* queries, int n, float* logits) {
+  float mean[kMostTiledDim], products[kTile];
+  mean_of(key, span, mean);
+  const int width = padded_dim(key.dim);
+  for (int q = 0; q < n; ++q) {
+    dots<1, 1>(Decoded{mean, 0}, width, 0, queries + static_cast<size_t>(q) * width, products);
+    const vf shift = splat(products[0]);
+    for (int t = 0; t < tokens; t += kLanes) store(logits + q * kTile + t, load<vf>(logits + q * kTile + t) + shift);
+  }
+}
+#endif
+
 void score(const Side& key, const Span& span, int first, int tokens, const uint8_t* prepared, int n, float* logits,
            float* scratch, const uint8_t* ahead) {
 #ifdef FIBKV_INTEGER
   if (on_integers(key, n)) {
     float norms[kTile];
     factors_of(key, span, first, norms);
-    return integer_score(key, span, first, tokens, prepared, n, norms, logits, ahead);
+    integer_score(key, span, first, tokens, prepared, n, norms, logits, ahead);
+    if (key.centered) {
+      const uint8_t* queries = prepared + integer_prepared_bytes(key, n);
+      add_means(key, span, tokens, reinterpret_cast<const float*>(queries), n, logits);
+    }
+    return;
   }
 #endif
   const int width = padded_dim(key.dim);

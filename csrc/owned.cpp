@@ -87,7 +87,7 @@ OwnedKeySpace::OwnedKeySpace(const float* means, const float* matrices, int head
 OwnedSide::OwnedSide(const SideSettings& s, const float* codewords, std::shared_ptr<OwnedRotation> rotation)
     : rotation_(std::move(rotation)) {
   side_ = Side{s.form, Order::rows, s.dim, s.code_bytes, s.norm_bytes, s.block, s.size, s.bits,
-               s.log_norms, s.channels, nullptr, rotation_ ? &rotation_->rotation : nullptr, 0, nullptr, 1.0f, nullptr, 1.0f};
+               s.log_norms, s.channels, s.centered, nullptr, rotation_ ? &rotation_->rotation : nullptr, 0, nullptr, 1.0f, nullptr, 1.0f};
   if (s.form == Form::fib) {
     // Room for every index of the width, so that no damaged code can read outside the book.
     codewords_.assign((size_t{1} << s.bits) * s.block, 0.0f);
@@ -98,7 +98,8 @@ OwnedSide::OwnedSide(const SideSettings& s, const float* codewords, std::shared_
   const int planes = s.form == Form::int8 ? 1 : s.form == Form::fib && 8 % s.bits == 0 ? 8 / s.bits * s.block : 0;
   const bool fits = s.dim <= kMostTiledDim && s.dim % (s.is_key ? 4 : kValueSlice) == 0 && s.code_bytes % (s.is_key ? 4 : kValueSlice) == 0 &&
                     s.code_bytes * planes == s.dim && (s.form == Form::int8 || planes % 2 == 0);
-  if (!s.tiled || s.channels || planes == 0 || !fits) return;
+  // Means are added to logits, not to outputs: centered values are decoded.
+  if (!s.tiled || s.channels || (s.centered && !s.is_key) || planes == 0 || !fits) return;
   side_.order = s.is_key ? Order::key_tiles : Order::value_tiles;
   side_.planes = planes;
   if (s.form == Form::fib) build_tables();
@@ -161,7 +162,8 @@ void OwnedSide::pack(int heads, int tokens, const Canonical& from, uint8_t* to) 
     if (norm) std::memcpy(to + r.norm_offset + h * r.norm_stride, from.norms + h * norm, norm);
   }
   if (side_.log_norms) std::memcpy(to + r.range_offset, from.ranges, r.channel_offset - r.range_offset);
-  if (side_.channels) std::memcpy(to + r.channel_offset, from.channels, r.nbytes - r.channel_offset);
+  if (side_.channels) std::memcpy(to + r.channel_offset, from.channels, r.mean_offset - r.channel_offset);
+  if (side_.centered) std::memcpy(to + r.mean_offset, from.means, r.nbytes - r.mean_offset);
 }
 
 void OwnedSide::unpack(int heads, int tokens, const uint8_t* from, const Canonical& to) const {
@@ -174,7 +176,8 @@ void OwnedSide::unpack(int heads, int tokens, const uint8_t* from, const Canonic
     if (norm) std::memcpy(to.norms + h * norm, from + r.norm_offset + h * r.norm_stride, norm);
   }
   if (side_.log_norms) std::memcpy(to.ranges, from + r.range_offset, r.channel_offset - r.range_offset);
-  if (side_.channels) std::memcpy(to.channels, from + r.channel_offset, r.nbytes - r.channel_offset);
+  if (side_.channels) std::memcpy(to.channels, from + r.channel_offset, r.mean_offset - r.channel_offset);
+  if (side_.centered) std::memcpy(to.means, from + r.mean_offset, r.nbytes - r.mean_offset);
 }
 
 void Plan::add(Run run, std::shared_ptr<OwnedSide> key, std::shared_ptr<OwnedSide> value,

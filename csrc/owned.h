@@ -31,7 +31,7 @@ struct SideSettings {
   bool is_key;
   bool tiled;  // lay tiles out for integer kernels where the code allows it
   int dim, code_bytes, norm_bytes, block, size, bits;
-  bool log_norms, channels;
+  bool log_norms, channels, centered;
 };
 
 class OwnedSide {
@@ -44,9 +44,9 @@ class OwnedSide {
   size_t nbytes(int heads, int tokens) const { return Rectangle::of(side_, heads, tokens).nbytes; }
 
   // A rectangle's parts in canonical order: codes [heads][tokens][code_bytes], norms [heads][tokens][norm_bytes],
-  // ranges [heads][4 or 0], channel scales [heads][2 * dim or 0].
+  // ranges [heads][4 or 0], channel scales [heads][2 * dim or 0], means [heads][1 + dim or 0].
   struct Canonical {
-    uint8_t *codes, *norms, *ranges, *channels;
+    uint8_t *codes, *norms, *ranges, *channels, *means;
   };
   void pack(int heads, int tokens, const Canonical& from, uint8_t* to) const;
   void unpack(int heads, int tokens, const uint8_t* from, const Canonical& to) const;

@@ -48,6 +48,7 @@ struct Side {
   int bits;        // fib: width of an index
   bool log_norms;  // fib: 8-bit logarithms with a range per head, else float16
   bool channels;   // vectors were divided by bfloat16 scales per channel first; they are read in their original space
+  bool centered;   // fib: vectors are their code plus the mean of their head
   const float* codewords;    // fib: [size][block]
   const Rotation* rotation;  // or null; of a side with channels, the inner one
 
@@ -60,6 +61,8 @@ struct Side {
   const int32_t* words;
   float word_step;
 
+  // Of the mean of one head.
+  size_t mean_bytes() const { return centered ? 1 + static_cast<size_t>(dim) : 0; }
   int padded(int tokens) const {
     return order == Order::rows ? tokens : (tokens + kTokenTile - 1) / kTokenTile * kTokenTile;
   }
@@ -76,10 +79,11 @@ struct KeySpace {
 };
 
 // Where the parts of a rectangle (heads x tokens) of codes stand behind its base pointer:
-// codes [heads][padded T * B], norms [heads][padded T], ranges [heads][2] float16, channel scales [heads][dim] bfloat16.
+// codes [heads][padded T * B], norms [heads][padded T], ranges [heads][2] float16, channel scales [heads][dim] bfloat16,
+// means [heads][1 + dim] int8: a power of two, and the numbers that it multiplies.
 struct Rectangle {
   int tokens;
-  size_t code_stride, norm_offset, norm_stride, range_offset, channel_offset, nbytes;
+  size_t code_stride, norm_offset, norm_stride, range_offset, channel_offset, mean_offset, nbytes;
 
   static Rectangle of(const Side& side, int heads, int tokens) {
     Rectangle r{};
@@ -90,7 +94,8 @@ struct Rectangle {
     r.norm_stride = padded * side.norm_bytes;
     r.range_offset = r.norm_offset + heads * r.norm_stride;
     r.channel_offset = r.range_offset + (side.log_norms ? 4 * static_cast<size_t>(heads) : 0);
-    r.nbytes = r.channel_offset + (side.channels ? 2 * static_cast<size_t>(heads) * side.dim : 0);
+    r.mean_offset = r.channel_offset + (side.channels ? 2 * static_cast<size_t>(heads) * side.dim : 0);
+    r.nbytes = r.mean_offset + heads * side.mean_bytes();
     return r;
   }
 };
@@ -101,11 +106,13 @@ struct Span {
   const uint8_t* norms;
   const uint8_t* range;
   const uint8_t* channels;
+  const int8_t* mean;
   int padded;  // tokens with padding: the pitch of value tiles
 
   static Span of(const Side& side, const Rectangle& r, const uint8_t* base, int head) {
     return {base + head * r.code_stride, base + r.norm_offset + head * r.norm_stride, base + r.range_offset + 4 * head,
-            base + r.channel_offset + 2 * static_cast<size_t>(head) * side.dim, side.padded(r.tokens)};
+            base + r.channel_offset + 2 * static_cast<size_t>(head) * side.dim,
+            reinterpret_cast<const int8_t*>(base + r.mean_offset + head * side.mean_bytes()), side.padded(r.tokens)};
   }
 };
 

@@ -113,14 +113,17 @@ class FibCodes(Codes):
     """FibQuant: packed codeword indices of the rotated unit vector, and its norm.
 
     Attributes:
+        mean: ``[..., 1 + d]`` int8, (e, m) of a group of centered vectors: each is its code plus m * 2 ** e in the
+            rotated space, with m in -127..127; ``[..., 0]`` for vectors that are coded as they are.
         norm_range: ``[..., 2]`` float16, (lowest log2 norm, step) of the group, for 8-bit log norms;
             ``[..., 0]`` for float16 norms.
         norms: ``[..., T]`` uint8 (0 = zero vector, c >= 1 = 2 ** (low + (c - 1) * step)) or float16.
         indices: ``[..., T, ceil(d/k * ceil(log2 N) / 8)]`` uint8, little-endian bit stream of block indices.
     """
 
-    GROUP_FIELDS: ClassVar[frozenset[str]] = frozenset({"norm_range"})
+    GROUP_FIELDS: ClassVar[frozenset[str]] = frozenset({"mean", "norm_range"})
 
+    mean: Tensor
     norm_range: Tensor
     norms: Tensor
     indices: Tensor

@@ -86,6 +86,7 @@ def empty_codes(tables: Tables, heads: int, tokens: int) -> Codes:
         case FibTables():
             log8 = tables.norm_format == "log8"
             return FibCodes(
+                mean=torch.empty(heads, 1 + tables.head_dim if tables.centered else 0, dtype=torch.int8),
                 norm_range=torch.empty(heads, 2 if log8 else 0, dtype=torch.float16),
                 norms=torch.empty(heads, tokens, dtype=torch.uint8 if log8 else torch.float16),
                 indices=torch.empty(heads, tokens, packed_nbytes(tables.num_blocks, tables.bits), dtype=torch.uint8),
@@ -95,22 +96,22 @@ def empty_codes(tables: Tables, heads: int, tokens: int) -> Codes:
             return ChannelCodes(scales, empty_codes(tables.inner, heads, tokens))
 
 
-def byte_parts(codes: Codes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The bytes ``[n]`` uint8 of (codes, norms or scales, norm ranges, channel scales); absent ones are empty.
+def byte_parts(codes: Codes) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The bytes ``[n]`` uint8 of (codes, norms or scales, norm ranges, channel scales, means); absent ones are empty.
 
     Contiguous codes are viewed, not copied.
     """
     none = torch.empty(0, dtype=torch.uint8)
     match codes:
         case ChannelCodes():
-            payload, norms, ranges, _ = byte_parts(codes.inner)
-            return payload, norms, ranges, _bytes(codes.channel_scales)
+            payload, norms, ranges, _, means = byte_parts(codes.inner)
+            return payload, norms, ranges, _bytes(codes.channel_scales), means
         case FibCodes():
-            return _bytes(codes.indices), _bytes(codes.norms), _bytes(codes.norm_range), none
+            return _bytes(codes.indices), _bytes(codes.norms), _bytes(codes.norm_range), none, _bytes(codes.mean)
         case ScaledCodes():
-            return _bytes(codes.values), _bytes(codes.scales), none, none
+            return _bytes(codes.values), _bytes(codes.scales), none, none, none
         case RawCodes():
-            return _bytes(codes.values), none, none, none
+            return _bytes(codes.values), none, none, none, none
     raise TypeError(f"unknown codes: {type(codes).__name__}")
 
 

@@ -67,9 +67,12 @@ class FibParameters(MarkedContract):
     ``block_dim`` 1 is the scalar case (TurboQuant, arXiv 2504.19874). The rates are redundant and
     checked: ``paper_rate`` = log2(N)/k counts fractional bits, ``wire_rate`` = ceil(log2 N)/k those stored.
 
-    The last two fields are the encoder's alone, and the decoder need not know them. ``codeword_search``: ``exact``
+    ``codeword_search`` and ``scale_search`` are the encoder's alone, and the decoder need not know them: ``exact``
     finds the nearest codeword; ``table`` reads one near it from a table of the plane, for speed. ``scale_search``
     tries factors on the unit vector and keeps the codes whose direction fits best; the gain takes the factor up.
+
+    ``centered``: the vectors of a head in a page are coded without their mean, which is stored once (`fibkv.means`).
+    It is meant for keys; values lose by it.
 
     Raises:
         ContractError: on construction, for a broken bound or a rate that is not the computed one.
@@ -92,6 +95,7 @@ class FibParameters(MarkedContract):
     training: TrainingSettings
     codeword_search: CodewordSearch = "exact"
     scale_search: bool = False
+    centered: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -129,6 +133,7 @@ class FibParameters(MarkedContract):
         gain_corrected: bool = True,
         codeword_search: CodewordSearch = "exact",
         scale_search: bool = False,
+        centered: bool = False,
     ) -> FibParameters:
         """Parameters with the rates computed, of the codebook that fibkv ships or builds for (k, N).
 
@@ -142,6 +147,7 @@ class FibParameters(MarkedContract):
             gain_corrected: whether the stored norm makes up for the shrinking of a centroid code.
             codeword_search: ``exact``, or ``table`` for k = 2 and N <= 256.
             scale_search: whether factors of the unit vector are tried; needs ``gain_corrected``.
+            centered: whether vectors are coded without the mean of their head and page.
 
         Raises:
             ContractError: a bound is broken.
@@ -161,6 +167,7 @@ class FibParameters(MarkedContract):
             training=training_settings(max(block_dim, 1), max(codebook_size, 1)),
             codeword_search=codeword_search,
             scale_search=scale_search,
+            centered=centered,
         )
 
 

@@ -51,6 +51,7 @@ class FibTables:
         gain_corrected: whether the stored norm is the norm times the optimal gain <u,q>/<q,q>.
         scales: factors that the encoder tries on the unit vector, 1.0 alone without a scale search.
         decisions: what the encoder looks codewords up in, or None: it finds the nearest one.
+        centered: whether the mean of a group is stored once and taken out of its vectors.
     """
 
     codewords: Tensor
@@ -61,6 +62,7 @@ class FibTables:
     gain_corrected: bool
     scales: tuple[float, ...] = (1.0,)
     decisions: DecisionTable | None = None
+    centered: bool = False
 
     @property
     def num_blocks(self) -> int:

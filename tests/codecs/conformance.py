@@ -42,7 +42,7 @@ def attend_error(implementation: str, *codecs: str) -> float:
     """The stated tolerance of attention on codes of these codecs."""
     if implementation in ("native-portable", "reference"):
         return FLOATS
-    if any(name.startswith(("fib", "scalar")) for name in codecs):
+    if any(name.startswith(("fib", "scalar", "centered")) for name in codecs):
         best = kernels.resolve("native-avx512") if kernels.available()["native-avx512"] == "yes" else None
         return BYTES if best is not None and kernels.resolve(implementation).isa == best.isa else WORDS
     return 2e-3 if "int8" in codecs else FLOATS

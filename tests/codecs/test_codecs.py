@@ -10,7 +10,7 @@ import torch
 from fibkv import kernels
 from fibkv.codecs import CODECS, codec_for
 from fibkv.codecs.fib import unit_distortion
-from fibkv.codes import FibCodes, ScaledCodes
+from fibkv.codes import ScaledCodes
 from fibkv.decision_table import decision_table
 from fibkv.errors import EncodingError, PageError
 from fibkv.parameters import FibParameters, Fp8Parameters, Int8Parameters, RawParameters
@@ -95,6 +95,26 @@ class TestFib2PerChannel(CodecConformance):
     name, parameters, axis = "fib2_d64_per_channel", FibParameters.of(64, 4, 256), "per_channel"
     distortion, hard_distortion = 0.0935, 0.2  # one channel holds the energy of some
     vector_nbytes, group_nbytes = 17, 4 + 128
+
+
+class TestFib4Centered(CodecConformance):
+    name, parameters = "fib4_centered_d64", FibParameters.of(64, 2, 256, scale_search=True, centered=True)
+    distortion, hard_distortion = 0.0064, 0.0093
+    vector_nbytes, group_nbytes = 33, 4 + 65
+
+    # Zeros stand beside vectors whose mean is not zero: test_means.py has what becomes of them.
+    test_zero_vectors_decode_to_zero = None
+    test_tiny_vectors_stay_finite_and_tiny = None
+
+
+class TestFib2CenteredHaarPerChannel(CodecConformance):
+    name, axis = "fib2_centered_d80_per_channel", "per_channel"
+    parameters = FibParameters.of(80, 4, 256, centered=True)
+    distortion, hard_distortion = 0.092, 0.2
+    vector_nbytes, group_nbytes = 21, 4 + 81 + 160
+
+    test_zero_vectors_decode_to_zero = None
+    test_tiny_vectors_stay_finite_and_tiny = None
 
 
 class TestScalar3Haar(CodecConformance):
@@ -286,12 +306,19 @@ class TestRefusedCodes:
     def test_fib(self) -> None:
         codec = codec_for(FibParameters.of(64, 2, 256, norm_format="f16"))
         codes = codec.encode(gaussian(1, 2, 64))
-        self.refuse(codec, FibCodes(codes.norm_range, codes.norms * torch.inf, codes.indices), "'norms'")
+        self.refuse(codec, replace(codes, norms=codes.norms * torch.inf), "'norms'")
         log8 = codec_for(FibParameters.of(64, 2, 256))
         codes = log8.encode(gaussian(1, 2, 64))
-        self.refuse(log8, FibCodes(codes.norm_range * torch.nan, codes.norms, codes.indices), "'norm_range'")
+        self.refuse(log8, replace(codes, norm_range=codes.norm_range * torch.nan), "'norm_range'")
         huge = torch.tensor([[120.0, 1.0]], dtype=torch.float16)
-        self.refuse(log8, FibCodes(huge, codes.norms, codes.indices), "norms within float32")
+        self.refuse(log8, replace(codes, norm_range=huge), "norms within float32")
+
+    @pytest.mark.parametrize(("place", "number", "match"), [(0, 121, "power of two in -126..120"), (5, -128, "-127")])
+    def test_means(self, place: int, number: int, match: str) -> None:
+        codec = codec_for(FibParameters.of(64, 2, 256, centered=True))
+        codes = codec.encode(gaussian(1, 2, 64))
+        codes.mean[0, place] = number
+        self.refuse(codec, codes, f"'mean': expected .*{match}")
 
     def test_stray_bits(self) -> None:
         codec = codec_for(FibParameters.of(20, 2, 64))  # 10 indices of 6 bits: 4 filling bits

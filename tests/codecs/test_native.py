@@ -37,6 +37,8 @@ PAIRS = [
     ("scalar4", "scalar4"),
     ("scalar2", "scalar2"),
     ("fib1", "fib3"),
+    ("centered4", "fib4"),
+    ("centered2", "centered2"),
     ("int8", "int8"),
     ("int8", "fib4"),
     ("fp8", "fp8"),
@@ -52,6 +54,8 @@ def suites() -> list[type[CodecConformance]]:
 
 def parameters(name: str, dim: int) -> object:
     scalar = {"scalar4": 16, "scalar2": 4}
+    if name in ("centered4", "centered2"):
+        return FibParameters.of(dim, *{"centered4": (2, 256), "centered2": (4, 256)}[name], centered=True)
     return FibParameters.of(dim, 1, scalar[name]) if name in scalar else named_parameters(name, dim, "f32")
 
 

@@ -11,6 +11,7 @@ import transformers as tf
 import fibkv
 from fibkv.errors import ModelError
 from fibkv.hf_forecast import CacheForecast, ShapeProbe
+from fibkv.parameters import FibParameters
 from fibkv.policy import Policy
 from fibkv.regions import ProtectedRegions
 from tests.hf.architectures import ARGUMENTS, is_known, tiny
@@ -57,7 +58,10 @@ def test_the_other_architectures(name: str) -> None:
     check(tiny(name), 2, 150, profile="fib4")
 
 
-@pytest.mark.parametrize("profile", ["raw", "int8", "fp8", "fib4", "fib3", "fib2", ("fib4", "raw")])
+CENTERED = FibParameters.of(16, 2, 64, centered=True)
+
+
+@pytest.mark.parametrize("profile", ["raw", "int8", "fp8", "fib4", "fib3", "fib2", ("fib4", "raw"), (CENTERED, "fib3")])
 @pytest.mark.parametrize("implementation", ["auto", "reference"])
 def test_every_level(profile: object, implementation: str) -> None:
     model = tiny("Llama", torch.bfloat16)

@@ -1,7 +1,7 @@
 """fib: FibQuant (arXiv 2605.11478). Normalize, rotate, cut into blocks, nearest codeword of one shared codebook.
 
 k = 1 is the scalar case (TurboQuant, arXiv 2504.19874). ceil(log2 N)/k + norm bits/d bits per element, and with
-8-bit log norms 32 bits per group for the range of its norms.
+8-bit log norms 32 bits per group for the range of its norms. Centered groups have a mean of 8 (1 + d) bits.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from fibkv.codecs.base import Codec, Field, require
 from fibkv.codes import Codes, FibCodes
 from fibkv.decision_table import decision_table
 from fibkv.errors import ContractError, PageError
+from fibkv.means import LIMIT, MAX_EXPONENT, MIN_EXPONENT
 from fibkv.packing import packed_nbytes, stray_bits, unpack
 from fibkv.parameters import FibParameters
 from fibkv.rotation import rotation
@@ -47,14 +48,16 @@ class FibCodec(Codec):
             gain_corrected=parameters.gain_corrected,
             scales=SCALES if parameters.scale_search else (1.0,),
             decisions=decision_table(codewords) if parameters.codeword_search == "table" else None,
+            centered=parameters.centered,
         )
         self.codebook_digest = book.digest
         self.rotation_digest = turn.digest
 
     def layout(self, tokens: int) -> tuple[Field, ...]:
-        """``norm_range [2 or 0]``, ``norms [T]`` and ``indices [T, bytes]``."""
+        """``mean [1 + d or 0]``, ``norm_range [2 or 0]``, ``norms [T]`` and ``indices [T, bytes]``."""
         log8 = self.tables.norm_format == "log8"
         return (
+            Field("mean", torch.int8, (1 + self.head_dim if self.tables.centered else 0,)),
             Field("norm_range", torch.float16, (2 if log8 else 0,)),
             Field("norms", torch.uint8 if log8 else torch.float16, (tokens,)),
             Field("indices", torch.uint8, (tokens, packed_nbytes(self.tables.num_blocks, self.tables.bits))),
@@ -65,8 +68,13 @@ class FibCodec(Codec):
         return FibCodes(**tensors)
 
     def check(self, codes: Codes) -> None:
-        """Indices are inside the codebook, filling bits zero, norms finite and not negative."""
+        """Indices are inside the codebook, filling bits zero, norms finite and not negative, means within float32."""
         assert isinstance(codes, FibCodes)
+        if self.tables.centered:
+            exponent, numbers = codes.mean[..., 0], codes.mean[..., 1:]
+            expected = f"a power of two in {MIN_EXPONENT}..{MAX_EXPONENT}"
+            require((exponent >= MIN_EXPONENT) & (exponent <= MAX_EXPONENT), "mean", expected)
+            require(numbers >= -LIMIT, "mean", f"numbers in -{LIMIT}..{LIMIT}")
         indices = unpack(codes.indices, self.tables.num_blocks, self.tables.bits)
         size = self.tables.codewords.shape[0]
         require(indices < size, "indices", f"codes inside the codebook of {size} words")

@@ -19,6 +19,7 @@ from fibkv.kernels import reference
 from fibkv.kernels.native_sides import MAX_EXACT_HADAMARD
 from fibkv.kernels.native_sides import extension as native
 from fibkv.kernels.refusals import mismatch, require_finite, require_norms
+from fibkv.means import means_in_place, subtract_means
 from fibkv.packing import packed_nbytes
 from fibkv.rotation import hadamard_signs
 from fibkv.tables import ChannelTables, FibTables, RawTables, ScaledTables, Tables
@@ -163,6 +164,10 @@ def _decode_scaled(out: Tensor, codes: ScaledCodes, isa: Isa) -> None:
 
 
 def _encode_fib(rows: Tensor, tables: FibTables, isa: Isa) -> FibCodes:
+    mean = torch.empty((*rows.shape[:-2], 0), dtype=torch.int8)
+    if tables.centered:
+        require_finite(rows)
+        mean, rows = subtract_means(rows, tables.rotation.matrix)
     norms = torch.empty(rows.shape[:-1], dtype=torch.float64)
     indices = torch.empty((*norms.shape, packed_nbytes(tables.num_blocks, tables.bits)), dtype=torch.uint8)
     finite = native.encode_fib(
@@ -180,7 +185,7 @@ def _encode_fib(rows: Tensor, tables: FibTables, isa: Isa) -> FibCodes:
     require_norms(norms, tables.norm_format)
     if tables.norm_format == "f16":
         no_range = torch.empty((*norms.shape[:-1], 0), dtype=torch.float16)
-        return FibCodes(norm_range=no_range, norms=norms.to(torch.float16), indices=indices)
+        return FibCodes(mean=mean, norm_range=no_range, norms=norms.to(torch.float16), indices=indices)
     codes = torch.empty(norms.shape, dtype=torch.uint8)
     ranges = torch.empty((*norms.shape[:-1], 2), dtype=torch.float64)
     native.encode_norms(
@@ -191,10 +196,21 @@ def _encode_fib(rows: Tensor, tables: FibTables, isa: Isa) -> FibCodes:
         ranges=ranges.data_ptr(),
         threads=torch.get_num_threads(),
     )
-    return FibCodes(norm_range=ranges.to(torch.float16), norms=codes, indices=indices)
+    return FibCodes(mean=mean, norm_range=ranges.to(torch.float16), norms=codes, indices=indices)
 
 
 def _decode_fib(out: Tensor, codes: FibCodes, tables: FibTables, isa: Isa) -> None:
+    if tables.centered:
+        vectors = torch.empty(out.shape, dtype=torch.float32)
+        _decode_directions(vectors, codes, tables, isa)
+        vectors += means_in_place(codes.mean, tables.rotation.matrix).unsqueeze(-2)
+        reference.copy_vectors(vectors, out)
+    else:
+        _decode_directions(out, codes, tables, isa)
+
+
+def _decode_directions(out: Tensor, codes: FibCodes, tables: FibTables, isa: Isa) -> None:
+    """Vectors without their means."""
     norms = _decode_norms(codes)
     native.decode_fib(
         _coder(tables),

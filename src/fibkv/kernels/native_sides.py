@@ -50,6 +50,7 @@ def _side(tables: Tables, role: Role, isa: Any, rotated: bool) -> Any:
         "tiled": isa != extension.Isa.portable,
         "dim": tables.head_dim,
         "channels": isinstance(tables, ChannelTables),
+        "centered": isinstance(inner, FibTables) and inner.centered,
         # A space per group needs the inner rotation in any case.
         "rotation": _rotation(inner.rotation) if inner.rotation and (rotated or tables is not inner) else None,
     }

@@ -17,6 +17,7 @@ from torch.nn.functional import embedding
 from fibkv.codes import ChannelCodes, Codes, FibCodes, RawCodes, ScaledCodes
 from fibkv.errors import EncodingError
 from fibkv.kernels.refusals import FLOAT16_MAX, mismatch, require_finite, require_norms
+from fibkv.means import decode_means, subtract_means
 from fibkv.packing import pack, unpack
 from fibkv.tables import ChannelTables, FibTables, RawTables, ScaledTables, Tables
 
@@ -64,7 +65,12 @@ def decode(codes: Codes, tables: Tables, *, out: Tensor | None = None) -> Tensor
     vectors = unrotate(_vectors(codes, tables), tables)
     if out is None:
         return vectors
-    if out.dtype == torch.float16 and not isinstance(tables, RawTables):
+    return out.copy_(vectors) if isinstance(tables, RawTables) else copy_vectors(vectors, out)
+
+
+def copy_vectors(vectors: Tensor, out: Tensor) -> Tensor:
+    """Copies decoded vectors to ``out`` of any floating dtype; returns it."""
+    if out.dtype == torch.float16:
         # A code may decode a little above the vector it stands for: not to infinity.
         vectors = vectors.clamp(-FLOAT16_MAX, FLOAT16_MAX)
     return out.copy_(vectors)
@@ -185,7 +191,8 @@ def _vectors(codes: Codes, tables: Tables) -> Tensor:
             return codes.values.to(torch.float32) * codes.scales.to(torch.float32).unsqueeze(-1)
         case FibCodes(), FibTables():
             indices = unpack(codes.indices, tables.num_blocks, tables.bits)
-            return _directions(indices, tables) * decode_norms(codes.norms, codes.norm_range).unsqueeze(-1)
+            vectors = _directions(indices, tables) * decode_norms(codes.norms, codes.norm_range).unsqueeze(-1)
+            return vectors + decode_means(codes.mean).unsqueeze(-2) if tables.centered else vectors
         case ChannelCodes(), ChannelTables():
             inner = unrotate(_vectors(codes.inner, tables.inner), tables.inner)
             return inner * codes.channel_scales.unsqueeze(-2).to(torch.float32)
@@ -220,6 +227,9 @@ def _round_up_bfloat16(positive: Tensor) -> Tensor:
 def _encode_fib(rows: Tensor, tables: FibTables) -> FibCodes:
     rows = rows.to(torch.float32)
     require_finite(rows)
+    mean = rows.new_empty((*rows.shape[:-2], 0), dtype=torch.int8)
+    if tables.centered:
+        mean, rows = subtract_means(rows, tables.rotation.matrix)
     # The squares of float32 numbers neither overflow nor vanish in float64.
     wide = rows.to(torch.float64)
     length = wide.square().sum(-1, keepdim=True).sqrt()
@@ -230,7 +240,7 @@ def _encode_fib(rows: Tensor, tables: FibTables) -> FibCodes:
     if tables.gain_corrected:
         norms = norms * _optimal_gain(rotated, _directions(indices, tables))
     packed_norms, norm_range = _encode_norms(norms, tables.norm_format)
-    return FibCodes(norm_range=norm_range, norms=packed_norms, indices=pack(indices, tables.bits))
+    return FibCodes(mean=mean, norm_range=norm_range, norms=packed_norms, indices=pack(indices, tables.bits))
 
 
 def _search(rotated: Tensor, tables: FibTables) -> Tensor:
