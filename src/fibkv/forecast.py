@@ -6,9 +6,9 @@ those of `fibkv.sealing`: a test holds the sums to the bytes that real caches re
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -20,9 +20,10 @@ from fibkv.kernels.native import Native
 from fibkv.kernels.native_sides import side_of
 from fibkv.page import METADATA_NBYTES
 from fibkv.policy import Run
+from fibkv.ranges import Ranges
 from fibkv.sealing import LayerSettings, full_spans
 from fibkv.shape import Role
-from fibkv.slabs import ALIGNMENT, GROWTH
+from fibkv.slabs import block_nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,27 +47,6 @@ class LayerForecast:
     raw_vectors: Counter[str]
 
 
-@dataclass(slots=True)
-class BlockCount:
-    """The blocks of `fibkv.slabs.Slabs`, counted instead of allocated, by their size."""
-
-    free: dict[int, int] = field(default_factory=lambda: defaultdict(int))
-    used: dict[int, int] = field(default_factory=lambda: defaultdict(int))
-
-    def take(self, nbytes: int, count: int) -> None:
-        """As `Slabs.take`."""
-        missing = count - self.free[nbytes]
-        if missing > 0:
-            self.free[nbytes] += max(missing, self.used[nbytes] // GROWTH)
-        self.free[nbytes] -= count
-        self.used[nbytes] += count
-
-    @property
-    def slack_nbytes(self) -> int:
-        """Bytes of free blocks."""
-        return sum(nbytes * count for nbytes, count in self.free.items())
-
-
 @dataclass(frozen=True, slots=True)
 class _Pages:
     """Consecutive pages of one row that are alike: how many, and of one its bytes, its block, what of it is raw."""
@@ -79,14 +59,14 @@ class _Pages:
     raw_vectors: Counter[str]
 
 
-def forecast_layer(settings: LayerSettings, batch: int, tokens: int, blocks: BlockCount) -> LayerForecast:
+def forecast_layer(settings: LayerSettings, batch: int, tokens: int, blocks: Ranges) -> LayerForecast:
     """What a layer holds after one append of ``tokens`` tokens to an empty cache of ``batch`` rows on the CPU.
 
     Args:
         settings: of the layer.
         batch: rows.
         tokens: of every row.
-        blocks: memory behind packed pages, shared by the layers of a cache in their order.
+        blocks: address space behind packed pages, shared by the layers of a cache in their order.
 
     Raises:
         DecisionError: the policy can neither compress nor keep raw.
@@ -96,7 +76,7 @@ def forecast_layer(settings: LayerSettings, batch: int, tokens: int, blocks: Blo
     for _ in range(batch):
         for pages in row:
             if pages.block_nbytes:
-                blocks.take(pages.block_nbytes, pages.count)
+                blocks.take(pages.block_nbytes * pages.count)
     raw: Counter[str] = Counter()
     for pages in row:
         for reason, vectors in pages.raw_vectors.items():
@@ -163,7 +143,7 @@ class _Sizes:
             heads, length = run.heads[1] - run.heads[0], run.tokens[1] - run.tokens[0]
             held = self._held(role, run, heads, length)
             nbytes += held
-            block += -(-held // ALIGNMENT) * ALIGNMENT
+            block += block_nbytes(held)
             if run.decision.action != "compress":
                 raw[run.decision.reasons[0]] += heads * length
                 raw_elements += heads * length * self._coder(role).raw.head_dim

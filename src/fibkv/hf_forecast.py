@@ -16,13 +16,14 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from fibkv.errors import ModelError
-from fibkv.forecast import BlockCount, forecast_layer
+from fibkv.forecast import forecast_layer
 from fibkv.hf import Cache
 from fibkv.hf_hybrid import CompressedHybridLayer
 from fibkv.hf_layer import CompressedLayer
 from fibkv.hf_model import plan_model
 from fibkv.hf_stock import report_of, state_tensors
 from fibkv.page import METADATA_NBYTES
+from fibkv.ranges import Ranges
 from fibkv.report import CacheReport, LayerReport
 from fibkv.sealing import LayerSettings
 
@@ -97,11 +98,13 @@ class CacheForecast:
 
     def report(self, batch: int, tokens: int) -> CacheReport:
         """What `Cache.report` says after one prompt of ``tokens`` tokens in each of ``batch`` rows, on the CPU."""
-        blocks = BlockCount()
+        blocks = Ranges()
         layers = [self._layer(index, batch, tokens, blocks) for index in range(len(self._shown))]
         tables = (table for settings in self._settings if settings for table in settings.tables())
         shared = {id(tensor): tensor.nbytes for table in tables for tensor in table.tensors}
-        return CacheReport(layers=tuple(layers), tables_nbytes=sum(shared.values()), slack_nbytes=blocks.slack_nbytes)
+        return CacheReport(
+            layers=tuple(layers), tables_nbytes=sum(shared.values()), slack_nbytes=blocks.allocated - blocks.used
+        )
 
     def _settings_of(self, index: int, layer: Any) -> LayerSettings | None:
         if not isinstance(layer, CompressedLayer):
@@ -111,7 +114,7 @@ class CacheForecast:
         layer.is_latent = keys.shape[1] == 1 and (keys.shape[-1], values.shape[-1]) == layer.latent_widths
         return layer.settings.for_layer(index, keys, values, is_latent=layer.is_latent)
 
-    def _layer(self, index: int, batch: int, tokens: int, blocks: BlockCount) -> LayerReport:
+    def _layer(self, index: int, batch: int, tokens: int, blocks: Ranges) -> LayerReport:
         shown, settings = self._shown[index], self._settings[index]
         # States have one size, whatever the context.
         states = list(state_tensors(shown))
@@ -126,9 +129,7 @@ class CacheForecast:
             }
         )
 
-    def _compressed(
-        self, index: int, settings: LayerSettings, batch: int, tokens: int, blocks: BlockCount
-    ) -> LayerReport:
+    def _compressed(self, index: int, settings: LayerSettings, batch: int, tokens: int, blocks: Ranges) -> LayerReport:
         layer: CompressedLayer = self._cache.layers[index]  # type: ignore[assignment]
         counted = forecast_layer(settings, batch, tokens, blocks)
         state = "; its state of fixed size is left as it is" if isinstance(layer, CompressedHybridLayer) else ""

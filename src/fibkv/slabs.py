@@ -1,7 +1,8 @@
-"""Memory for packed pages: slabs of equal blocks, and a free list.
+"""Memory for packed pages: regions of address space, from which pages are cut and to which they return.
 
-Pages that are sealed together lie one behind another. Memory delivers long sequential reads about twice as fast as
-scattered pages, more so on huge pages, which large slabs ask the kernel for.
+Pages that are sealed together lie one behind another: memory delivers long sequential reads about twice as fast as
+scattered pages, more so on huge pages, which large regions ask the kernel for. What no page touches any more goes back
+to the operating system in whole grains (`fibkv.ranges`), so that a cache which was compressed further is smaller.
 """
 
 from __future__ import annotations
@@ -9,28 +10,33 @@ from __future__ import annotations
 import mmap
 import threading
 import weakref
-from collections import defaultdict
+from collections import deque
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from fibkv.ranges import Ranges, RegionForm, Released, Taken
+
 ALIGNMENT = 64
-HUGE_PAGE = 2 << 20
-# A block taken alone brings others with it: one more for each of so many blocks in use, so that slack stays small.
-GROWTH = 32
 
 
 class Slabs:
-    """Blocks for the pages of one cache.
+    """Blocks for the pages of one cache, or of many. Safe to use from several threads.
 
-    A block returns to the free list when its last page is gone. Safe to use from several threads.
+    A block is returned when its tensor is gone. The garbage collector may find that out in the middle of `take`, on
+    the same thread: it only makes a note, and the next call sees to it.
+
+    Args:
+        watch: called, under the lock, with the bytes that exist whenever they have changed.
     """
 
-    def __init__(self) -> None:
-        # Re-entrant: the garbage collector may return blocks in the middle of `take`, on the same thread.
-        self._lock = threading.RLock()
-        self._free: dict[int, list[Tensor]] = defaultdict(list)
-        self._used: dict[int, int] = defaultdict(int)
+    def __init__(self, watch: Callable[[int], None] | None = None) -> None:
+        self._lock = threading.Lock()
+        self._ranges = Ranges()
+        self._memory: dict[int, tuple[mmap.mmap, Tensor]] = {}
+        self._returned: deque[Taken] = deque()
+        self._watch = watch or (lambda _: None)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Slabs:
         return self  # pages are shared between copies, and so is their memory
@@ -40,52 +46,78 @@ class Slabs:
 
     @property
     def slack_nbytes(self) -> int:
-        """Bytes of free blocks: allocated, and used by no page."""
+        """Bytes that exist and belong to no page."""
         with self._lock:
-            return sum(size * len(blocks) for size, blocks in self._free.items())
+            self._settle()
+            return self._ranges.allocated - self._ranges.used
+
+    @property
+    def used_nbytes(self) -> int:
+        """Bytes of blocks."""
+        with self._lock:
+            self._settle()
+            return self._ranges.used
+
+    @property
+    def allocated_nbytes(self) -> int:
+        """Bytes that exist: blocks and slack."""
+        with self._lock:
+            self._settle()
+            return self._ranges.allocated
 
     def take(self, nbytes: int, count: int) -> list[Tensor]:
-        """Blocks.
+        """Blocks that follow one another.
 
         Args:
             nbytes: of a block; rounded up to `ALIGNMENT`.
-            count: how many are needed now; they follow one another where they are new.
+            count: of blocks.
 
         Returns:
             ``count`` tensors ``[nbytes]`` uint8, uninitialized.
         """
-        size = -(-nbytes // ALIGNMENT) * ALIGNMENT
+        size = block_nbytes(nbytes)
         with self._lock:
-            free = self._free[size]
-            missing = count - len(free)
-            if missing > 0:
-                free.extend(_slab(size, max(missing, self._used[size] // GROWTH)))
-            taken, self._free[size] = free[:count], free[count:]
-            self._used[size] += count
-        return [self._lend(block, nbytes) for block in taken]
+            self._settle()
+            taken = self._ranges.take(size * count)
+            memory = self._memory_of(taken.region)
+            self._watch(self._ranges.allocated)
+        return [self._lend(memory, Taken(taken.region, taken.start + size * i, size), nbytes) for i in range(count)]
 
-    def _lend(self, block: Tensor, nbytes: int) -> Tensor:
-        lent = block[:nbytes]
-        weakref.finalize(lent, _give_back, weakref.ref(self), block)
+    def _lend(self, memory: Tensor, block: Taken, nbytes: int) -> Tensor:
+        lent = memory[block.start : block.start + nbytes]
+        weakref.finalize(lent, self._returned.append, block).atexit = False
         return lent
 
-    def _return(self, block: Tensor) -> None:
-        with self._lock:
-            self._free[block.numel()].append(block)
-            self._used[block.numel()] -= 1
+    def _settle(self) -> None:
+        """Sees to the blocks that have come back; needs the lock."""
+        if not self._returned:
+            return
+        while self._returned:
+            released = self._ranges.give(self._returned.popleft())
+            if released is not None:
+                self._release(released)
+        self._watch(self._ranges.allocated)
+
+    def _release(self, released: Released) -> None:
+        if released.nbytes == 0:
+            del self._memory[released.region]
+        elif hasattr(mmap, "MADV_DONTNEED"):
+            self._memory[released.region][0].madvise(mmap.MADV_DONTNEED, released.start, released.nbytes)
+
+    def _memory_of(self, region: int) -> Tensor:
+        if region not in self._memory:
+            self._memory[region] = _mapped(self._ranges.form_of(region))
+        return self._memory[region][1]
 
 
-def _give_back(slabs: weakref.ref[Slabs], block: Tensor) -> None:
-    if (owner := slabs()) is not None:
-        owner._return(block)
+def block_nbytes(nbytes: int) -> int:
+    """What a block of ``nbytes`` takes."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def _slab(size: int, count: int) -> list[Tensor]:
-    """``count`` new blocks of ``size`` bytes that lie one behind another."""
-    nbytes = size * count
-    if nbytes < HUGE_PAGE:
-        return list(torch.empty(nbytes, dtype=torch.uint8).split(size))
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def _mapped(form: RegionForm) -> tuple[mmap.mmap, Tensor]:
+    """Address space; memory comes with the first write to each of its grains."""
+    memory = mmap.mmap(-1, form.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return list(torch.frombuffer(memory, dtype=torch.uint8).split(size))
+        memory.madvise(mmap.MADV_HUGEPAGE if form.huge else mmap.MADV_NOHUGEPAGE)
+    return memory, torch.frombuffer(memory, dtype=torch.uint8)

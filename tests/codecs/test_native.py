@@ -17,9 +17,11 @@ from fibkv.codecs import codec_for
 from fibkv.errors import KernelError
 from fibkv.kernels import native
 from fibkv.packed import Packed
+from fibkv.page import METADATA_NBYTES
 from fibkv.parameters import FibParameters, named_parameters
 from fibkv.policy import Policy
 from fibkv.quarantine import Quarantine
+from fibkv.ranges import SMALL_GRAIN
 from fibkv.regions import ProtectedRegions
 from fibkv.slabs import Slabs
 from fibkv.view import Tail, View
@@ -254,19 +256,20 @@ class TestMemory:
                 assert not torch.equal(attend(query, view, Scores(0.125))[0], before)
             assert torch.equal(attend(query, view, Scores(0.125))[0], before)
 
-    def test_blocks_return_to_the_free_list(self) -> None:
+    def test_blocks_return_to_the_memory_they_came_from(self) -> None:
         cache = filled(("fib4", "fib4"), "native", batch=1, tokens=400)
         slabs = cache._slabs
-        assert slabs.slack_nbytes == 0
-        held = sum(page.nbytes - 64 for page in cache.pages())
+        # Slack is at most what the last grain has behind blocks.
+        assert 0 <= slabs.slack_nbytes < SMALL_GRAIN
+        held = sum(page.nbytes - METADATA_NBYTES for page in cache.pages())
+        assert held <= slabs.used_nbytes <= 1.05 * held, "segments are aligned"
+        before = slabs.allocated_nbytes
         cache.crop(100)
-        left = sum(page.nbytes - 64 for page in cache.pages())
-        freed = slabs.slack_nbytes
-        # The page that was cut took a block of another size; all the others came back whole.
-        assert held - left <= freed <= 1.05 * held
-        more = gaussian(1, 2, 200, 64, seed=7)
-        cache.append(more, more)
-        assert slabs.slack_nbytes < freed, "free blocks are used first"
+        held = sum(page.nbytes - METADATA_NBYTES for page in cache.pages())
+        assert held <= slabs.used_nbytes <= 1.05 * held
+        assert slabs.allocated_nbytes <= before / 2
+        cache.crop(0)
+        assert slabs.allocated_nbytes == slabs.used_nbytes == 0
 
     def test_codes_are_the_reference_codes(self) -> None:
         """Only the order in memory differs: canonical bytes and digests are the same."""

@@ -85,8 +85,7 @@ def test_protected_regions_count(protected: ProtectedRegions) -> None:
             check(model, batch, tokens, profile="fib4", policy=policy, tokens_per_page=32)
 
 
-def test_blocks_that_grow_ahead_are_slack() -> None:
-    # More than 32 rows of one page: the growth of `Slabs` takes more blocks than are needed.
+def test_grains_that_are_not_full_are_slack() -> None:
     model = tiny("Llama", num_hidden_layers=3)
     check(model, 40, 192, profile="fib4")
     check(model, 40, 192, profile="raw")
