@@ -55,6 +55,16 @@ class SegmentHeader(Contract):
         return None if self.action == "compress" else self.reasons[0]
 
 
+class PageHeader(Contract):
+    """Where a page belongs, and by which profiles it is coded: part of its digest and of its stored form."""
+
+    layer: Total
+    start: Total
+    tokens: Total
+    key_profile: str
+    value_profile: str
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Segment:
     """One rectangle of one role of one page.
@@ -144,7 +154,7 @@ def decode_segments(segments: Iterable[Segment], out: Tensor, *, implementation:
     return out
 
 
-def segments_digest(header: Contract | dict[str, object], segments: Sequence[Segment]) -> str:
+def segments_digest(header: Contract, segments: Sequence[Segment]) -> str:
     """Digest over a page's header, its segments' headers and the canonical bytes of their codes."""
     text = canonical_json({"page": header, "segments": [segment.header() for segment in segments]})
     return digest_bytes(PAGE_DOMAIN, text.encode(), b"\0", *(segment.to_bytes() for segment in segments))
@@ -205,16 +215,19 @@ class Page:
     def __deepcopy__(self, memo: dict[int, object]) -> Page:
         return self  # immutable: copies of a cache share their pages
 
+    def header(self) -> PageHeader:
+        """The page without its segments."""
+        return PageHeader(
+            layer=self.layer,
+            start=self.start,
+            tokens=self.tokens,
+            key_profile=self.key_profile,
+            value_profile=self.value_profile,
+        )
+
     def compute_digest(self) -> str:
         """The digest of what the page holds now."""
-        header: dict[str, object] = {
-            "layer": self.layer,
-            "start": self.start,
-            "tokens": self.tokens,
-            "key_profile": self.key_profile,
-            "value_profile": self.value_profile,
-        }
-        return segments_digest(header, (*self.keys, *self.values))
+        return segments_digest(self.header(), (*self.keys, *self.values))
 
     def verify(self) -> None:
         """Checks the page against its digest.

@@ -1,0 +1,148 @@
+"""The binary container of stored pages and of what says where they belong: docs/FORMAT.md is its definition.
+
+Sixty-four bytes of numbers, the sizes of the sections, a header in canonical JSON, and the sections, each on a
+boundary of 64 bytes. Everything is little endian. A container is read in place: its sections are views of the
+bytes it was given, which may be a mapped file.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from fibkv.digest import digest_bytes, require_digest
+from fibkv.errors import PageError
+from fibkv.page import PAGE_DOMAIN
+
+Kind = Literal["page"]
+Bytes = bytes | memoryview
+
+MAGIC = b"\x89fibkv\r\n"
+VERSION = 1
+ALIGNMENT = 64
+# Bounds what parsing a header may cost; a page of 1000 segments has 150 KiB.
+MAX_HEADER_NBYTES = 1 << 20
+
+_KINDS: dict[Kind, int] = {kind: number for number, kind in enumerate(get_args(Kind), start=1)}
+_DOMAINS: dict[Kind, str] = {"page": PAGE_DOMAIN}
+_HEAD = struct.Struct("<8sHHIQQ32s")
+assert _HEAD.size == ALIGNMENT
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Container:
+    """A container whose sizes are right. `check_digest` says whether its contents are.
+
+    Attributes:
+        kind: what it holds.
+        header: canonical JSON.
+        sections: views of the bytes that it was read from.
+        digest: as stated in it.
+    """
+
+    kind: Kind
+    header: bytes
+    sections: tuple[memoryview, ...]
+    digest: str
+
+    @classmethod
+    def parse(cls, data: Bytes, kind: Kind | None = None) -> Container:
+        """The container in ``data``. Sizes are checked before anything is read or allocated; sections are not read.
+
+        Args:
+            data: all of it and nothing else.
+            kind: that is expected; None = any.
+
+        Raises:
+            PageError: another marker, version or kind; sizes that do not add up to those of ``data``; filling bytes
+                that are not zero.
+        """
+        view = memoryview(data).cast("B")
+        if len(view) < ALIGNMENT:
+            raise PageError(f"container: expected at least {ALIGNMENT} bytes, got {len(view)}")
+        magic, version, number, count, header_nbytes, nbytes, stated = _HEAD.unpack_from(view)
+        found = _kind_of(magic, version, number, kind)
+        if nbytes != len(view):
+            what = "truncated" if len(view) < nbytes else "trailing bytes"
+            raise PageError(f"{found} container: {what}, expected {nbytes} bytes, got {len(view)}")
+        # As numbers first: a table or header of any claimed length costs nothing until it is known to be there.
+        body = ALIGNMENT + 8 * count + header_nbytes
+        if header_nbytes > MAX_HEADER_NBYTES or body > nbytes:
+            raise PageError(
+                f"{found} container: expected a header of at most {MAX_HEADER_NBYTES} bytes and {count} sizes within "
+                f"{nbytes} bytes, got a header of {header_nbytes} bytes"
+            )
+        sizes = struct.unpack_from(f"<{count}Q", view, ALIGNMENT)
+        expected = aligned(body) + sum(aligned(size) for size in sizes)
+        if expected != nbytes:
+            raise PageError(f"{found} container: expected {expected} bytes by its sections, got {nbytes}")
+        header = bytes(view[body - header_nbytes : body])
+        sections, offset = [], aligned(body)
+        _require_zeros(found, view[body:offset])
+        for size in sizes:
+            sections.append(view[offset : offset + size])
+            _require_zeros(found, view[offset + size : offset + aligned(size)])
+            offset += aligned(size)
+        return cls(found, header, tuple(sections), f"blake3:{stated.hex()}")
+
+    @classmethod
+    def read(cls, data: Bytes, kind: Kind | None = None) -> Container:
+        """`parse` and `check_digest`."""
+        container = cls.parse(data, kind)
+        container.check_digest()
+        return container
+
+    def check_digest(self) -> None:
+        """Checks the contents against the digest.
+
+        Raises:
+            DigestMismatch: the contents are not those that were written.
+        """
+        require_digest(f"{self.kind} container", self.digest, _digest(self.kind, self.header, self.sections))
+
+
+def pack(kind: Kind, header: bytes, sections: Sequence[Bytes]) -> bytes:
+    """The container of a header and sections. Equal contents give equal bytes.
+
+    Raises:
+        PageError: a header longer than `MAX_HEADER_NBYTES`.
+    """
+    if len(header) > MAX_HEADER_NBYTES:
+        raise PageError(f"{kind} header: expected at most {MAX_HEADER_NBYTES} bytes, got {len(header)}")
+    sizes = [memoryview(section).nbytes for section in sections]
+    body = ALIGNMENT + 8 * len(sizes) + len(header)
+    nbytes = aligned(body) + sum(aligned(size) for size in sizes)
+    stated = bytes.fromhex(_digest(kind, header, sections).removeprefix("blake3:"))
+    head = _HEAD.pack(MAGIC, VERSION, _KINDS[kind], len(sizes), len(header), nbytes, stated)
+    parts: list[Bytes] = [head, struct.pack(f"<{len(sizes)}Q", *sizes), header, bytes(aligned(body) - body)]
+    for section, size in zip(sections, sizes, strict=True):
+        parts += [section, bytes(aligned(size) - size)]
+    return b"".join(parts)
+
+
+def aligned(nbytes: int) -> int:
+    """``nbytes`` rounded up to `ALIGNMENT`."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _digest(kind: Kind, header: bytes, sections: Sequence[Bytes]) -> str:
+    return digest_bytes(_DOMAINS[kind], header, b"\0", *sections)
+
+
+def _kind_of(magic: bytes, version: int, number: int, expected: Kind | None) -> Kind:
+    if magic != MAGIC:
+        raise PageError(f"container marker: expected {MAGIC!r}, got {magic!r}")
+    if version != VERSION:
+        raise PageError(f"container version: expected {VERSION}, got {version}")
+    found = next((kind for kind, known in _KINDS.items() if known == number), None)
+    if found is None or expected not in (None, found):
+        wanted = expected or f"one of {', '.join(_KINDS)}"
+        raise PageError(f"container kind: expected {wanted}, got {found or number}")
+    return found
+
+
+def _require_zeros(kind: Kind, filling: memoryview) -> None:
+    if any(filling):
+        raise PageError(f"{kind} container: expected zeros between its sections, got {bytes(filling)!r}")
