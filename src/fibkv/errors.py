@@ -8,6 +8,7 @@
     ├── PageError            a page or an artifact that is not what its digests and counts say
     ├── KernelError          a kernel implementation that is not available, or tensors that it cannot take
     ├── CodebookError        a codebook that cannot be read, built or trusted
+    ├── StoreError           a store that cannot be reached, read or written, or names that it cannot have
     └── ModelError           a model, or a call on its cache, that cannot be served correctly
 
 Messages name what was expected, what came, and where. Errors of other libraries are translated
@@ -66,6 +67,10 @@ class KernelError(FibkvError):
 
 class CodebookError(FibkvError):
     """A codebook cannot be read, built or trusted."""
+
+
+class StoreError(FibkvError):
+    """A store cannot be reached, read or written, or was asked for a name that no object can have."""
 
 
 class ModelError(FibkvError):

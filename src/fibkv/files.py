@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from uuid import uuid4
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes | memoryview, *, fsync: bool = False) -> None:
     """Writes a file by way of a temporary one beside it, so that readers see all of it or nothing.
 
     Its directory is made if absent. Any number of processes may write the same file: one of them wins.
+
+    Args:
+        path: of the file.
+        data: all of its bytes.
+        fsync: come back only when the file would survive a loss of power.
 
     Raises:
         OSError: the directory cannot be made or written to; nothing is left behind then.
@@ -17,10 +23,25 @@ def write_bytes(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        temporary.write_bytes(data)
+        with temporary.open("xb") as file:
+            file.write(data)
+            if fsync:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
+        if fsync:
+            _sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_directory(path: Path) -> None:
+    """Makes the names in a directory survive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
