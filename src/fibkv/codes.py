@@ -8,6 +8,7 @@ fields with one entry per vector go on with ``T``, the others (*group* fields) h
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar, Self
@@ -17,7 +18,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Codes:
+class Codes(ABC):
     """Base of all codes: walks the fields, so that a new field can be neither forgotten nor miscounted."""
 
     GROUP_FIELDS: ClassVar[frozenset[str]] = frozenset()
@@ -30,6 +31,11 @@ class Codes:
                 yield from value.named()
             else:
                 yield field.name, value
+
+    @property
+    @abstractmethod
+    def axes(self) -> torch.Size:
+        """The axes ``[..., T]`` of the vectors."""
 
     @property
     def nbytes(self) -> int:
@@ -94,6 +100,11 @@ class RawCodes(Codes):
 
     values: Tensor
 
+    @property
+    def axes(self) -> torch.Size:
+        """``[..., T]``."""
+        return self.values.shape[:-1]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScaledCodes(Codes):
@@ -106,6 +117,11 @@ class ScaledCodes(Codes):
 
     scales: Tensor
     values: Tensor
+
+    @property
+    def axes(self) -> torch.Size:
+        """``[..., T]``."""
+        return self.scales.shape
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,6 +144,11 @@ class FibCodes(Codes):
     norms: Tensor
     indices: Tensor
 
+    @property
+    def axes(self) -> torch.Size:
+        """``[..., T]``."""
+        return self.norms.shape
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChannelCodes(Codes):
@@ -142,3 +163,8 @@ class ChannelCodes(Codes):
 
     channel_scales: Tensor
     inner: Codes
+
+    @property
+    def axes(self) -> torch.Size:
+        """``[..., T]``."""
+        return self.inner.axes

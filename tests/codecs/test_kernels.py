@@ -8,17 +8,24 @@ import torch
 from fibkv import kernels
 from fibkv.codecs import codec_for
 from fibkv.errors import KernelError
+from fibkv.kernels import triton
 from fibkv.parameters import Int8Parameters, RawParameters
 from tests.codecs.conformance import gaussian
 
 
 def test_available_names_what_auto_tries() -> None:
     available = kernels.available()
-    assert list(available) == ["native", "native-avx512", "native-avx2", "native-portable", "reference"]
+    assert list(available) == ["native", "native-avx512", "native-avx2", "native-portable", "triton", "reference"]
     assert available["reference"] == "yes"
     expected = "native" if available["native"] == "yes" else "reference"
     assert kernels.resolve("auto") is kernels.resolve(expected)
-    assert kernels.resolve("auto", torch.device("cuda")) is kernels.resolve("reference")
+
+
+def test_auto_on_cuda_is_triton_where_it_runs() -> None:
+    cuda = torch.device("cuda")
+    expected = kernels.resolve("triton", cuda) if triton.why_not("cuda") == "yes" else kernels.resolve("reference")
+    assert kernels.resolve("auto", cuda) is expected
+    assert kernels.resolve("auto", torch.device("meta")) is kernels.resolve("reference")
 
 
 def test_unknown_and_misplaced_implementations_are_refused() -> None:
@@ -26,6 +33,10 @@ def test_unknown_and_misplaced_implementations_are_refused() -> None:
         kernels.resolve("cuda")
     with pytest.raises(KernelError, match="'native': expected tensors on the CPU, got cuda"):
         kernels.resolve("native", torch.device("cuda"))
+    with pytest.raises(
+        KernelError, match=r"triton kernels: (expected tensors on a CUDA device, got meta|triton is not)"
+    ):
+        kernels.resolve("triton", torch.device("meta"))
 
 
 def test_merged_parts_equal_the_whole() -> None:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fibkv.codes import Codes
 from fibkv.errors import KernelError
-from fibkv.kernels import native, reference
+from fibkv.kernels import native, reference, triton
 from fibkv.kernels.native import Native
+from fibkv.kernels.triton import Triton
 from fibkv.tables import Tables
 
 __all__ = ["attend", "available", "decode", "encode", "merge", "resolve", "rotate", "unrotate"]
@@ -27,39 +28,62 @@ INSTRUCTION_SETS: dict[str, str | None] = {
     "native": None,
     **{f"native-{name}": name for name in native.INSTRUCTION_SETS},
 }
+TRITON = "triton"
 REFERENCE = "reference"
 
 
 def available() -> dict[str, str]:
-    """Implementation names in the order in which ``auto`` tries them, each with "yes" or the reason why not."""
-    return {**{name: native.why_not(isa) for name, isa in INSTRUCTION_SETS.items()}, REFERENCE: "yes"}
+    """Implementation names in the order in which ``auto`` tries them, each with "yes" or the reason why not.
+
+    ``triton`` is answered for the devices that there are: CUDA if any, else the CPU.
+    """
+    return {
+        **{name: native.why_not(isa) for name, isa in INSTRUCTION_SETS.items()},
+        TRITON: triton.why_not("cuda" if torch.cuda.is_available() else "cpu"),
+        REFERENCE: "yes",
+    }
 
 
-def resolve(name: str = "auto", device: torch.device = CPU) -> ModuleType | Native:
+def resolve(name: str = "auto", device: torch.device = CPU) -> ModuleType | Native | Triton:
     """The implementation of that name.
 
     Args:
-        name: "auto", or one of `available`.
+        name: "auto", or one of `available`. ``auto`` is native on the CPU, and triton on CUDA devices.
         device: where the tensors are.
 
     Raises:
         KernelError: there is no such implementation, it is not available, or it does not run on that device.
     """
     if name == "auto":
-        return _on_cpu(None) if device.type == "cpu" and native.why_not() == "yes" else reference
+        name = _automatic(device.type)
     if name == REFERENCE:
         return reference
+    if name == TRITON:
+        return _triton(device.type)
     if name not in INSTRUCTION_SETS:
         known = ", ".join(["auto", *available()])
         raise KernelError(f"kernel implementation: expected one of {known}, got {name!r}")
     if device.type != "cpu":
         raise KernelError(f"kernel implementation {name!r}: expected tensors on the CPU, got {device}")
-    return _on_cpu(INSTRUCTION_SETS[name])
+    return _native(INSTRUCTION_SETS[name])
+
+
+def _automatic(device_type: str) -> str:
+    if device_type == "cpu" and native.why_not() == "yes":
+        return "native"
+    if device_type == "cuda" and triton.why_not(device_type) == "yes":
+        return TRITON
+    return REFERENCE
 
 
 @cache
-def _on_cpu(instruction_set: str | None) -> Native:
+def _native(instruction_set: str | None) -> Native:
     return Native(instruction_set)
+
+
+@cache
+def _triton(device_type: str) -> Triton:
+    return Triton(device_type)
 
 
 def encode(rows: Tensor, tables: Tables, *, implementation: str = "auto") -> Codes:

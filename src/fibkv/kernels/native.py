@@ -22,7 +22,6 @@ from fibkv.kernels.native_sides import (
     extension,
     extent,
     fill,
-    leading_axes,
     native_space,
     packed_codes,
     raw_tables,
@@ -243,7 +242,7 @@ class Native:
         key_mean: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attention of rotated queries on one part of a cache; see `fibkv.kernels.reference.attend`."""
-        leading = leading_axes(key_codes)
+        leading = key_codes.axes[:-1]
         keys, values = (_flat(codes, leading) for codes in (key_codes, value_codes))
         heads, tokens = extent(keys)
         queries = query.expand(*leading, *query.shape[-2:]).reshape(1, heads, *query.shape[-2:])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fibkv.codes import ChannelCodes, Codes, FibCodes, RawCodes, ScaledCodes
+from fibkv.codes import Codes
 from fibkv.packed import Packed
 from fibkv.packing import packed_nbytes
 from fibkv.rotation import Rotation, hadamard_signs
@@ -115,28 +115,9 @@ def packed_codes(codes: Codes | Packed, tables: Tables, side: Any) -> Packed:
     return fill(codes, tables, side, torch.empty(side.nbytes(*extent(codes)), dtype=torch.uint8), 0)
 
 
-def leading_axes(codes: Codes) -> torch.Size:
-    """The leading axes of codes."""
-    return _per_token(codes).shape[:-1]
-
-
 def extent(codes: Codes | Packed) -> tuple[int, int]:
     """(heads, tokens) of the codes ``[heads, tokens, ...]`` of a rectangle."""
     if isinstance(codes, Packed):
         return codes.heads, codes.tokens
-    heads, tokens = _per_token(codes).shape
+    heads, tokens = codes.axes
     return heads, tokens
-
-
-def _per_token(codes: Codes) -> Tensor:
-    """A tensor ``[..., T]`` with one entry per vector."""
-    match codes:
-        case ChannelCodes():
-            return _per_token(codes.inner)
-        case FibCodes():
-            return codes.norms
-        case ScaledCodes():
-            return codes.scales
-        case RawCodes():
-            return codes.values[..., 0]
-    raise TypeError(f"unknown codes: {type(codes).__name__}")

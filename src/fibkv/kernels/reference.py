@@ -239,7 +239,7 @@ def _encode_fib(rows: Tensor, tables: FibTables) -> FibCodes:
     norms = length.squeeze(-1)
     if tables.gain_corrected:
         norms = norms * _optimal_gain(rotated, _directions(indices, tables))
-    packed_norms, norm_range = _encode_norms(norms, tables.norm_format)
+    packed_norms, norm_range = encode_norms(norms, tables.norm_format)
     return FibCodes(mean=mean, norm_range=norm_range, norms=packed_norms, indices=pack(indices, tables.bits))
 
 
@@ -311,8 +311,12 @@ def _optimal_gain(unit: Tensor, quantized: Tensor) -> Tensor:
     return gain.clamp(min=0.0)
 
 
-def _encode_norms(norms: Tensor, norm_format: str) -> tuple[Tensor, Tensor]:
-    """Norms ``[..., T]`` float64 >= 0 to (codes, range): see `FibCodes`."""
+def encode_norms(norms: Tensor, norm_format: str) -> tuple[Tensor, Tensor]:
+    """Norms ``[..., T]`` float64 >= 0 to (codes, range): see `FibCodes`.
+
+    Raises:
+        EncodingError: a norm that the format cannot hold.
+    """
     require_norms(norms, norm_format)
     if norm_format == "f16":
         return norms.to(torch.float16), norms.new_empty((*norms.shape[:-1], 0), dtype=torch.float16)
@@ -342,6 +346,16 @@ def decode_norms(norms: Tensor, norm_range: Tensor) -> Tensor:
 
 
 def _encode_channels(rows: Tensor, tables: ChannelTables) -> ChannelCodes:
+    scales, divided = divide_channels(rows)
+    return ChannelCodes(channel_scales=scales, inner=encode(divided, tables.inner))
+
+
+def divide_channels(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The channel scales ``[..., d]`` bfloat16 of a group ``rows [..., T, d]``, and the rows divided by them, float32.
+
+    Raises:
+        EncodingError: an element is not finite.
+    """
     rows = rows.to(torch.float32)
     require_finite(rows)
     peak = rows.abs().amax(-2)
@@ -350,4 +364,4 @@ def _encode_channels(rows: Tensor, tables: ChannelTables) -> ChannelCodes:
     scales = _round_up_bfloat16((peak * spread).to(torch.float32))
     # A channel that is zero in every token has scale 0: it decodes to zero, whatever the inner code says of it.
     divisor = scales.to(torch.float32).masked_fill(scales == 0, 1.0)
-    return ChannelCodes(channel_scales=scales, inner=encode(rows / divisor.unsqueeze(-2), tables.inner))
+    return scales, rows / divisor.unsqueeze(-2)

@@ -1,0 +1,263 @@
+"""Triton: the kernels that find codewords, pack their indices, and round to 8-bit numbers; and their launches.
+
+Distances are single float32 operations in the reference's order. Kernels that decide codes are launched without
+fusion of multiplication and addition, which would round differently.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fibkv.kernels.triton_load import INTERPRETED
+from fibkv.kernels.triton_sides import DeviceTables, per_program, power_of_two
+from fibkv.packing import packed_nbytes
+from fibkv.tables import FibTables, ScaledTables
+
+# Distances, or numbers, that one program holds at a time; the interpreter pays per program.
+TILE = 1 << 20 if INTERPRETED else 1 << 13
+# Codewords that are compared at a time.
+CODEWORDS = 1 << 10 if INTERPRETED else 1 << 5
+# A float32 of this size has no fraction: adding and subtracting it rounds smaller ones to even.
+WHOLE = tl.constexpr(1.5 * 2.0**23)
+
+
+@triton.jit
+def _round_up_bfloat16(positive):
+    """Bits of float32 >= 0 as bfloat16, rounded towards +infinity, finite where they were: int32."""
+    raised = (positive.to(tl.int32, bitcast=True) + 0xFFFF) >> 16
+    return tl.minimum(raised, 0x7F7F)
+
+
+@triton.jit
+def _round_to_e4m3(numbers):
+    """Bits of float32 as e4m3, rounded to even; magnitudes are at most 448."""
+    bits = numbers.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    # Rounded at the third place of the mantissa; exponents are biased by 120 less.
+    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
+    # Below 2^-6 codes are multiples of 2^-9.
+    small = ((magnitude.to(tl.float32, bitcast=True) * 512.0 + WHOLE) - WHOLE).to(tl.int32)
+    return tl.where(magnitude < 0x3C800000, small, normal) | ((bits >> 24) & 0x80)
+
+
+@triton.jit
+def _round(
+    rows,
+    values,
+    scales,
+    count,
+    LIMIT: tl.constexpr,
+    FORM: tl.constexpr,
+    DIM: tl.constexpr,
+    D: tl.constexpr,
+    VECTORS: tl.constexpr,
+):
+    """``rows [count, DIM]`` float32 to ``values`` (bytes of int8 or e4m3) and ``scales [count]`` (bits of bfloat16)."""
+    vectors = tl.program_id(0).to(tl.int64) * VECTORS + tl.arange(0, VECTORS)
+    axis = tl.arange(0, D)
+    mask = (vectors < count)[:, None] & (axis < DIM)[None, :]
+    offsets = vectors[:, None] * DIM + axis[None, :]
+    numbers = tl.load(rows + offsets, mask, other=0.0)
+    peaks = tl.max(tl.abs(numbers), 1)
+    stored = _round_up_bfloat16(tl.div_rn(peaks, tl.full([VECTORS], LIMIT, tl.float32)))
+    divisors = (stored << 16).to(tl.float32, bitcast=True)
+    divisors = tl.where(divisors == 0.0, 1.0, divisors)
+    scaled = tl.div_rn(numbers, tl.broadcast_to(divisors[:, None], [VECTORS, D]))
+    if FORM == "int8":
+        codes = tl.clamp((scaled + WHOLE) - WHOLE, -LIMIT, LIMIT).to(tl.int32)
+    else:
+        codes = _round_to_e4m3(tl.clamp(scaled, -LIMIT, LIMIT))
+    tl.store(values + offsets, (codes & 0xFF).to(tl.uint8), mask)
+    tl.store(scales + vectors, stored.to(tl.int16), vectors < count)
+
+
+def round_to_eights(rows: Tensor, tables: ScaledTables) -> tuple[Tensor, Tensor]:
+    """Rows ``[..., d]`` float32, contiguous, to ``values [..., d]`` int8 or e4m3 and ``scales [...]`` bfloat16."""
+    dim = rows.shape[-1]
+    values = torch.empty(rows.shape, dtype=tables.dtype, device=rows.device)
+    scales = torch.empty(rows.shape[:-1], dtype=torch.bfloat16, device=rows.device)
+    width = power_of_two(dim)
+    vectors = per_program(scales.numel(), TILE // width)
+    _round[(triton.cdiv(scales.numel(), vectors),)](
+        rows,
+        values.view(torch.uint8),
+        scales.view(torch.int16),
+        scales.numel(),
+        LIMIT=tables.limit,
+        FORM="int8" if tables.dtype == torch.int8 else "fp8",
+        DIM=dim,
+        D=width,
+        VECTORS=vectors,
+        enable_fp_fusion=False,
+    )
+    return values, scales
+
+
+@triton.jit
+def _nearest(rotated, starts, scale, codewords, mask, SIZE: tl.constexpr, BLOCK: tl.constexpr, CODEWORDS: tl.constexpr):
+    """Index of the nearest codeword (ties: the lower one) of the blocks at ``rotated + starts [R]``, times scale."""
+    nearest = tl.full(starts.shape, float("inf"), tl.float32)
+    found = tl.zeros(starts.shape, tl.int32)
+    for first in range(0, SIZE, CODEWORDS):
+        words = first + tl.arange(0, CODEWORDS)
+        distances = tl.where(words < SIZE, 0.0, float("inf"))[None, :] + tl.zeros(starts.shape, tl.float32)[:, None]
+        for axis in range(BLOCK):
+            numbers = tl.load(rotated + starts + axis, mask, other=0.0) * scale
+            entries = tl.load(codewords + words * BLOCK + axis, words < SIZE, other=0.0)
+            difference = numbers[:, None] - entries[None, :]
+            distances += difference * difference
+        least, place = tl.min(distances, 1, return_indices=True, return_indices_tie_break_left=True)
+        found = tl.where(least < nearest, first + place, found)
+        nearest = tl.minimum(least, nearest)
+    return found
+
+
+@triton.jit
+def _look_up(rotated, starts, scale, cells, mask, extent, density, SIDE: tl.constexpr):
+    """Index of a codeword from a decision table, for the blocks of two at ``rotated + starts [R]``, times scale."""
+    row = (tl.load(rotated + starts, mask, other=0.0) * scale + extent) * density
+    column = (tl.load(rotated + starts + 1, mask, other=0.0) * scale + extent) * density
+    last = SIDE - 1
+    place = tl.clamp(row, 0.0, last).to(tl.int32) * SIDE + tl.clamp(column, 0.0, last).to(tl.int32)
+    return tl.load(cells + place, mask, other=0).to(tl.int32)
+
+
+@triton.jit
+def _products(
+    rotated, starts, indices, codewords, mask, VECTORS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """<u, q> and <q, q> per vector, ``[VECTORS]`` float64, of blocks and what they were quantized to."""
+    along = tl.zeros(starts.shape, tl.float64)
+    energy = tl.zeros(starts.shape, tl.float64)
+    for axis in range(BLOCK):
+        numbers = tl.load(rotated + starts + axis, mask, other=0.0).to(tl.float64)
+        entries = tl.load(codewords + indices * BLOCK + axis, mask, other=0.0).to(tl.float64)
+        along += numbers * entries
+        energy += entries * entries
+    return tl.sum(tl.reshape(along, [VECTORS, BLOCKS]), 1), tl.sum(tl.reshape(energy, [VECTORS, BLOCKS]), 1)
+
+
+@triton.jit
+def _search(
+    rotated,
+    codewords,
+    cells,
+    scales,
+    out,
+    gains,
+    count,
+    extent,
+    density,
+    NUM_SCALES: tl.constexpr,
+    SIDE: tl.constexpr,
+    SIZE: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTORS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    CODEWORDS: tl.constexpr,
+):
+    """Codewords of ``rotated [count, NUM_BLOCKS * BLOCK]``: ``out [count, NUM_BLOCKS]`` int32, ``gains`` float64.
+
+    Of the codes found at each of ``scales`` those that point best are kept, the first of equals. ``BLOCKS`` is
+    NUM_BLOCKS rounded up to a power of two; ``SIDE`` is 0 where there is no decision table.
+    """
+    lane = tl.arange(0, VECTORS * BLOCKS)
+    vectors = tl.program_id(0).to(tl.int64) * VECTORS + lane // BLOCKS
+    blocks = lane % BLOCKS
+    mask = (vectors < count) & (blocks < NUM_BLOCKS)
+    starts = (vectors * NUM_BLOCKS + blocks) * BLOCK
+    best = tl.zeros([VECTORS * BLOCKS], tl.int32)
+    cosine = tl.full([VECTORS], float("-inf"), tl.float64)
+    for index in range(NUM_SCALES):
+        scale = tl.load(scales + index)
+        if SIDE:
+            found = _look_up(rotated, starts, scale, cells, mask, extent, density, SIDE)
+        else:
+            found = _nearest(rotated, starts, scale, codewords, mask, SIZE, BLOCK, CODEWORDS)
+        along, energy = _products(rotated, starts, found, codewords, mask, VECTORS, BLOCKS, BLOCK)
+        reached = along / tl.sqrt(tl.where(energy == 0.0, 1.0, energy))
+        better = tl.broadcast_to((reached > cosine)[:, None], [VECTORS, BLOCKS])
+        best = tl.where(tl.reshape(better, [VECTORS * BLOCKS]), found, best)
+        cosine = tl.maximum(reached, cosine)
+    tl.store(out + vectors * NUM_BLOCKS + blocks, best, mask)
+    along, energy = _products(rotated, starts, best, codewords, mask, VECTORS, BLOCKS, BLOCK)
+    vector = tl.program_id(0).to(tl.int64) * VECTORS + tl.arange(0, VECTORS)
+    # A norm is not negative: where the nearest codewords point away zero is best.
+    gain = tl.maximum(along / tl.where(energy == 0.0, 1.0, energy), 0.0)
+    tl.store(gains + vector, gain, vector < count)
+
+
+@triton.jit
+def _pack(
+    indices, packed, count, NUM_BLOCKS: tl.constexpr, BITS: tl.constexpr, NBYTES: tl.constexpr, TILE: tl.constexpr
+):
+    """``indices [count, NUM_BLOCKS]`` int32 to ``packed [count, NBYTES]``: a little-endian bit stream per vector."""
+    place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    mask = place < count * NBYTES
+    vectors, bit = place // NBYTES, (place % NBYTES).to(tl.int32) * 8
+    octets = tl.zeros([TILE], tl.int32)
+    # Indices that can have bits in one byte.
+    for step in tl.static_range((BITS + 14) // BITS):
+        block = bit // BITS + step
+        index = tl.load(indices + vectors * NUM_BLOCKS + block, mask & (block < NUM_BLOCKS), other=0)
+        shift = block * BITS - bit
+        octets |= tl.where(shift < 0, index >> tl.maximum(-shift, 0), index << tl.minimum(tl.maximum(shift, 0), 8))
+    tl.store(packed + place, (octets & 0xFF).to(tl.uint8), mask)
+
+
+def nearest_codewords(rotated: Tensor, tables: FibTables, device_tables: DeviceTables) -> tuple[Tensor, Tensor]:
+    """Codes of rotated unit vectors.
+
+    Args:
+        rotated: ``[V, d]`` float32.
+        tables: of the codec.
+        device_tables: the same, on the vectors' device.
+
+    Returns:
+        ``[V, bytes]`` uint8 packed indices, and ``[V]`` float64 gains: the least-squares factor of what was found.
+    """
+    rotated = rotated.contiguous()
+    count, blocks = rotated.shape[0], power_of_two(tables.num_blocks)
+    size, block = tables.codewords.shape
+    codewords = min(CODEWORDS, power_of_two(size))
+    vectors = per_program(count, TILE // (blocks * codewords))
+    decisions = tables.decisions
+    indices = torch.empty(count, tables.num_blocks, dtype=torch.int32, device=rotated.device)
+    gains = torch.empty(count, dtype=torch.float64, device=rotated.device)
+    _search[(triton.cdiv(count, vectors),)](
+        rotated,
+        device_tables.codewords,
+        device_tables.cells,
+        device_tables.scales,
+        indices,
+        gains,
+        count,
+        0.0 if decisions is None else decisions.extent,
+        0.0 if decisions is None else decisions.side / (2 * decisions.extent),
+        NUM_SCALES=len(tables.scales),
+        SIDE=0 if decisions is None else decisions.side,
+        SIZE=size,
+        NUM_BLOCKS=tables.num_blocks,
+        BLOCK=block,
+        VECTORS=vectors,
+        BLOCKS=blocks,
+        CODEWORDS=codewords,
+        enable_fp_fusion=False,
+    )
+    packed = torch.empty(count, packed_nbytes(tables.num_blocks, tables.bits), dtype=torch.uint8, device=rotated.device)
+    tile = per_program(packed.numel(), TILE)
+    _pack[(triton.cdiv(packed.numel(), tile),)](
+        indices,
+        packed,
+        count,
+        NUM_BLOCKS=tables.num_blocks,
+        BITS=tables.bits,
+        NBYTES=packed.shape[1],
+        TILE=tile,
+        enable_fp_fusion=False,
+    )
+    return packed, gains

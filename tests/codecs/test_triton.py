@@ -1,0 +1,79 @@
+"""Triton kernels in Triton's interpreter: every codec's suite, codes bit for bit; and compiled for devices."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fibkv.codecs import codec_for
+from fibkv.kernels import reference, triton
+from fibkv.parameters import FibParameters
+from tests.codecs import test_codecs  # noqa: F401 - defines the suites
+from tests.codecs.conformance import CodecConformance, equal, gaussian
+from tests.codecs.test_native_codes import PARAMETERS
+
+pytestmark = pytest.mark.skipif(triton.why_not("cpu") != "yes", reason=f"triton: {triton.why_not('cpu')}")
+
+# The suite of every codec, its golden bytes among it.
+for _suite in list(CodecConformance.__subclasses__()):
+    _name = f"{_suite.__name__}Triton"
+    globals()[_name] = type(_name, (_suite,), {"implementation": "triton", "__module__": __name__})
+del _suite, _name
+
+SETTINGS = {**PARAMETERS, "fib4_table": FibParameters.of(64, 2, 256, codeword_search="table", scale_search=True)}
+
+
+@pytest.mark.parametrize("axis", ["per_token", "per_channel"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_codes_are_the_reference_codes(name: str, axis: str) -> None:
+    codec, implementation = codec_for(SETTINGS[name], axis), triton.Triton("cpu")
+    rows = gaussian(3, 2, 11, codec.head_dim) * torch.logspace(-3, 3, 11)[:, None]
+    rows[0, 0, 3] = 0
+    expected = reference.encode(rows, codec.tables)
+    assert equal(implementation.encode(rows, codec.tables), expected)
+    decoded = reference.decode(expected, codec.tables)
+    # Per vector: they are of very different length.
+    scale = decoded.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    found = implementation.decode(expected, codec.tables)
+    torch.testing.assert_close(found / scale, decoded / scale, rtol=1e-5, atol=1e-5)
+
+
+def test_every_e4m3_code_and_every_border_between_two() -> None:
+    codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    borders = (codes[1:] + codes[:-1]) / 2
+    beside = torch.cat([torch.nextafter(borders, borders * 0), borders, torch.nextafter(borders, borders * 2)])
+    numbers = torch.cat([codes, beside])
+    codec = codec_for(SETTINGS["fp8"].model_copy(update={"head_dim": 2 * numbers.numel()}))
+    rows = torch.cat([numbers, -numbers])[None]
+    coded = triton.Triton("cpu").encode(rows, codec.tables)
+    assert equal(coded, reference.encode(rows, codec.tables))
+    assert torch.equal(codec.decode(coded, implementation="triton"), codec.decode(coded, implementation="reference"))
+
+
+def test_the_kernels_compile_for_devices() -> None:
+    """Without a device and without the interpreter, in a process of its own."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_triton.py")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", script], check=False, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "90 _search" in done.stdout
+
+
+def test_without_the_interpreter_the_cpu_is_refused() -> None:
+    code = "from fibkv import kernels; print(kernels.available()['triton']); kernels.resolve('triton')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=False,
+        env={**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert "tensors on the CPU need TRITON_INTERPRET=1" in done.stdout
+    assert "KernelError: triton kernels: tensors on the CPU need TRITON_INTERPRET=1" in done.stderr
