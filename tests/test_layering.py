@@ -136,6 +136,7 @@ def test_exported_names() -> None:
         "decode_tensor",
         "encode_tensor",
         "plan",
+        "restore",
     ]
     assert all(getattr(fibkv, name) is not None for name in fibkv.__all__)
     assert callable(fibkv.attention)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fibkv.errors import FibkvError
     from fibkv.hf import Cache
     from fibkv.hf_attention import attention
+    from fibkv.hf_restore import restore
     from fibkv.policy import Policy, decide, plan
     from fibkv.pressure import PressureConfig, PressureController
     from fibkv.profile import Profile
@@ -42,6 +43,7 @@ _HOMES = {
     "decode_tensor": "artifact_decode",
     "encode_tensor": "artifact_encode",
     "plan": "policy",
+    "restore": "hf_restore",
 }
 
 __version__ = "0.1.0"
@@ -65,6 +67,7 @@ __all__ = [  # noqa: RUF022 - in the order of the ranks: contracts, tensors, mod
     "encode_tensor",
     "Cache",
     "attention",
+    "restore",
 ]
 
 

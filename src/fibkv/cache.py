@@ -106,6 +106,28 @@ class LayerCache:
         self._refuse_quarantined()
         return View(self._rows, self._tail, self._length, self.implementation)
 
+    def adopt(self, pages: Sequence[Page], keys: Tensor, values: Tensor) -> None:
+        """Takes over what another cache of these settings held, in place of what is held: one row.
+
+        Args:
+            pages: from token 0 on, without gaps, on any device.
+            keys: raw, behind the pages, ``[1, H, t, d]``, on any device; copied.
+            values: likewise ``[1, H, t, d_value]``.
+
+        Raises:
+            PageError: tensors of another form than the cache's, or pages with gaps. Nothing has changed then.
+        """
+        self._check(keys, values)
+        stops = [0, *(page.start + page.tokens for page in pages)]
+        if self.batch != 1 or stops[:-1] != [page.start for page in pages]:
+            raise PageError(f"layer {self.settings.layer}: expected one row, and pages from 0 on without gaps")
+        with _plain_tensors(keys):
+            device = self._tail.keys.device
+            here = [page.to(device) for page in pages]
+            self._rows = PageRows([tuple(resident(here, self.implementation, self._slabs))])
+            self._tail = self._tail_of(Tail(keys.to(device), values.to(device), keys.shape[2]), 0, keys.shape[2])
+            self._length = stops[-1] + keys.shape[2]
+
     def crop(self, length: int) -> None:
         """Keeps the first ``length`` tokens. A page that the cut goes through is shortened without loss.
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
+from fibkv.contract import Contract
 from fibkv.digest import digest_bytes, require_digest
 from fibkv.errors import PageError
 from fibkv.page import PAGE_DOMAIN
 
-Kind = Literal["page"]
+Kind = Literal["page", "root", "span", "end"]
 Bytes = bytes | memoryview
+Parsed = TypeVar("Parsed", bound=Contract)
 
 MAGIC = b"\x89fibkv\r\n"
 VERSION = 1
@@ -26,7 +28,14 @@ ALIGNMENT = 64
 MAX_HEADER_NBYTES = 1 << 20
 
 _KINDS: dict[Kind, int] = {kind: number for number, kind in enumerate(get_args(Kind), start=1)}
-_DOMAINS: dict[Kind, str] = {"page": PAGE_DOMAIN}
+_DOMAINS: dict[Kind, str] = {
+    "page": PAGE_DOMAIN,
+    "root": "fibkv_root_v1",
+    "span": "fibkv_span_v1",
+    "end": "fibkv_end_v1",
+}
+# Its sections are pages: containers with digests of their own, which its header names.
+_SELF_VERIFYING: frozenset[Kind] = frozenset({"span"})
 _HEAD = struct.Struct("<8sHHIQQ32s")
 assert _HEAD.size == ALIGNMENT
 
@@ -95,7 +104,7 @@ class Container:
         return container
 
     def check_digest(self) -> None:
-        """Checks the contents against the digest.
+        """Checks the contents against the digest: of a span its header, for its pages check themselves.
 
         Raises:
             DigestMismatch: the contents are not those that were written.
@@ -122,13 +131,26 @@ def pack(kind: Kind, header: bytes, sections: Sequence[Bytes]) -> bytes:
     return b"".join(parts)
 
 
+def canonical(container: Container, contract: type[Parsed]) -> Parsed:
+    """The header of a container as a contract.
+
+    Raises:
+        PageError, ContractError: it is none, or not in canonical form.
+    """
+    header = contract.from_json(container.header)
+    if header.to_json().encode() != container.header:
+        raise PageError(f"{container.kind} header: expected canonical JSON")
+    return header
+
+
 def aligned(nbytes: int) -> int:
     """``nbytes`` rounded up to `ALIGNMENT`."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _digest(kind: Kind, header: bytes, sections: Sequence[Bytes]) -> str:
-    return digest_bytes(_DOMAINS[kind], header, b"\0", *sections)
+    hashed = () if kind in _SELF_VERIFYING else sections
+    return digest_bytes(_DOMAINS[kind], header, b"\0", *hashed)
 
 
 def _kind_of(magic: bytes, version: int, number: int, expected: Kind | None) -> Kind:

@@ -27,16 +27,22 @@ from fibkv.calibration_file import Calibration
 from fibkv.errors import ModelError
 from fibkv.handle import outside_graphs
 from fibkv.hf_hybrid import CompressedHybridLayer
+from fibkv.hf_identity import Origin, bind
 from fibkv.hf_layer import CompressedLayer
 from fibkv.hf_model import LayerPlan, model_digest, plan_model
+from fibkv.hf_prefix import plain_ids, why_not_stored
 from fibkv.hf_stock import holds_state, num_rows, report_of, why_not_cropped
 from fibkv.policy import Policy
+from fibkv.prefix import TokenIds
+from fibkv.prefix_load import Restored
+from fibkv.prefix_save import Saved, save_prefix
 from fibkv.quarantine import Quarantine
 from fibkv.regions import QualityBudget
 from fibkv.report import CacheReport
 from fibkv.settings import CacheSettings, Choice, calibrated
 from fibkv.slabs import Slabs
 from fibkv.space import KeySpace
+from fibkv.store.base import Store
 
 
 class Cache(StockCache):
@@ -112,6 +118,8 @@ class Cache(StockCache):
         if calibration is not None and key_spaces is None:
             self.settings = calibrated(self.settings, calibration)
         self.settings.check_head_dims(self.plan.head_dims)
+        self.origin = Origin(model)
+        self.restored: Restored | None = None
         self.quarantine = Quarantine()
         self.slabs = Slabs()
         super().__init__(layers=[self._layer(index, layer) for index, layer in enumerate(self.plan.layers)])
@@ -273,6 +281,24 @@ class Cache(StockCache):
             if layer.store is not None:
                 layer.store.verify()
         return tuple(self.quarantine.records)
+
+    def save(self, store: Store, token_ids: TokenIds, *, name: str | None = None) -> Saved:
+        """Saves what the cache holds of one row, for `fibkv.restore` to find it by the tokens.
+
+        Args:
+            store: where to. A store that fails does not raise; the result says so.
+            token_ids: ``[t]`` or ``[1, t]``: the tokens that the cache holds, and maybe some behind them, such as the
+                one that ``generate`` has sampled last.
+            name: of the model's weights, instead of a digest of all of them; see `fibkv.hf_identity.identify`.
+
+        Raises:
+            ModelError: a layer is left to transformers, or the model is gone.
+            ContractError: the cache is empty or has several rows, or fewer ids are given than it holds.
+        """
+        if why := why_not_stored(self.layers):
+            raise ModelError(f"save: {why}")
+        held = [layer.store for layer in self._compressed() if layer.store is not None]
+        return save_prefix(store, bind(self.settings, self.origin.identify(name)), held, plain_ids(token_ids))
 
     def corrupt_page(self, *, layer: int, row: int, page: int) -> AbstractContextManager[None]:
         """For poison tests: damages one page in memory while the context lasts, then restores it exactly.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fibkv.codecs import Codec
 from fibkv.coder import RoleCoder
-from fibkv.container import Bytes, Container, pack
+from fibkv.container import Bytes, Container, canonical, pack
 from fibkv.contract import Contract
 from fibkv.digest import canonical_json, require_digest
 from fibkv.errors import ContractError, PageError
@@ -39,9 +39,7 @@ class PageContents(Contract):
         Raises:
             PageError, ContractError: it is not so.
         """
-        contents = cls.from_json(container.header)
-        if contents.to_json().encode() != container.header:
-            raise PageError("page header: expected canonical JSON")
+        contents = canonical(container, cls)
         stated, actual = [one.nbytes for one in contents.segments], [len(one) for one in container.sections]
         if stated != actual or len(stated) % 2:
             raise PageError(f"page container: expected sections of {stated} bytes for two roles alike, got {actual}")

@@ -13,8 +13,8 @@ ASIDE = "aside"
 """Folder of objects that did not stand a check."""
 
 # No dots, no case, no empty parts: safe as a path, a Redis key and an S3 key alike.
-_KEY = re.compile(r"[a-z0-9]{1,64}(/[a-z0-9]{1,64}){1,3}")
-_FOLDER = re.compile(r"|[a-z0-9]{1,64}(/[a-z0-9]{1,64}){0,2}")
+_KEY = re.compile(r"[a-z0-9]{1,64}(/[a-z0-9]{1,64}){1,4}")
+_FOLDER = re.compile(r"|[a-z0-9]{1,64}(/[a-z0-9]{1,64}){0,3}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Store(Protocol):
     """Named bytes. An object appears whole or not at all, and what it holds never changes under its name.
 
     Safe to use from many processes at once. Every method raises `StoreError` if the store fails, or if a name is not
-    made of two to four parts of lower-case letters and digits with ``/`` between them.
+    made of two to five parts of lower-case letters and digits with ``/`` between them.
     """
 
     def get(self, key: str) -> bytes | None:
@@ -71,7 +71,7 @@ def check_key(key: str) -> str:
         StoreError: it cannot.
     """
     if not _KEY.fullmatch(key):
-        raise StoreError(f"store key: expected two to four parts of a-z and 0-9 with '/' between them, got {key!r}")
+        raise StoreError(f"store key: expected two to five parts of a-z and 0-9 with '/' between them, got {key!r}")
     return key
 
 
@@ -82,7 +82,7 @@ def check_folder(folder: str) -> str:
         StoreError: they cannot.
     """
     if not _FOLDER.fullmatch(folder):
-        raise StoreError(f"store folder: expected up to three parts of a-z and 0-9, got {folder!r}")
+        raise StoreError(f"store folder: expected up to four parts of a-z and 0-9, got {folder!r}")
     return folder
 
 

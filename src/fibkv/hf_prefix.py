@@ -1,0 +1,37 @@
+"""Caches of transformers in a store: which of them can be stored, and in what form their tokens are named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from fibkv.errors import ContractError
+from fibkv.hf_hybrid import CompressedHybridLayer
+from fibkv.hf_layer import CompressedLayer
+from fibkv.prefix import TokenIds
+
+
+def why_not_stored(layers: Sequence[Any]) -> str | None:
+    """Why a cache of these layers cannot be stored: windows and states are not; None if it can."""
+    for index, layer in enumerate(layers):
+        if not isinstance(layer, CompressedLayer) or isinstance(layer, CompressedHybridLayer):
+            return f"layer {index}: what {type(layer).__name__} holds beside pages cannot be stored"
+    return None
+
+
+def plain_ids(token_ids: TokenIds | Tensor) -> npt.NDArray[np.integer]:
+    """Token ids ``[t]`` from ``[t]`` or ``[1, t]``, of one row.
+
+    Raises:
+        ContractError: they are not the ids of one row.
+    """
+    ids = np.asarray(token_ids.detach().cpu() if isinstance(token_ids, Tensor) else token_ids)
+    if ids.ndim == 2 and len(ids) == 1:
+        ids = ids[0]
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise ContractError("token_ids", "whole numbers [t] or [1, t]", f"{ids.dtype} {list(ids.shape)}")
+    return ids

@@ -1,0 +1,94 @@
+"""`fibkv.restore`: a cache that begins with the longest stored part of a prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fibkv.codecs.raw import TORCH_DTYPES
+from fibkv.errors import ModelError
+from fibkv.hf import Cache
+from fibkv.hf_identity import bind, identify
+from fibkv.hf_layer import CompressedLayer
+from fibkv.hf_prefix import plain_ids, why_not_stored
+from fibkv.manifest import LayerForm, Root
+from fibkv.prefix import TokenIds
+from fibkv.prefix_load import PrefixLoader, Restored
+from fibkv.sealing import LayerSettings
+from fibkv.store.base import Store
+
+
+def restore(
+    model: PreTrainedModel, token_ids: TokenIds | Tensor, store: Store, *, name: str | None = None, **settings: Any
+) -> Cache:
+    """A cache for a prompt, filled with the longest beginning of it that a store has, less its last token.
+
+    ``model.generate(token_ids, past_key_values=cache)`` computes the rest. `Cache.restored` says what was found and
+    what failed: a store that cannot be reached, or an object that is damaged, makes for a shorter beginning, and at
+    worst for an empty cache.
+
+    Args:
+        model: a causal language model of transformers.
+        token_ids: ``[t]`` or ``[1, t]``, the prompt.
+        store: where `Cache.save` has put prefixes.
+        name: as given to `Cache.save`.
+        settings: of `fibkv.Cache`; the same as those of the cache that was saved.
+
+    Raises:
+        ContractError: ids of other than one row, or settings that `fibkv.Cache` refuses.
+        ModelError: a model that `fibkv.Cache` refuses.
+    """
+    cache = Cache(model, **settings)
+    ids = plain_ids(token_ids)
+    loader = PrefixLoader(store, bind(cache.settings, identify(model, name=name)), ids)
+    tokens = 0
+    if why := why_not_stored(cache.layers):
+        loader.failures.append(why)
+    elif (root := loader.root()) is not None:
+        tokens = _fill(cache, loader, root, model.device)
+    if tokens >= len(ids):
+        # The model must be asked for at least one token, or there are no logits.
+        tokens = max(0, len(ids) - 1)
+        cache.crop_to(tokens)
+    if not tokens:
+        cache.reset()
+    cache.restored = Restored(
+        tokens=tokens, prompt_tokens=len(ids), nbytes=loader.nbytes, failures=tuple(loader.failures)
+    )
+    return cache
+
+
+def _fill(cache: Cache, loader: PrefixLoader, root: Root, device: torch.device) -> int:
+    """Fills an empty cache with what the loader finds; returns the number of tokens."""
+    layers = [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
+    try:
+        settings = [_initialize(layer, form, device) for layer, form in zip(layers, root.layers, strict=True)]
+    except (ModelError, ValueError) as error:
+        loader.failures.append(f"stored by other profiles: {error}")
+        return 0
+    prefix = loader.load(settings)
+    for index, layer in enumerate(layers):
+        assert layer.store is not None
+        empty = layer.store.tail.keys, layer.store.tail.values
+        layer.store.adopt(prefix.pages[index], *(empty if prefix.tails is None else prefix.tails[index]))
+    return prefix.length
+
+
+def _initialize(layer: CompressedLayer, form: LayerForm, device: torch.device) -> LayerSettings:
+    """Makes a layer's store before it has seen tokens, from the form of the one that was saved.
+
+    Raises:
+        ModelError: its pages would bear other profiles.
+    """
+    keys, values = (
+        torch.empty(1, form.kv_heads, 0, width, dtype=TORCH_DTYPES[form.dtype], device=device)
+        for width in (form.key_dim, form.value_dim)
+    )
+    layer.lazy_initialization(keys, values)
+    assert layer.store is not None
+    if (actual := LayerForm.of(layer.store.settings)) != form:
+        raise ModelError(f"layer {layer.index}: expected {actual}, got {form}")
+    return layer.store.settings

@@ -1,0 +1,286 @@
+"""What says where stored pages belong: roots, spans and ends, docs/FORMAT.md.
+
+A *root* says which model and which settings a chain of prefixes is bound to. A *span* holds the pages of all layers
+for one page of tokens, under the name of the prefix that it ends. An *end* holds what lies behind the last span: the
+raw tail, and pages that a crop has shortened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import StringConstraints, model_validator
+from torch import Tensor
+
+from fibkv.codecs.base import tensor_bytes
+from fibkv.codecs.raw import TORCH_DTYPES
+from fibkv.container import Bytes, Container, canonical, pack
+from fibkv.contract import Contract, Count, Total
+from fibkv.digest import Digest, require_digest
+from fibkv.errors import ContractError, PageError
+from fibkv.page import Page
+from fibkv.policy import Policy
+from fibkv.prefix import root
+from fibkv.sealing import LayerSettings
+from fibkv.shape import Dtype, KVShape
+from fibkv.wire import StoredPage, page_to_bytes
+
+Weights = Annotated[str, StringConstraints(pattern=r"^(blake3:[0-9a-f]{64}|name:[^\x00-\x1f]{1,200})$")]
+
+
+class ModelIdentity(Contract):
+    """Whose keys and values these are.
+
+    Attributes:
+        config: digest of the configuration, rotary settings included.
+        weights: digest of the weights, or ``name:`` and a name that the user vouches for.
+        dtype: that the model computes in.
+        rope_state: keys are stored after rotation, at the positions 0, 1, 2, ...
+    """
+
+    config: Digest
+    weights: Weights
+    dtype: str
+    rope_state: Literal["post_rope"] = "post_rope"
+
+
+class Binding(Contract):
+    """What must agree for prefixes to be shared: the first link of their chain.
+
+    Attributes:
+        model: whose they are.
+        tokens_per_page: of a full page.
+        read_through: even the newest tokens were read through the codec.
+        raw_dtype: of what is kept raw; None = the model's.
+        policy: what is compressed; None = the default.
+        codecs: by layer, of keys and values: a name, or the digest of parameters.
+        spaces: by layer, digest of the keys' space; None = they are coded as they are.
+    """
+
+    model: ModelIdentity
+    tokens_per_page: Count
+    read_through: bool
+    raw_dtype: Dtype | None
+    policy: Policy | None
+    codecs: tuple[tuple[str, str], ...]
+    spaces: tuple[Digest | None, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the empty prefix."""
+        return root(self)
+
+
+class LayerForm(Contract):
+    """The tensors of a compressed layer, and the profiles that its pages bear."""
+
+    layer: Total
+    kv_heads: Count
+    key_dim: Count
+    value_dim: Count
+    dtype: Dtype
+    key_profile: Digest
+    value_profile: Digest
+
+    @classmethod
+    def of(cls, settings: LayerSettings) -> Self:
+        """The form of a layer with these settings."""
+        return cls(
+            layer=settings.layer,
+            kv_heads=settings.key_shape.kv_heads,
+            key_dim=settings.key_shape.head_dim,
+            value_dim=settings.value_shape.head_dim,
+            dtype=settings.key_shape.dtype,
+            key_profile=settings.keys.profile_digest,
+            value_profile=settings.values.profile_digest,
+        )
+
+
+class Root(Contract):
+    """A binding, and the layers that are stored under it, in order."""
+
+    binding: Binding
+    layers: tuple[LayerForm, ...]
+
+
+class SpanHeader(Contract):
+    """Tokens ``start`` to ``start + tokens`` of a prefix, and the digests of their pages, layer by layer."""
+
+    name: Digest
+    previous: Digest
+    start: Total
+    tokens: Count
+    pages: tuple[Digest, ...]
+
+
+class EndHeader(Contract):
+    """What lies behind the last span of a prefix of ``length`` tokens.
+
+    Attributes:
+        name: of the prefix with its end.
+        previous: of the prefix up to ``start``.
+        start: where the last span stops.
+        length: tokens in all.
+        boundaries: where pages stop that are in no span, ascending; behind the last one (or ``start``) all is raw.
+        pages: digests of these pages: for the first boundary layer by layer, then for the next.
+    """
+
+    name: Digest
+    previous: Digest
+    start: Total
+    length: Total
+    boundaries: tuple[Total, ...]
+    pages: tuple[Digest, ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        stops = (self.start, *self.boundaries)
+        if any(a >= b for a, b in pairwise(stops)) or stops[-1] > self.length:
+            raise ContractError("EndHeader.boundaries", f"ascending from {self.start} to {self.length}", stops)
+        return self
+
+    @property
+    def tail_start(self) -> int:
+        """Where the raw tokens begin."""
+        return self.boundaries[-1] if self.boundaries else self.start
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class End:
+    """A loaded end: for each layer its further pages, and its raw keys and values ``[1, H, t, d]``."""
+
+    length: int
+    layers: tuple[tuple[tuple[Page, ...], Tensor, Tensor], ...]
+
+
+def root_to_bytes(root: Root) -> bytes:
+    """The container of a root."""
+    return pack("root", root.to_json().encode(), [])
+
+
+def root_from_bytes(data: Bytes, binding: Binding) -> Root:
+    """The root of a binding.
+
+    Raises:
+        PageError, ContractError: it is none, or of another binding.
+    """
+    container = Container.read(data, "root")
+    found = canonical(container, Root)
+    if found.binding != binding or container.sections:
+        raise PageError(f"root: expected that of {binding.name}, got that of {found.binding.name}")
+    return found
+
+
+def span_to_bytes(name: str, previous: str, pages: Sequence[Page]) -> bytes:
+    """The container of one span.
+
+    Args:
+        name: of the prefix that it ends.
+        previous: of the prefix before it.
+        pages: of all layers, for the same tokens.
+    """
+    header = SpanHeader(
+        name=name,
+        previous=previous,
+        start=pages[0].start,
+        tokens=pages[0].tokens,
+        pages=tuple(page.digest for page in pages),
+    )
+    return pack("span", header.to_json().encode(), [page_to_bytes(page) for page in pages])
+
+
+def span_from_bytes(
+    data: Bytes, place: tuple[str, str, int, int], settings: Sequence[LayerSettings]
+) -> tuple[Page, ...]:
+    """The pages of a span, one per layer, all checked.
+
+    Args:
+        data: the container.
+        place: name, previous name, first token and number of tokens that it must have.
+        settings: of the layers.
+
+    Raises:
+        DigestMismatch, PageError, ContractError: it is not what it must be.
+    """
+    container = Container.read(data, "span")
+    header = canonical(container, SpanHeader)
+    if (header.name, header.previous, header.start, header.tokens) != place:
+        raise PageError(f"span: expected (name, previous, start, tokens) {place}, got {header}")
+    _require_count("span", len(settings), header.pages, container.sections)
+    pairs = zip(settings, header.pages, container.sections, strict=True)
+    return tuple(_page(section, digest, (place[2], place[3]), layer) for layer, digest, section in pairs)
+
+
+def end_to_bytes(header: EndHeader, pages: Sequence[Page], tails: Sequence[tuple[Tensor, Tensor]]) -> bytes:
+    """The container of an end.
+
+    Args:
+        header: with the pages' digests.
+        pages: as in the header.
+        tails: for each layer raw keys and values ``[1, H, t, d]``.
+    """
+    raw = [tensor_bytes(tensor) for pair in tails for tensor in pair]
+    return pack("end", header.to_json().encode(), [*(page_to_bytes(page) for page in pages), *raw])
+
+
+def end_from_bytes(data: Bytes, place: tuple[str, str, int, int], settings: Sequence[LayerSettings]) -> End:
+    """An end, checked.
+
+    Args:
+        data: the container.
+        place: name, previous name, start and length that it must have.
+        settings: of the layers.
+
+    Raises:
+        DigestMismatch, PageError, ContractError: it is not what it must be.
+    """
+    container = Container.read(data, "end")
+    header = canonical(container, EndHeader)
+    if (header.name, header.previous, header.start, header.length) != place:
+        raise PageError(f"end: expected (name, previous, start, length) {place}, got {header}")
+    count = len(settings) * len(header.boundaries)
+    _require_count("end", count, header.pages, container.sections[:count])
+    if len(container.sections) != count + 2 * len(settings):
+        raise PageError(f"end: expected {count + 2 * len(settings)} sections, got {len(container.sections)}")
+    stops = list(pairwise((header.start, *header.boundaries)))
+    columns: list[list[Page]] = [[] for _ in settings]
+    for index, (digest, section) in enumerate(zip(header.pages, container.sections[:count], strict=True)):
+        start, stop = stops[index // len(settings)]
+        layer = index % len(settings)
+        columns[layer].append(_page(section, digest, (start, stop - start), settings[layer]))
+    tokens = header.length - header.tail_start
+    raw = zip(settings, container.sections[count::2], container.sections[count + 1 :: 2], strict=True)
+    tails = [(_tail(keys, s.key_shape, tokens), _tail(values, s.value_shape, tokens)) for s, keys, values in raw]
+    layers = ((tuple(pages), *tail) for pages, tail in zip(columns, tails, strict=True))
+    return End(header.length, tuple(layers))
+
+
+def _page(data: memoryview, digest: str, span: tuple[int, int], settings: LayerSettings) -> Page:
+    stored = StoredPage.open(data, settings)
+    if (stored.header.start, stored.header.tokens) != span:
+        actual = (stored.header.start, stored.header.tokens)
+        raise PageError(f"page of layer {settings.layer}: expected (start, tokens) {span}, got {actual}")
+    require_digest(f"page of layer {settings.layer}", digest, stored.container.digest)
+    return stored.load()
+
+
+def _tail(data: memoryview, shape: KVShape, tokens: int) -> Tensor:
+    """Raw keys or values ``[1, H, t, d]`` from their bytes."""
+    dtype = TORCH_DTYPES[shape.dtype]
+    expected = shape.kv_heads * tokens * shape.head_dim * dtype.itemsize
+    if len(data) != expected:
+        raise PageError(f"end, raw {shape.role}s: expected {expected} bytes, got {len(data)}")
+    full = (1, shape.kv_heads, tokens, shape.head_dim)
+    if not expected:
+        return torch.empty(full, dtype=dtype)
+    # bytearray: torch must own memory that it may write to.
+    return torch.frombuffer(bytearray(data), dtype=dtype).view(full)
+
+
+def _require_count(what: str, expected: int, digests: Sequence[str], sections: Sequence[memoryview]) -> None:
+    if len(digests) != expected or len(sections) != expected:
+        raise PageError(f"{what}: expected {expected} pages, got {len(digests)} digests and {len(sections)} sections")

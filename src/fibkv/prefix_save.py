@@ -1,0 +1,152 @@
+"""Saving a prefix: what the caches of all layers hold of one row, span by span, into a store.
+
+Spans are written in order, each whole or not at all, so that whatever interrupts a save leaves a shorter prefix. They
+are shared by all prompts that begin alike: what the store has already is not written again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from fibkv.cache import LayerCache
+from fibkv.contract import Contract, Total
+from fibkv.errors import ContractError, PageError, StoreError
+from fibkv.manifest import (
+    Binding,
+    EndHeader,
+    LayerForm,
+    Root,
+    end_to_bytes,
+    root_from_bytes,
+    root_to_bytes,
+    span_to_bytes,
+)
+from fibkv.page import Page
+from fibkv.prefix import TokenIds, chain, chain_names
+from fibkv.prefix_places import end_key, root_key, span_key
+from fibkv.store.base import Store
+
+
+class Saved(Contract):
+    """What came of saving a prefix.
+
+    Attributes:
+        tokens: of the prefix.
+        written: objects written.
+        shared: objects that the store had already.
+        nbytes: bytes written.
+        failure: why the store holds only a beginning of it, or nothing; None = it holds all.
+    """
+
+    tokens: Total
+    written: Total
+    shared: Total
+    nbytes: Total
+    failure: str | None = None
+
+
+def save_prefix(store: Store, binding: Binding, layers: Sequence[LayerCache], token_ids: TokenIds) -> Saved:
+    """Saves what layers hold, under the names of their tokens.
+
+    Args:
+        store: where to. A store that fails does not raise here.
+        binding: what the prefix is bound to.
+        layers: of one row, all of one length L.
+        token_ids: ``[t]``, t >= L: the tokens that the layers hold, and maybe some behind them.
+
+    Raises:
+        ContractError: fewer ids than tokens, layers of different lengths, or other than one row.
+        DigestMismatch: a page was damaged in memory.
+    """
+    length = _length(layers)
+    if len(token_ids) < length:
+        raise ContractError("save.token_ids", f"the ids of the {length} tokens held", f"{len(token_ids)} ids")
+    writer = _Writer(store)
+    failure = None
+    try:
+        _save(writer, binding, layers, token_ids[:length])
+    except StoreError as error:
+        failure = str(error)
+    return Saved(tokens=length, written=writer.written, shared=writer.shared, nbytes=writer.nbytes, failure=failure)
+
+
+def _save(writer: _Writer, binding: Binding, layers: Sequence[LayerCache], ids: TokenIds) -> None:
+    root = Root(binding=binding, layers=tuple(LayerForm.of(layer.settings) for layer in layers))
+    columns = list(zip(*(layer.rows[0] for layer in layers), strict=True))
+    size = binding.tokens_per_page
+    regular = next((i for i, pages in enumerate(columns) if not _is_span(pages, i * size, size)), len(columns))
+    names = [binding.name, *chain_names(binding.name, ids, [size * (i + 1) for i in range(regular)])]
+    writer.put_root(root)
+    for index, pages in enumerate(columns[:regular]):
+        previous, name = names[index : index + 2]
+        writer.put(span_key(name), span_to_bytes, name, previous, pages)
+    start = size * regular
+    if start < len(ids):
+        rest = [page for pages in columns[regular:] for page in pages]
+        header = EndHeader(
+            name=chain(names[-1], ids[start:]),
+            previous=names[-1],
+            start=start,
+            length=len(ids),
+            boundaries=tuple(pages[0].start + pages[0].tokens for pages in columns[regular:]),
+            pages=tuple(page.digest for page in rest),
+        )
+        raw = (layer.tail for layer in layers)
+        tails = [(tail.keys[:, :, : tail.length], tail.values[:, :, : tail.length]) for tail in raw]
+        writer.put(end_key(header), end_to_bytes, header, rest, tails)
+    writer.finish()
+
+
+def _length(layers: Sequence[LayerCache]) -> int:
+    lengths = {layer.length for layer in layers}
+    if len(lengths) != 1 or not max(lengths):
+        raise ContractError("save", "layers that hold the same tokens, at least one", f"lengths {sorted(lengths)}")
+    if any(layer.batch != 1 for layer in layers):
+        raise ContractError("save", "one row; batch_select_indices takes one out of a fork", f"{layers[0].batch} rows")
+    return max(lengths)
+
+
+def _is_span(pages: Sequence[Page], start: int, tokens: int) -> bool:
+    return all((page.start, page.tokens) == (start, tokens) for page in pages)
+
+
+@dataclass(slots=True)
+class _Writer:
+    """Writes what the store does not have, and counts."""
+
+    store: Store
+    written: int = 0
+    shared: int = 0
+    nbytes: int = 0
+    keys: list[str] = field(default_factory=list)
+
+    def put_root(self, root: Root) -> None:
+        """Writes the root, or checks that the one which is there speaks of the same profiles."""
+        key = root_key(root.binding)
+        there = self.store.get(key)
+        if there is None:
+            self.put(key, root_to_bytes, root)
+            return
+        try:
+            same = root_from_bytes(there, root.binding) == root
+        except (PageError, ContractError) as error:
+            raise StoreError(f"{key} is damaged, restoring moves it aside: {error}") from error
+        if not same:
+            raise StoreError(f"{key}: the store holds prefixes of this model in pages of other profiles")
+        self.keys.append(key)
+
+    def put(self, key: str, make: Callable[..., bytes], *contents: object) -> None:
+        """Writes one object unless it is there."""
+        if self.store.exists(key):
+            self.shared += 1
+        else:
+            data = make(*contents)
+            self.store.put(key, data)
+            self.written += 1
+            self.nbytes += len(data)
+        self.keys.append(key)
+
+    def finish(self) -> None:
+        """The beginning, which everything behind it needs, counts as used last."""
+        self.store.touch(self.keys[::-1])

@@ -1,0 +1,180 @@
+"""Prefixes of the embedded model: what is restored goes on as what was saved."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, MistralConfig, MistralForCausalLM, PreTrainedModel
+
+import fibkv
+from fibkv import embedded
+from fibkv.errors import ContractError, ModelError
+from fibkv.hf_identity import identify, weights_digest
+from fibkv.policy import Policy
+from fibkv.space import KeySpace
+from fibkv.store import DirectoryStore, MemoryStore
+from tests.store.prefixes import FailingStore
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return embedded.load()[0]
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tensor:
+    return torch.randint(0, 500, (1, 300), generator=torch.Generator().manual_seed(0))
+
+
+def filled(model: PreTrainedModel, ids: Tensor, **settings: object) -> fibkv.Cache:
+    cache = fibkv.Cache(model, **settings)
+    with torch.no_grad(), fibkv.attention(model):
+        model(ids, past_key_values=cache)
+    return cache
+
+
+def logits(model: PreTrainedModel, ids: Tensor, cache: fibkv.Cache) -> Tensor:
+    with torch.no_grad(), fibkv.attention(model):
+        return model(ids, past_key_values=cache).logits
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"bits": (8, 2)}, {"bits": 16}, {"policy": Policy.per_token()}, {"read_through": True}]
+)
+def test_what_is_restored_goes_on_as_what_was_saved(model: PreTrainedModel, ids: Tensor, settings: dict) -> None:
+    store, cache = MemoryStore(), filled(model, ids[:, :250], **settings)
+    assert cache.save(store, ids[:, :250], name="embedded").failure is None
+    restored = fibkv.restore(model, ids, store, name="embedded", **settings)
+    assert restored.restored is not None
+    if "read_through" in settings:
+        assert restored.restored.tokens == 250
+    assert restored.restored.failures == ()
+    cache.crop_to(restored.restored.tokens)
+    rest = ids[:, restored.restored.tokens :]
+    assert torch.equal(logits(model, rest, restored), logits(model, rest, cache))
+    assert restored.report().nbytes > 0
+
+
+def test_generation_computes_only_what_is_missing(model: PreTrainedModel, ids: Tensor) -> None:
+    store = MemoryStore()
+    with torch.no_grad(), fibkv.attention(model):
+        first = model.generate(ids, past_key_values=(cache := fibkv.Cache(model)), max_new_tokens=6, do_sample=False)
+    # The last sampled token was not fed to the model: its id is one more than the cache holds.
+    assert cache.save(store, first).tokens == 305
+    restored = fibkv.restore(model, first, store)
+    assert restored.get_seq_length() == 305
+    seen = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    with torch.no_grad(), fibkv.attention(model):
+        ours = model.generate(first, past_key_values=restored, max_new_tokens=6, do_sample=False)
+        handle.remove()
+        theirs = model.generate(first, past_key_values=cache, max_new_tokens=6, do_sample=False)
+    assert seen == [1] * 6
+    assert torch.equal(ours, theirs)
+
+
+def test_at_least_one_token_is_left_to_compute(model: PreTrainedModel, ids: Tensor) -> None:
+    store = MemoryStore()
+    filled(model, ids).save(store, ids)
+    assert fibkv.restore(model, ids, store).get_seq_length() == 299
+    assert fibkv.restore(model, ids[:, :128], store).get_seq_length() == 127
+    assert fibkv.restore(model, ids[:, :1], store).get_seq_length() == 0
+
+
+def test_a_miss_is_an_empty_cache_that_works(model: PreTrainedModel, ids: Tensor) -> None:
+    store = MemoryStore()
+    filled(model, ids).save(store, ids)
+    for cache in (
+        fibkv.restore(model, ids.flip(1), store),
+        fibkv.restore(model, ids, store, bits=2),
+        fibkv.restore(model, ids, store, name="another"),
+        fibkv.restore(model, ids, FailingStore(lambda *_: True)),
+    ):
+        assert cache.restored is not None
+        assert cache.restored.tokens == cache.get_seq_length() == 0
+        assert torch.equal(logits(model, ids, cache), logits(model, ids, fibkv.Cache(model)))
+    assert "the disk is on fire" in cache.restored.failures[0]
+    assert "the disk is on fire" in str(filled(model, ids).save(FailingStore(lambda *_: True), ids).failure)
+
+
+def test_key_spaces_bind_prefixes(model: PreTrainedModel, ids: Tensor) -> None:
+    layers, heads, dim = model.config.num_hidden_layers, model.config.num_key_value_heads, model.config.head_dim
+    spaces = {layer: KeySpace.of(torch.full((heads, dim), 0.5)) for layer in range(layers)}
+    store, cache = MemoryStore(), filled(model, ids, key_spaces=spaces)
+    cache.save(store, ids)
+    assert fibkv.restore(model, ids, store).get_seq_length() == 0
+    restored = fibkv.restore(model, ids, store, key_spaces=spaces)
+    cache.crop_to(299)
+    assert torch.equal(logits(model, ids[:, 299:], restored), logits(model, ids[:, 299:], cache))
+
+
+def test_other_weights_find_nothing(model: PreTrainedModel, ids: Tensor) -> None:
+    store, other = MemoryStore(), copy.deepcopy(model)
+    before = weights_digest(other)
+    assert before == weights_digest(model)
+    filled(model, ids).save(store, ids)
+    assert fibkv.restore(other, ids, store).get_seq_length() == 299
+    with torch.no_grad():
+        next(other.parameters())[0, 0] += 1
+    assert weights_digest(other) != before
+    assert fibkv.restore(other, ids, store).get_seq_length() == 0
+    assert identify(model, name="mine").weights == "name:mine"
+    assert identify(copy.deepcopy(model).to(torch.bfloat16), name="mine") != identify(model, name="mine")
+    with pytest.raises(ContractError, match="weights"):
+        identify(model, name="")
+
+
+def test_unchanged_weights_are_read_once(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights_digest(model)
+    monkeypatch.setattr("fibkv.hf_identity._tensor_digest", lambda _: pytest.fail("read again"))
+    weights_digest(model)
+
+
+def test_what_cannot_be_stored_is_refused_and_not_found(model: PreTrainedModel, ids: Tensor) -> None:
+    config = MistralConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, sliding_window=16,
+    )  # fmt: skip
+    windowed, store = MistralForCausalLM(config).eval(), MemoryStore()
+    with pytest.raises(ModelError, match="layer 0: what DynamicSlidingWindowLayer holds beside pages cannot be stored"):
+        filled(windowed, ids).save(store, ids)
+    cache = fibkv.restore(windowed, ids, store)
+    assert cache.restored is not None
+    assert "cannot be stored" in cache.restored.failures[0]
+    with pytest.raises(ModelError, match="whose model is alive"):
+        fibkv.Cache(AutoConfig.from_pretrained(embedded.model_dir())).save(store, ids)
+    revived = pickle.loads(pickle.dumps(filled(model, ids)))
+    with pytest.raises(ModelError, match="whose model is alive"):
+        revived.save(store, ids)
+    with pytest.raises(ContractError, match=r"token_ids: expected whole numbers"):
+        fibkv.restore(model, ids.expand(2, -1), store)
+    with pytest.raises(ContractError, match=r"token_ids: expected whole numbers"):
+        fibkv.restore(model, ids.float(), store)
+
+
+def test_another_process_goes_on(model: PreTrainedModel, ids: Tensor, tmp_path: Path) -> None:
+    cache = filled(model, ids)
+    assert cache.save(DirectoryStore(tmp_path), ids).failure is None
+    code = (
+        "import sys, torch, fibkv; from fibkv import embedded; from fibkv.store import DirectoryStore\n"
+        "model = embedded.load()[0]\n"
+        "ids = torch.randint(0, 500, (1, 300), generator=torch.Generator().manual_seed(0))\n"
+        "cache = fibkv.restore(model, ids, DirectoryStore(sys.argv[1]))\n"
+        "with torch.no_grad(), fibkv.attention(model):\n"
+        "    logits = model(ids[:, cache.get_seq_length():], past_key_values=cache).logits\n"
+        "print(cache.restored.tokens, logits.double().sum().item().hex())"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, text=True
+    ).stdout.split()
+    cache.crop_to(299)
+    assert shown == ["299", logits(model, ids[:, 299:], cache).double().sum().item().hex()]
