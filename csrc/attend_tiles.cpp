@@ -105,7 +105,22 @@ uint32_t index_at(const uint8_t* code, int bytes, int m, int bits) {
   return (window >> (bit & 7)) & ((1u << bits) - 1);
 }
 
+// The levels of a trellis: windows of the bit stream, which is a ring.
+void walk_trellis(const Side& side, const uint8_t* code, float* row) {
+  constexpr int before = 2, behind = 4;  // bytes that the first window reaches back, and a load reaches on
+  uint8_t ring[before + 4096 / 2 + behind];
+  std::memcpy(ring, code + side.code_bytes - before, before);
+  std::memcpy(ring + before, code, side.code_bytes);
+  const uint32_t mask = (1u << side.window) - 1;
+  for (int m = 0, bit = 8 * before + side.bits - side.window; m < side.dim; ++m, bit += side.bits) {
+    uint32_t bits;
+    std::memcpy(&bits, ring + bit / 8, sizeof bits);
+    row[m] = side.codewords[bits >> (bit % 8) & mask];
+  }
+}
+
 void direction(const Side& side, const uint8_t* code, float* row) {
+  if (side.window != side.bits) return walk_trellis(side, code, row);
   if (side.bits == 8 && side.block == 2) return copy_codewords<2>(side, code, row);
   if (side.bits == 8 && side.block == 4) return copy_codewords<4>(side, code, row);
   for (int m = 0; m < side.dim / side.block; ++m) {

@@ -86,16 +86,16 @@ OwnedKeySpace::OwnedKeySpace(const float* means, const float* matrices, int head
 
 OwnedSide::OwnedSide(const SideSettings& s, const float* codewords, std::shared_ptr<OwnedRotation> rotation)
     : rotation_(std::move(rotation)) {
-  side_ = Side{s.form, Order::rows, s.dim, s.code_bytes, s.norm_bytes, s.block, s.size, s.bits,
+  side_ = Side{s.form, Order::rows, s.dim, s.code_bytes, s.norm_bytes, s.block, s.size, s.bits, s.window,
                s.log_norms, s.channels, s.centered, nullptr, rotation_ ? &rotation_->rotation : nullptr, 0, nullptr, 1.0f, nullptr, 1.0f};
   if (s.form == Form::fib) {
     // Room for every index of the width, so that no damaged code can read outside the book.
-    codewords_.assign((size_t{1} << s.bits) * s.block, 0.0f);
+    codewords_.assign((size_t{1} << s.window) * s.block, 0.0f);
     std::copy(codewords, codewords + static_cast<size_t>(s.size) * s.block, codewords_.begin());
     side_.codewords = codewords_.data();
   }
   // Integer kernels take two planes at a time, or whole int8 numbers.
-  const int planes = s.form == Form::int8 ? 1 : s.form == Form::fib && 8 % s.bits == 0 ? 8 / s.bits * s.block : 0;
+  const int planes = s.form == Form::int8 ? 1 : s.form == Form::fib && s.window == s.bits && 8 % s.bits == 0 ? 8 / s.bits * s.block : 0;
   const bool fits = s.dim <= kMostTiledDim && s.dim % (s.is_key ? 4 : kValueSlice) == 0 && s.code_bytes % (s.is_key ? 4 : kValueSlice) == 0 &&
                     s.code_bytes * planes == s.dim && (s.form == Form::int8 || planes % 2 == 0);
   // Means are added to logits, not to outputs: centered values are decoded.

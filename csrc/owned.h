@@ -30,7 +30,7 @@ struct SideSettings {
   Form form;
   bool is_key;
   bool tiled;  // lay tiles out for integer kernels where the code allows it
-  int dim, code_bytes, norm_bytes, block, size, bits;
+  int dim, code_bytes, norm_bytes, block, size, bits, window;
   bool log_norms, channels, centered;
 };
 

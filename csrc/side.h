@@ -46,6 +46,7 @@ struct Side {
   int block;       // fib: coordinates of a codeword
   int size;        // fib: codewords
   int bits;        // fib: width of an index
+  int window;      // fib: bits that name a codeword, the index being the newest of them; of a trellis more than `bits`
   bool log_norms;  // fib: 8-bit logarithms with a range per head, else float16
   bool channels;   // vectors were divided by bfloat16 scales per channel first; they are read in their original space
   bool centered;   // fib: vectors are their code plus the mean of their head

@@ -16,7 +16,7 @@ from fibkv.coder import RoleCoder, bound_coder
 from fibkv.digest import require_digest, tensor_digest
 from fibkv.errors import CodebookError, ContractError, DigestMismatch, PageError
 from fibkv.page import segment_from_bytes, segments_digest
-from fibkv.parameters import FibParameters
+from fibkv.parameters import FibParameters, TrellisParameters
 from fibkv.policy import Plan
 from fibkv.profile import Profile
 from fibkv.quarantine import Quarantine, Subject
@@ -113,13 +113,13 @@ def _subject(field: str) -> Subject:
 def _require_affordable(profile: Profile) -> None:
     """Refuses work that a file must not cause on its word alone: hours of training, minutes of orthogonalization."""
     codec = profile.codec
-    if not isinstance(codec, FibParameters):
+    if not isinstance(codec, FibParameters | TrellisParameters):
         return
     if codec.rotation == "haar" and codec.head_dim > MAX_HAAR_DIM:
         raise PageError(
             f"artifact: expected a Haar rotation of at most {MAX_HAAR_DIM} dimensions, got {codec.head_dim}"
         )
-    if not codebook.is_available(codec.block_dim, codec.codebook_size):
+    if isinstance(codec, FibParameters) and not codebook.is_available(codec.block_dim, codec.codebook_size):
         raise CodebookError(
             f"codebook k={codec.block_dim}, N={codec.codebook_size}: expected a shipped or cached one to decode with, "
             "found none; fibkv.codebook.load builds it"

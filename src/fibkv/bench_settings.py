@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from fibkv.contract import Contract, Count, Total
 from fibkv.errors import ContractError
-from fibkv.parameters import FIB_SETTINGS, PARAMETER_NAMES
+from fibkv.parameters import PARAMETER_NAMES, named_block_dim
 
 LEAST_CONTEXT = 128
 """Tokens of which a cache with the default policy seals its first page; with none, there would be nothing to damage."""
@@ -28,10 +28,8 @@ def _check_profiles(profiles: tuple[str, ...], head_dim: int) -> None:
         expected = f"different names of {', '.join(PARAMETER_NAMES)}, or pairs of them with a slash between"
         raise ContractError("profiles", expected, profiles)
     # A cache would keep these raw, and the row would be called by the codec's name.
-    blocks = {
-        name: FIB_SETTINGS[name][0] for profile in profiles for name in profile.split("/") if name in FIB_SETTINGS
-    }
-    if unfit := [name for name, block_dim in blocks.items() if head_dim % block_dim]:
+    names = dict.fromkeys(name for profile in profiles for name in profile.split("/"))
+    if unfit := [name for name in names if head_dim % named_block_dim(name)]:
         raise ContractError("profiles", f"codecs whose block_dim divides head_dim {head_dim}", unfit)
 
 

@@ -19,6 +19,7 @@ from fibkv.training_settings import TrainingSettings, training_settings
 Rotation = Literal["hadamard", "haar"]
 NormFormat = Literal["f16", "log8"]
 CodewordSearch = Literal["exact", "table"]
+PathSearch = Literal["full", "fast"]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
 
 _MAX_CODEBOOK_ELEMENTS = 67_108_864
@@ -27,6 +28,8 @@ _RATE_TOLERANCE = 1e-12
 _MIN_HADAMARD = 32
 # A decision table covers a plane, and holds one byte per cell.
 _TABLE_BLOCK_DIM, _TABLE_MAX_SIZE = 2, 256
+# Of a trellis, the symbols of so many coordinates fill whole bytes at every rate.
+_TRELLIS_BLOCK_DIM = 8
 
 
 class _ScalarParameters(MarkedContract):
@@ -158,7 +161,7 @@ class FibParameters(MarkedContract):
             codebook_size=codebook_size,
             # Where no rates exist any will do: the bounds of the fields are checked before the rates.
             **_rates(max(block_dim, 1), max(codebook_size, 1)),
-            rotation=rotation or ("hadamard" if _is_power_of_two(head_dim) and head_dim >= _MIN_HADAMARD else "haar"),
+            rotation=rotation or _default_rotation(head_dim),
             rotation_seed=rotation_seed,
             norm_format=norm_format,
             gain_corrected=gain_corrected,
@@ -171,8 +174,77 @@ class FibParameters(MarkedContract):
         )
 
 
+class TrellisParameters(MarkedContract):
+    """A trellis code (`fibkv.trellis`): norm and rotation as in `FibParameters`, and ``bits`` per coordinate.
+
+    The last two fields are the encoder's alone, and the decoder need not know them. ``path_search`` says how many
+    coordinates on both sides of the place where the vector closes to a ring are searched for what to have there:
+    ``full`` 64 (or all), ``fast`` 8. ``scale_search`` is that of `FibParameters`.
+
+    Raises:
+        ContractError: on construction, for a broken bound.
+    """
+
+    schema_version: Literal["fibkv_trellis_parameters_v1"] = "fibkv_trellis_parameters_v1"
+    codec: Literal["trellis"] = "trellis"
+    head_dim: Annotated[int, Field(ge=2 * _TRELLIS_BLOCK_DIM, le=4096, multiple_of=_TRELLIS_BLOCK_DIM)]
+    bits: Literal[2, 3, 4]
+    code_version: Count
+    rotation: Rotation
+    rotation_seed: Seed
+    norm_format: NormFormat
+    gain_corrected: bool
+    path_search: PathSearch
+    scale_search: bool
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.rotation == "hadamard" and not _is_power_of_two(self.head_dim):
+            expected = f"haar, as head_dim {self.head_dim} is no power of two"
+            raise ContractError("TrellisParameters.rotation", expected, self.rotation)
+        if self.scale_search and not self.gain_corrected:
+            expected = "False, as the factors found go to the gain, and gain_corrected is False"
+            raise ContractError("TrellisParameters.scale_search", expected, self.scale_search)
+        return self
+
+    @property
+    def block_dim(self) -> int:
+        """Coordinates whose symbols fill whole bytes: a head_dim is a multiple of it."""
+        return _TRELLIS_BLOCK_DIM
+
+    @classmethod
+    def of(
+        cls,
+        head_dim: int,
+        bits: Literal[2, 3, 4],
+        *,
+        rotation: Rotation | None = None,
+        rotation_seed: int = 0,
+        norm_format: NormFormat = "log8",
+        gain_corrected: bool = True,
+        path_search: PathSearch = "full",
+        scale_search: bool = False,
+    ) -> TrellisParameters:
+        """Parameters of the code that fibkv ships for ``bits``; arguments as in `FibParameters.of`.
+
+        Raises:
+            ContractError: a bound is broken.
+        """
+        return cls(
+            head_dim=head_dim,
+            bits=bits,
+            code_version=1,
+            rotation=rotation or _default_rotation(head_dim),
+            rotation_seed=rotation_seed,
+            norm_format=norm_format,
+            gain_corrected=gain_corrected,
+            path_search=path_search,
+            scale_search=scale_search,
+        )
+
+
 CodecParameters = Annotated[
-    RawParameters | Int8Parameters | Fp8Parameters | FibParameters,
+    RawParameters | Int8Parameters | Fp8Parameters | FibParameters | TrellisParameters,
     Field(discriminator="codec"),
 ]
 """Field type: the parameters of any codec, told apart by their field ``codec``."""
@@ -188,7 +260,10 @@ FIB_SETTINGS: Mapping[str, tuple[int, int]] = {
 }
 """Block dim k and codebook size N by name; the digit is the payload's bits per coordinate, norms not counted."""
 
-PARAMETER_NAMES: tuple[str, ...] = ("raw", "int8", "fp8", *FIB_SETTINGS)
+TRELLIS_SETTINGS: Mapping[str, Literal[2, 3, 4]] = {"trellis4": 4, "trellis3": 3, "trellis2": 2}
+"""Bits per coordinate by name."""
+
+PARAMETER_NAMES: tuple[str, ...] = ("raw", "int8", "fp8", *FIB_SETTINGS, *TRELLIS_SETTINGS)
 """What :func:`named_parameters` knows."""
 
 
@@ -210,9 +285,22 @@ def named_parameters(name: str, head_dim: int, dtype: Dtype) -> CodecParameters:
             return Int8Parameters(head_dim=head_dim)
         case "fp8":
             return Fp8Parameters(head_dim=head_dim)
+    if name in TRELLIS_SETTINGS:
+        return TrellisParameters.of(head_dim, TRELLIS_SETTINGS[name])
     if name not in FIB_SETTINGS:
         raise ContractError("parameters name", f"one of {', '.join(PARAMETER_NAMES)}", name)
     return FibParameters.of(head_dim, *FIB_SETTINGS[name])
+
+
+def named_block_dim(name: str) -> int:
+    """Coordinates that must divide a head_dim for `named_parameters` to serve it; 1 for names that it does not know."""
+    if name in TRELLIS_SETTINGS:
+        return _TRELLIS_BLOCK_DIM
+    return FIB_SETTINGS[name][0] if name in FIB_SETTINGS else 1
+
+
+def _default_rotation(head_dim: int) -> Rotation:
+    return "hadamard" if _is_power_of_two(head_dim) and head_dim >= _MIN_HADAMARD else "haar"
 
 
 def _rates(block_dim: int, codebook_size: int) -> dict[str, Any]:

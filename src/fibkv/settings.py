@@ -13,12 +13,13 @@ from fibkv.calibration_file import Calibration
 from fibkv.coder import RoleCoder, bind_coder
 from fibkv.errors import ContractError, DecisionError, ModelError
 from fibkv.parameters import (
-    FIB_SETTINGS,
     CodecParameters,
     FibParameters,
     Fp8Parameters,
     Int8Parameters,
     RawParameters,
+    TrellisParameters,
+    named_block_dim,
     named_parameters,
 )
 from fibkv.policy import Policy, carries
@@ -267,7 +268,7 @@ def _named(bits: Any) -> str:
 
 
 def _known(choice: Any) -> Choice:
-    if not isinstance(choice, str | RawParameters | Int8Parameters | Fp8Parameters | FibParameters):
+    if not isinstance(choice, str | RawParameters | Int8Parameters | Fp8Parameters | FibParameters | TrellisParameters):
         raise ContractError("Cache.profile", "a name or codec parameters, or a pair", choice)
     # Any head_dim will do to refuse an unknown name before a token has been seen.
     _parameters(choice, 64, "f16")
@@ -316,6 +317,4 @@ def _parameters(choice: Choice, head_dim: int, raw_dtype: Dtype) -> CodecParamet
 
 
 def _block_dim(choice: Choice) -> int:
-    if isinstance(choice, str):
-        return FIB_SETTINGS[choice][0] if choice in FIB_SETTINGS else 1
-    return choice.block_dim
+    return named_block_dim(choice) if isinstance(choice, str) else choice.block_dim

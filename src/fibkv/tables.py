@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fibkv.decision_table import DecisionTable
 from fibkv.rotation import Rotation
+from fibkv.trellis import Trellis
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,10 +41,10 @@ class ScaledTables:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FibTables:
-    """Of FibQuant.
+    """Of FibQuant, and of its trellis form.
 
     Attributes:
-        codewords: ``[N, k]`` float32 in units of a vector of norm 1.
+        codewords: ``[N, k]`` float32 in units of a vector of norm 1; of a trellis ``[2^L, 1]``, the levels of windows.
         rotation: the orthogonal transform between vectors and their codes' space.
         head_dim: ``d``.
         bits: width of one index, ceil(log2 N).
@@ -52,6 +53,7 @@ class FibTables:
         scales: factors that the encoder tries on the unit vector, 1.0 alone without a scale search.
         decisions: what the encoder looks codewords up in, or None: it finds the nearest one.
         centered: whether the mean of a group is stored once and taken out of its vectors.
+        trellis: None = an index of a block names its codeword; else windows of the indices do.
     """
 
     codewords: Tensor
@@ -63,6 +65,7 @@ class FibTables:
     scales: tuple[float, ...] = (1.0,)
     decisions: DecisionTable | None = None
     centered: bool = False
+    trellis: Trellis | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -70,10 +73,16 @@ class FibTables:
         return self.head_dim // self.codewords.shape[1]
 
     @property
+    def window(self) -> int:
+        """Bits that name a codeword, the index being the newest of them."""
+        return self.bits if self.trellis is None else self.trellis.code.window_bits
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What takes memory; tables of other codecs may share some of it."""
         looked_up = () if self.decisions is None else (self.decisions.cells,)
-        return self.codewords, self.rotation.matrix, *looked_up
+        paths = () if self.trellis is None else (self.trellis.labels, self.trellis.levels)
+        return self.codewords, self.rotation.matrix, *looked_up, *paths
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,3 +108,9 @@ class ChannelTables:
 
 
 Tables = RawTables | ScaledTables | FibTables | ChannelTables
+
+
+def trellis_of(tables: Tables) -> Trellis | None:
+    """The trellis that these tables' indices are read through, or None."""
+    inner = tables.inner if isinstance(tables, ChannelTables) else tables
+    return inner.trellis if isinstance(inner, FibTables) else None

@@ -13,7 +13,7 @@ from fibkv.codecs.fib import unit_distortion
 from fibkv.codes import ScaledCodes
 from fibkv.decision_table import decision_table
 from fibkv.errors import EncodingError, PageError
-from fibkv.parameters import FibParameters, Fp8Parameters, Int8Parameters, RawParameters
+from fibkv.parameters import FibParameters, Fp8Parameters, Int8Parameters, RawParameters, TrellisParameters
 from tests.codecs.conformance import CodecConformance, gaussian, relative_mse, write_golden
 
 
@@ -123,6 +123,33 @@ class TestScalar3Haar(CodecConformance):
     name, parameters = "scalar3_d80", FibParameters.of(80, 1, 8)
     distortion, hard_distortion = 0.0329, 0.046
     vector_nbytes, group_nbytes = 31, 4
+
+
+class TestTrellis2(CodecConformance):
+    """A quarter less error than TestFib2 at the same size."""
+
+    name, parameters = "trellis2_d128", TrellisParameters.of(128, 2)
+    distortion, hard_distortion = 0.0715, 0.1
+    vector_nbytes, group_nbytes = 33, 4
+
+
+class TestTrellis3ScaleSearch(CodecConformance):
+    name, parameters = "trellis3_d64_scales", TrellisParameters.of(64, 3, scale_search=True)
+    distortion, hard_distortion = 0.0174, 0.0245
+    vector_nbytes, group_nbytes = 25, 4
+
+
+class TestTrellis4Haar(CodecConformance):
+    name, parameters = "trellis4_d40", TrellisParameters.of(40, 4, norm_format="f16", path_search="fast")
+    distortion, hard_distortion = 0.0049, 0.007
+    exponents = (-4, -2, 0, 2, 3)
+    vector_nbytes, group_nbytes = 22, 0
+
+
+class TestTrellis2PerChannel(CodecConformance):
+    name, parameters, axis = "trellis2_d32_per_channel", TrellisParameters.of(32, 2), "per_channel"
+    distortion, hard_distortion = 0.0827, 0.2
+    vector_nbytes, group_nbytes = 9, 4 + 64
 
 
 def test_every_codec_has_a_suite() -> None:

@@ -1,7 +1,7 @@
 """One valid instance of every contract of rank 0, and what the tests share."""
 
 from fibkv.contract import Contract
-from fibkv.parameters import FibParameters, Fp8Parameters, Int8Parameters, RawParameters
+from fibkv.parameters import FibParameters, Fp8Parameters, Int8Parameters, RawParameters, TrellisParameters
 from fibkv.policy import Decision, Plan, Policy, Run
 from fibkv.pressure import PressureConfig, PressureState
 from fibkv.profile import Profile
@@ -83,6 +83,7 @@ EXAMPLES: list[Contract] = [
     Int8Parameters(head_dim=64),
     Fp8Parameters(head_dim=64),
     FIB,
+    TrellisParameters.of(64, 2),
     TrainingSettings(head_dim=64),
     PROFILE.protected,
     FallbackSettings(),

@@ -9,6 +9,8 @@ from fibkv.parameters import (
     Fp8Parameters,
     Int8Parameters,
     RawParameters,
+    TrellisParameters,
+    named_block_dim,
     named_parameters,
 )
 from fibkv.training_settings import TrainingSettings
@@ -142,6 +144,9 @@ def test_training_refusals(fields: dict[str, object], message: str) -> None:
         ("scalar4", FibParameters.of(128, 1, 16)),
         ("scalar3", FibParameters.of(128, 1, 8)),
         ("scalar2", FibParameters.of(128, 1, 4)),
+        ("trellis4", TrellisParameters.of(128, 4)),
+        ("trellis3", TrellisParameters.of(128, 3)),
+        ("trellis2", TrellisParameters.of(128, 2)),
     ],
 )
 def test_named_settings(name: str, expected: CodecParameters) -> None:
@@ -153,12 +158,37 @@ def test_named_settings(name: str, expected: CodecParameters) -> None:
 
 def test_every_known_name_is_served() -> None:
     digests = {named_parameters(name, 64, "f16").digest() for name in PARAMETER_NAMES}
-    assert len(digests) == len(PARAMETER_NAMES) == 10
+    assert len(digests) == len(PARAMETER_NAMES) == 13
 
 
 def test_unknown_name_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ContractError, match=r"parameters name: expected one of raw, int8, fp8, fib4, .*, got 'fib5'"):
         named_parameters("fib5", 64, "f16")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"head_dim": 8}, "head_dim: expected greater than or equal to 16, got 8"),
+        ({"head_dim": 36}, "head_dim: expected a multiple of 8, got 36"),
+        ({"bits": 5}, "bits: expected 2, 3 or 4, got 5"),
+        ({"code_version": 0}, "code_version: expected greater than 0, got 0"),
+        ({"head_dim": 24}, "rotation: expected haar, as head_dim 24 is no power of two"),
+        ({"path_search": "all"}, "path_search: expected 'full' or 'fast', got 'all'"),
+        (
+            {"scale_search": True, "gain_corrected": False},
+            "scale_search: expected False, as .* gain_corrected is False",
+        ),
+    ],
+)
+def test_trellis_refusals(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ContractError, match=rf"^TrellisParameters\.{message}"):
+        TrellisParameters.of(64, 2).model_copy(update=fields)
+
+
+@pytest.mark.parametrize("name", PARAMETER_NAMES)
+def test_named_block_dims_are_those_of_the_parameters(name: str) -> None:
+    assert named_block_dim(name) == named_parameters(name, 64, "f16").block_dim
 
 
 def test_named_setting_that_does_not_fit_is_refused() -> None:

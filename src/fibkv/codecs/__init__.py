@@ -13,6 +13,7 @@ from fibkv.codecs.channel import ChannelCodec
 from fibkv.codecs.fib import FibCodec
 from fibkv.codecs.raw import RawCodec
 from fibkv.codecs.scaled import Fp8Codec, Int8Codec
+from fibkv.codecs.trellis import TrellisCodec
 from fibkv.parameters import CodecParameters
 
 __all__ = ["CODECS", "Codec", "codec_for"]
@@ -22,6 +23,7 @@ CODECS: dict[str, Callable[[Any], Codec]] = {
     "int8": Int8Codec,
     "fp8": Fp8Codec,
     "fib": FibCodec,
+    "trellis": TrellisCodec,
 }
 
 

@@ -56,7 +56,7 @@ def _side(tables: Tables, role: Role, isa: Any, rotated: bool) -> Any:
     }
     forms = extension.Form
     coding: dict[str, Any]
-    nothing: dict[str, Any] = {"block": 0, "size": 0, "bits": 0, "log_norms": False, "codewords": None}
+    nothing: dict[str, Any] = {"block": 0, "size": 0, "bits": 0, "window": 0, "log_norms": False, "codewords": None}
     match inner:
         case RawTables():
             form = {torch.float32: forms.f32, torch.float16: forms.f16, torch.bfloat16: forms.bf16}[inner.dtype]
@@ -73,6 +73,7 @@ def _side(tables: Tables, role: Role, isa: Any, rotated: bool) -> Any:
                 "block": inner.codewords.shape[1],
                 "size": inner.codewords.shape[0],
                 "bits": inner.bits,
+                "window": inner.window,
                 "log_norms": log8,
                 "codewords": inner.codewords.contiguous(),
             }

@@ -16,6 +16,7 @@ from torch.nn.functional import embedding
 
 from fibkv.codes import ChannelCodes, Codes, FibCodes, RawCodes, ScaledCodes
 from fibkv.errors import EncodingError
+from fibkv.kernels import reference_trellis
 from fibkv.kernels.refusals import FLOAT16_MAX, mismatch, require_finite, require_norms
 from fibkv.means import decode_means, subtract_means
 from fibkv.packing import pack, unpack
@@ -265,6 +266,8 @@ def _search(rotated: Tensor, tables: FibTables) -> Tensor:
 
 def _codewords(vectors: Tensor, tables: FibTables) -> Tensor:
     """Indices ``[..., m]`` int32 of one codeword per block of ``vectors [..., d]`` float32."""
+    if tables.trellis is not None:
+        return reference_trellis.symbols(vectors, tables.trellis)
     blocks = vectors.unflatten(-1, (tables.num_blocks, -1))
     flat = blocks.reshape(-1, blocks.shape[-1])
     if tables.decisions is not None:
@@ -274,6 +277,8 @@ def _codewords(vectors: Tensor, tables: FibTables) -> Tensor:
 
 def _directions(indices: Tensor, tables: FibTables) -> Tensor:
     """The vectors ``[..., d]`` float32 that indices ``[..., m]`` stand for, before their norms."""
+    if tables.trellis is not None:
+        indices = reference_trellis.windows(indices, tables.trellis.code)
     return embedding(indices, tables.codewords.to(indices.device)).flatten(-2)
 
 

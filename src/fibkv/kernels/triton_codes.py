@@ -17,7 +17,7 @@ from fibkv.kernels.triton_decode import decode_vectors
 from fibkv.kernels.triton_encode import nearest_codewords, round_to_eights
 from fibkv.kernels.triton_sides import DeviceTables, on_device
 from fibkv.means import decode_means, subtract_means
-from fibkv.tables import ChannelTables, FibTables, RawTables, ScaledTables, Tables
+from fibkv.tables import ChannelTables, FibTables, RawTables, ScaledTables, Tables, trellis_of
 
 # Vectors rotated at a time: their float64 copies stay below 128 MiB at d = 128.
 ROTATED_AT_ONCE = 1 << 16
@@ -29,6 +29,9 @@ def encode(rows: Tensor, tables: Tables) -> Codes:
     Raises:
         EncodingError: a vector is not finite, or its norm or scale is out of the format's range.
     """
+    if trellis_of(tables):
+        # There is no kernel for paths; torch's search runs on any device.
+        return reference.encode(rows, tables)
     match tables:
         case RawTables():
             # A copy: torch makes it at the speed of memory.
@@ -46,6 +49,8 @@ def encode(rows: Tensor, tables: Tables) -> Codes:
 
 def decode(codes: Codes, tables: Tables, *, out: Tensor | None = None) -> Tensor:
     """Decodes to ``[..., T, d]`` in the original space; see `fibkv.kernels.reference.decode`."""
+    if trellis_of(tables):
+        return reference.decode(codes, tables, out=out)
     vectors = _decode(codes, tables)
     if out is None:
         return vectors

@@ -1,0 +1,47 @@
+"""trellis: a trellis code of 2, 3 or 4 bits per coordinate (`fibkv.trellis`). Codes are those of FibQuant, with blocks
+of one coordinate: what differs is that a window of the indices names the level, and that an encoder searches for the
+path of all of them together.
+"""
+
+from __future__ import annotations
+
+from fibkv import trellis
+from fibkv.codecs.fib import FibCodec
+from fibkv.errors import ContractError
+from fibkv.parameters import TrellisParameters
+from fibkv.rotation import rotation
+from fibkv.tables import FibTables
+from fibkv.trellis import Trellis
+
+# Of the shipped codes: new levels give old parameters another meaning.
+CODE_VERSION = 1
+# Coordinates on both sides of the seam that are searched for what to have there.
+OVERLAPS = {"full": 64, "fast": 8}
+# Of a scale search.
+SCALES = (0.96, 1.0, 1.04)
+
+
+class TrellisCodec(FibCodec):
+    """A trellis code: layout and checks are those of FibQuant, a code of one bit width and no codebook to build."""
+
+    def __init__(self, parameters: TrellisParameters) -> None:
+        self.parameters = parameters
+        if parameters.code_version != CODE_VERSION:
+            raise ContractError(
+                "TrellisParameters.code_version", f"{CODE_VERSION} of the code", parameters.code_version
+            )
+        code = trellis.load(parameters.bits)
+        paths = Trellis.of(code, parameters.head_dim, OVERLAPS[parameters.path_search])
+        turn = rotation(parameters.rotation, parameters.head_dim, parameters.rotation_seed)
+        self.tables = FibTables(
+            codewords=paths.codewords,
+            rotation=turn,
+            head_dim=parameters.head_dim,
+            bits=parameters.bits,
+            norm_format=parameters.norm_format,
+            gain_corrected=parameters.gain_corrected,
+            scales=SCALES if parameters.scale_search else (1.0,),
+            trellis=paths,
+        )
+        self.codebook_digest = code.digest()
+        self.rotation_digest = turn.digest
