@@ -129,6 +129,7 @@ def test_exported_names() -> None:
         "ProtectedRegions",
         "QualityBudget",
         "Receipt",
+        "Session",
         "attention",
         "bind_profile",
         "decide",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fibkv.hf import Cache
     from fibkv.hf_attention import attention
     from fibkv.hf_restore import restore
+    from fibkv.hf_session import Session
     from fibkv.policy import Policy, decide, plan
     from fibkv.pressure import PressureConfig, PressureController
     from fibkv.profile import Profile
@@ -36,6 +37,7 @@ _HOMES = {
     "ProtectedRegions": "regions",
     "QualityBudget": "regions",
     "Receipt": "receipt",
+    "Session": "hf_session",
     "attention": "hf_attention",
     "bind_profile": "coder",
     "decide": "policy",
@@ -66,6 +68,7 @@ __all__ = [  # noqa: RUF022 - in the order of the ranks: contracts, tensors, mod
     "decode_tensor",
     "encode_tensor",
     "Cache",
+    "Session",
     "attention",
     "restore",
 ]

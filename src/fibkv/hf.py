@@ -282,7 +282,7 @@ class Cache(StockCache):
                 layer.store.verify()
         return tuple(self.quarantine.records)
 
-    def save(self, store: Store, token_ids: TokenIds, *, name: str | None = None) -> Saved:
+    def save(self, store: Store, token_ids: TokenIds | Tensor, *, name: str | None = None) -> Saved:
         """Saves what the cache holds of one row, for `fibkv.restore` to find it by the tokens.
 
         Args:
