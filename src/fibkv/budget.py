@@ -8,9 +8,10 @@ from dataclasses import replace
 from fibkv.attention_errors import AttentionErrors
 from fibkv.calibration_file import Calibration
 from fibkv.errors import ContractError
+from fibkv.ladder import Choice
 from fibkv.regions import QualityBudget
 from fibkv.report import BudgetViolation
-from fibkv.settings import CacheSettings, Choice
+from fibkv.settings import CacheSettings
 from fibkv.shape import Role
 
 _ROLES: tuple[Role, Role] = ("key", "value")

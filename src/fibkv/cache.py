@@ -6,8 +6,9 @@ Positions are cache slots: all rows have one length, as transformers' masks dema
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,17 +16,21 @@ import torch
 from torch import Tensor
 
 from fibkv.errors import PageError
+from fibkv.inventory import Inventory
+from fibkv.ladder import Rung
 from fibkv.page import METADATA_NBYTES, Page, Segment
 from fibkv.quarantine import Quarantine
 from fibkv.sealing import LayerSettings, Span, full_spans, resident, seal
-from fibkv.slabs import Slabs
+from fibkv.space import KeySpace
+from fibkv.tables import Tables
 from fibkv.view import PageRows, Tail, View
 
 
 class LayerCache:
     """Keys and values of one layer for all batch rows.
 
-    Not safe for use from several threads at once. Copies (`copy.deepcopy`) share sealed pages.
+    For use by one thread at a time; meanwhile others may `replace` its pages. Copies (`copy.deepcopy`) share sealed
+    pages.
     """
 
     def __init__(
@@ -34,20 +39,28 @@ class LayerCache:
         keys: Tensor,
         values: Tensor,
         quarantine: Quarantine,
-        slabs: Slabs | None = None,
+        inventory: Inventory | None = None,
+        rungs: Mapping[Rung, LayerSettings] | None = None,
     ) -> None:
         """An empty cache for tensors like ``keys [B, H, t, d]`` and ``values [B, H, t, d_value]``.
 
-        Layers of one model share their ``slabs``, the memory behind packed pages.
+        Layers of one model, and all caches of a pool, share their ``inventory``: memory, pages, accounts. In a pool
+        with a ladder, ``rungs`` are the settings at each of its rungs, of which ``settings`` is one.
         """
         self.settings = settings
         self.quarantine = quarantine
-        self._slabs = slabs or Slabs()
+        self.rungs = dict(rungs or {})
+        # Around every change of the page tables that is made from what they were: others may replace pages.
+        self._lock = threading.Lock()
+        self._inventory = inventory or Inventory()
+        self._account = self._inventory.open(self)
         self._rows = PageRows([()] * keys.shape[0])
         self._capacity = settings.tokens_per_page + settings.last_tokens_raw
         with _plain_tensors(keys):
             self._tail = self._tail_of(Tail(keys.detach(), values.detach(), 0), 0, 0)
         self._length = 0
+        self._inventory.count_tables(self.tables())
+        self._count()
 
     @property
     def length(self) -> int:
@@ -124,9 +137,10 @@ class LayerCache:
         with _plain_tensors(keys):
             device = self._tail.keys.device
             here = [page.to(device) for page in pages]
-            self._rows = PageRows([tuple(resident(here, self.implementation, self._slabs))])
+            self._rows = PageRows([tuple(self._placed(here))])
             self._tail = self._tail_of(Tail(keys.to(device), values.to(device), keys.shape[2]), 0, keys.shape[2])
             self._length = stops[-1] + keys.shape[2]
+            self._count()
 
     def crop(self, length: int) -> None:
         """Keeps the first ``length`` tokens. A page that the cut goes through is shortened without loss.
@@ -141,6 +155,7 @@ class LayerCache:
                 self._tail = self._tail_of(self._tail, 0, max(0, length - tail_start))
                 self._length = length
             self._seal_due()
+            self._count()
 
     def select(self, indices: Sequence[int]) -> None:
         """Makes row ``i`` a copy of row ``indices[i]``: beams, repeats and selections. Pages are shared.
@@ -150,15 +165,27 @@ class LayerCache:
         """
         if not all(0 <= index < self.batch for index in indices):
             raise PageError(f"layer {self.settings.layer}: expected rows of 0..{self.batch - 1}, got {list(indices)}")
-        self._rows = PageRows(self._rows[index] for index in indices)
         where = torch.as_tensor(indices, dtype=torch.long, device=self._tail.keys.device)
+        with self._lock:
+            self._rows = PageRows(self._rows[index] for index in indices)
         with _plain_tensors(where):
             self._tail = self._tail.map(lambda tensor: tensor.index_select(0, where))
+        self._count()
 
     def to(self, device: torch.device) -> None:
         """Moves everything to a device."""
         self._map_pages(lambda page: self._resident(page.to(device)))
         self._tail = self._tail.map(lambda tensor: tensor.to(device))
+        self._count()
+
+    def replace(self, old: Page, new: Page) -> None:
+        """Puts a page in the place of another one with the same tokens, in every row that still has that one.
+
+        For any thread. Snapshots that were taken before go on reading the old page.
+        """
+        with self._lock:
+            if any(page is old for row in self._rows for page in row):
+                self._rows = PageRows(tuple(new if page is old else page for page in row) for row in self._rows)
 
     def pages(self) -> Iterator[Page]:
         """Every distinct page once, however many rows share it."""
@@ -184,6 +211,11 @@ class LayerCache:
             elements += sum(s.header().num_vectors * s.codec.head_dim for s in _raw_segments(page))
         held = (segment.held.nbytes for page in self.pages() for segment in _raw_segments(page))
         return elements, tail.nbytes + sum(held)
+
+    def tables(self) -> Iterator[Tables | KeySpace]:
+        """The tables behind the codes that pages have or may get; one may come twice."""
+        for settings in (self.settings, *self.rungs.values()):
+            yield from settings.tables()
 
     @property
     def metadata_nbytes(self) -> int:
@@ -214,6 +246,15 @@ class LayerCache:
             for segment in segments:
                 _reverse_tokens(segment)
 
+    def fits(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether tensors have the batch size, heads, widths, dtypes and device of what the cache holds."""
+        pairs = ((keys, self._tail.keys), (values, self._tail.values))
+        return all(
+            (*new.shape[:2], new.shape[3], new.dtype, new.device)
+            == (*held.shape[:2], held.shape[3], held.dtype, held.device)
+            for new, held in pairs
+        )
+
     def _check(self, keys: Tensor, values: Tensor) -> None:
         for name, new, held in (("keys", keys, self._tail.keys), ("values", values, self._tail.values)):
             expected = (*held.shape[:2], held.shape[3], held.dtype)
@@ -242,25 +283,52 @@ class LayerCache:
         sealed = seal(self.settings, recent, length, spans)
         done = spans[-1][1] if spans else 0
         if any(sealed):
-            placed = [resident(pages, self.implementation, self._slabs) for pages in sealed]
-            self._rows = PageRows((*row, *pages) for row, pages in zip(self._rows, placed, strict=True))
+            placed = [self._placed(pages) for pages in sealed]
+            with self._lock:
+                self._rows = PageRows((*row, *pages) for row, pages in zip(self._rows, placed, strict=True))
         has_room = done == 0 and recent.length < recent.keys.shape[2]
-        self._tail = recent if has_room else self._tail_of(recent, done, recent.length)
-        self._length = length
+        kept = recent if has_room else self._tail_of(recent, done, recent.length)
+        # Working copies exist beside each other for a moment, and count.
+        self._count(*(one for one in (recent, kept) if one.keys is not self._tail.keys))
+        self._tail, self._length = kept, length
+        self._count()
+
+    def _placed(self, pages: Sequence[Page]) -> list[Page]:
+        """New pages where kernels read them, or those of the same content that the pool has already."""
+        placed = resident(pages, self.implementation, self._inventory.slabs)
+        return self._inventory.adopt(self, placed, self.settings.rung)
+
+    def _count(self, *beside: Tail) -> None:
+        """Tells the account what is held beside pages: tails, further entries of the page tables."""
+        entries = sum(len(row) for row in self._rows[1:])
+        self._account.set(8 * entries + sum(tail.nbytes for tail in (self._tail, *beside)))
 
     def _map_pages(self, function: Callable[[Page], Page | None]) -> None:
         """Replaces every distinct page once, so that rows go on sharing it; None removes it."""
-        changed = {id(page): function(page) for page in self.pages()}
-        self._rows = PageRows(
-            tuple(new for page in row if (new := changed[id(page)]) is not None) for row in self._rows
-        )
+        with self._lock:
+            changed = {id(page): self._adopted(page, function(page)) for page in self.pages()}
+            self._rows = PageRows(
+                tuple(new for page in row if (new := changed[id(page)]) is not None) for row in self._rows
+            )
+
+    def _adopted(self, old: Page, new: Page | None) -> Page | None:
+        if new is None or new is old:
+            return new
+        return self._inventory.adopt(self, [new], self.settings.rung, like=old)[0]
 
     def _resident(self, page: Page | None) -> Page | None:
-        return None if page is None else resident([page], self.implementation, self._slabs)[0]
+        return None if page is None else resident([page], self.implementation, self._inventory.slabs)[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_account")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._lock = threading.Lock()
+        self._account = self._inventory.open(self)
         self._map_pages(self._resident)
+        self._inventory.join(self, list(self.pages()))
+        self._count()
 
     def _tail_of(self, tail: Tail, start: int, stop: int) -> Tail:
         """Tokens ``start:stop`` of a tail with room to fill a page; an empty tail takes no memory."""
@@ -273,6 +341,10 @@ def _plain_tensors(like: Tensor) -> Iterator[None]:
     """What a cache keeps outlives the mode it was made in: no inference tensors, no gradients, no autocast."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
         yield
+
+
+def _kind(tensor: Tensor) -> tuple[object, ...]:
+    return *tensor.shape[:2], tensor.shape[3], tensor.dtype, tensor.device
 
 
 def _raw_segments(page: Page) -> Iterator[Segment]:

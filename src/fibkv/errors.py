@@ -9,6 +9,7 @@
     ├── KernelError          a kernel implementation that is not available, or tensors that it cannot take
     ├── CodebookError        a codebook that cannot be read, built or trusted
     ├── StoreError           a store that cannot be reached, read or written, or names that it cannot have
+    ├── BudgetError          no room within the memory budget of a pool; the cache is as it was
     └── ModelError           a model, or a call on its cache, that cannot be served correctly
 
 Messages name what was expected, what came, and where. Errors of other libraries are translated
@@ -71,6 +72,13 @@ class CodebookError(FibkvError):
 
 class StoreError(FibkvError):
     """A store cannot be reached, read or written, or was asked for a name that no object can have."""
+
+
+class BudgetError(FibkvError):
+    """A step does not fit into a pool's memory budget, even with old pages at the last rung.
+
+    Nothing of the step was done: it may be tried again when other sequences have finished.
+    """
 
 
 class ModelError(FibkvError):

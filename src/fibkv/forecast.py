@@ -9,18 +9,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 
 import torch
 
 from fibkv import kernels
+from fibkv.cache import LayerCache
 from fibkv.codecs.raw import TORCH_DTYPES
 from fibkv.coder import RoleCoder
 from fibkv.kernels.native import Native
 from fibkv.kernels.native_sides import side_of
 from fibkv.page import METADATA_NBYTES
 from fibkv.policy import Run
-from fibkv.ranges import Ranges
+from fibkv.ranges import SMALL_GRAIN, Ranges
 from fibkv.sealing import LayerSettings, full_spans
 from fibkv.shape import Role
 from fibkv.slabs import block_nbytes
@@ -45,6 +47,19 @@ class LayerForecast:
     raw_nbytes: int
     tail_tokens: int
     raw_vectors: Counter[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """What an append takes, at most.
+
+    Attributes:
+        kept: bytes more that the layer holds afterwards; negative if it holds fewer.
+        passing: bytes more than that while it is at work.
+    """
+
+    kept: int
+    passing: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +111,51 @@ def forecast_layer(settings: LayerSettings, batch: int, tokens: int, blocks: Ran
         tail_tokens=tail,
         raw_vectors=raw,
     )
+
+
+def forecast_append(store: LayerCache, settings: LayerSettings, tokens: int, hold_back: int = 0) -> Growth:
+    """What `LayerCache.append` takes if it seals with ``settings``.
+
+    Args:
+        store: the layer as it is.
+        settings: to seal with.
+        tokens: to append to every row.
+        hold_back: as for `LayerCache.append`.
+    """
+    tail = store.tail
+    per_token = sum(t.shape[0] * t.shape[1] * t.shape[3] * t.element_size() for t in (tail.keys, tail.values))
+    # What was held back comes first, then what the new tokens fill.
+    due = full_spans(settings, tail.length, store.length)
+    done = due[-1][1] if due else 0
+    length = store.length + tokens
+    recent = tail.length - done + tokens
+    more = full_spans(settings, recent - (0 if settings.read_through else hold_back), length)
+    left = recent - (more[-1][1] if more else 0)
+    start = store.length - tail.length
+    spans = [(start + a, start + b) for a, b in (*due, *((a + done, b + done) for a, b in more))]
+    held = tail.keys.shape[2]
+    in_place = not due and recent <= held
+    if in_place and not more and recent < held:
+        return Growth(0, 0)
+    capacity = max(settings.tokens_per_page + settings.last_tokens_raw, left + 1) if left else 0
+    pages = store.batch * _sealed_nbytes(settings, length, spans)
+    # The old tail, the working copy, pages and the new tail exist beside each other for a moment.
+    return Growth(pages + per_token * (capacity - held), per_token * (held if in_place else held + recent))
+
+
+def _sealed_nbytes(settings: LayerSettings, length: int, spans: list[tuple[int, int]]) -> int:
+    """What the pages of one row take at most, the grains that they only touch included."""
+    return sum(
+        pages.count * (METADATA_NBYTES + max(pages.block_nbytes, pages.nbytes - METADATA_NBYTES)) + 2 * SMALL_GRAIN
+        for pages in _pages(settings, length, spans)
+    )
+
+
+@lru_cache(maxsize=1024)
+def page_nbytes(settings: LayerSettings, start: int, tokens: int) -> int:
+    """Bytes of one page of old tokens, as `fibkv.page.Page.nbytes` counts them."""
+    length = start + tokens + settings.last_tokens_raw
+    return next(_pages(settings, length, [(start, start + tokens)])).nbytes
 
 
 def _pages(settings: LayerSettings, tokens: int, spans: list[tuple[int, int]]) -> Iterator[_Pages]:

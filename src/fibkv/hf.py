@@ -24,23 +24,26 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAtte
 
 from fibkv.budget import enforce_budget
 from fibkv.calibration_file import Calibration
-from fibkv.errors import ModelError
+from fibkv.errors import BudgetError, ContractError, ModelError
 from fibkv.handle import outside_graphs
 from fibkv.hf_hybrid import CompressedHybridLayer
 from fibkv.hf_identity import Origin, bind
 from fibkv.hf_layer import CompressedLayer
 from fibkv.hf_model import LayerPlan, model_digest, plan_model
+from fibkv.hf_pool import Membership
 from fibkv.hf_prefix import plain_ids, why_not_stored
 from fibkv.hf_stock import holds_state, num_rows, report_of, why_not_cropped
+from fibkv.inventory import Inventory
+from fibkv.ladder import Choice
 from fibkv.policy import Policy
+from fibkv.pool import Pool
 from fibkv.prefix import TokenIds
 from fibkv.prefix_load import Restored
 from fibkv.prefix_save import Saved, save_prefix
 from fibkv.quarantine import Quarantine
 from fibkv.regions import QualityBudget
 from fibkv.report import CacheReport
-from fibkv.settings import CacheSettings, Choice, calibrated
-from fibkv.slabs import Slabs
+from fibkv.settings import CacheSettings, calibrated
 from fibkv.space import KeySpace
 from fibkv.store.base import Store
 
@@ -68,6 +71,9 @@ class Cache(StockCache):
         calibration: what `fibkv calibrate` wrote for this model. Without bits, profile and layer_profiles its
             recommended codecs are taken, and in any case, without key_spaces, the key spaces that measured best with
             the codecs of the keys.
+        pool: that the cache shares memory with others in. Without bits, profile, layer_profiles and calibration the
+            pool's ladder says how pages are kept: precision falls as the pool fills.
+        budget: instead of a pool: a pool for this cache alone, see `fibkv.Pool`.
         quality_budget: bounds that each layer's codecs must keep by the calibration's measurements; a role of a layer
             that breaks one is kept raw, or the cache is refused, by the budget's fallback.
 
@@ -91,7 +97,13 @@ class Cache(StockCache):
         layer_profiles: Mapping[int, tuple[Choice, Choice]] | None = None,
         calibration: Calibration | Path | str | None = None,
         quality_budget: QualityBudget | None = None,
+        pool: Pool | None = None,
+        budget: int | str | None = None,
     ) -> None:
+        if pool is not None and budget is not None:
+            raise ContractError("Cache.budget", "either a pool or a budget", budget)
+        self.pool = Pool(budget) if pool is None and budget is not None else pool
+        chosen = (bits, profile, layer_profiles, calibration)
         self.plan = plan_model(model)
         if calibration is not None:
             calibration = calibration if isinstance(calibration, Calibration) else Calibration.load(Path(calibration))
@@ -120,16 +132,19 @@ class Cache(StockCache):
         self.settings.check_head_dims(self.plan.head_dims)
         self.origin = Origin(model)
         self.restored: Restored | None = None
+        self._membership = Membership.of(self.pool)
+        if self._membership is not None and self.pool is not None and all(choice is None for choice in chosen):
+            self.settings = self.settings.on_ladder(self.pool.ladder, self._membership.rungs)
         self.quarantine = Quarantine()
-        self.slabs = Slabs()
+        self.inventory = Inventory() if self.pool is None else self.pool.inventory
         super().__init__(layers=[self._layer(index, layer) for index, layer in enumerate(self.plan.layers)])
 
     def _layer(self, index: int, layer: LayerPlan) -> Any:
         if layer.why_stock is not None:
             return copy.deepcopy(layer.stock)  # the plan's own stays empty, for `reset`
         if isinstance(layer.stock, LinearAttentionAndFullAttentionLayer):
-            return CompressedHybridLayer(index, self.settings, self.quarantine, self.slabs, layer.stock)
-        return CompressedLayer(index, self.settings, self.quarantine, self.slabs, self.plan.latent_widths)
+            return CompressedHybridLayer(index, self.settings, self.quarantine, self.inventory, layer.stock)
+        return CompressedLayer(index, self.settings, self.quarantine, self.inventory, self.plan.latent_widths)
 
     @outside_graphs
     def update(
@@ -140,11 +155,45 @@ class Cache(StockCache):
         Raises:
             ModelError: an earlier call failed between two layers, so that they hold different numbers of tokens; or
                 the call has another number of rows than the cache.
+            BudgetError: the step does not fit into the pool's budget. The cache is as it was before the step; where
+                it has recurrent states too, these are a step ahead: `reserve` before the step refuses in time.
         """
         self._check_rows(layer_idx, key_states.shape[0])
         self._check_step(layer_idx, key_states.shape[-2])
+        layer = self.layers[layer_idx]
+        if self._membership is None or not isinstance(layer, CompressedLayer):
+            keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            return keys, values
+        self._make_room(self._membership, layer, key_states, value_states)
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self._membership.after(layer)
         return keys, values
+
+    def _make_room(self, member: Membership, layer: CompressedLayer, keys: Tensor, values: Tensor) -> None:
+        layers = list(self._compressed())
+        was_empty = layer.get_seq_length() == 0
+        try:
+            member.before(layers, layer, keys, values)
+        except BudgetError:
+            # In a first step layers before this one may have been filled: it promised less than came.
+            if was_empty and layer is not layers[0]:
+                self.reset()
+            raise
+
+    def reserve(self, tokens: int) -> None:
+        """Sets aside what the next step takes, ahead of the computation: for schedulers of a pool with a budget.
+
+        Without a budget, and before the first step, whose shapes are not known, it does nothing.
+
+        Args:
+            tokens: of the step, per row.
+
+        Raises:
+            BudgetError: the step does not fit now. Nothing has changed.
+        """
+        layers = list(self._compressed())
+        if self._membership is not None and any(layer.store is not None for layer in layers):
+            self._membership.reserve(layers, tokens)
 
     def _check_rows(self, layer_idx: int, rows: int) -> None:
         layer = self.layers[layer_idx]
@@ -258,7 +307,7 @@ class Cache(StockCache):
     def report(self) -> CacheReport:
         """Bytes counted, per layer: what is compressed, what is left raw and why."""
         compressed = list(self._compressed())
-        tables = (table for layer in compressed if layer.store for table in layer.store.settings.tables())
+        tables = (table for layer in compressed if layer.store for table in layer.store.tables())
         shared = {id(tensor): tensor.nbytes for table in tables for tensor in table.tensors}
         return CacheReport(
             layers=tuple(
@@ -268,7 +317,7 @@ class Cache(StockCache):
                 for index, layer in enumerate(self.layers)
             ),
             tables_nbytes=sum(shared.values()),
-            slack_nbytes=self.slabs.slack_nbytes,
+            slack_nbytes=self.inventory.slabs.slack_nbytes,
             budget_violations=self.budget_violations,
         )
 

@@ -9,10 +9,10 @@ from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, Linea
 
 from fibkv.hf_layer import CompressedLayer
 from fibkv.hf_stock import state_tensors
+from fibkv.inventory import Inventory
 from fibkv.quarantine import Quarantine
 from fibkv.report import LayerReport
 from fibkv.settings import CacheSettings
-from fibkv.slabs import Slabs
 
 
 class CompressedHybridLayer(CompressedLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]  # None first
@@ -25,7 +25,7 @@ class CompressedHybridLayer(CompressedLayer, LinearAttentionAndFullAttentionLaye
         index: of the layer.
         settings: of the cache.
         quarantine: of the cache.
-        slabs: memory of the cache's pages.
+        inventory: of the cache, or of its pool.
         stock: transformers' layer, whose place it takes.
     """
 
@@ -36,10 +36,10 @@ class CompressedHybridLayer(CompressedLayer, LinearAttentionAndFullAttentionLaye
         index: int,
         settings: CacheSettings,
         quarantine: Quarantine,
-        slabs: Slabs,
+        inventory: Inventory,
         stock: LinearAttentionAndFullAttentionLayer,
     ) -> None:
-        super().__init__(index, settings, quarantine, slabs)
+        super().__init__(index, settings, quarantine, inventory)
         LinearAttentionLayer.__init__(self, number_of_states=stock.number_of_states)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ from transformers.cache_utils import CacheLayerMixin
 
 from fibkv.cache import LayerCache
 from fibkv.errors import ModelError
+from fibkv.forecast import Growth, forecast_append
 from fibkv.handle import Handle, Source
+from fibkv.inventory import Inventory
+from fibkv.ladder import Rung
 from fibkv.quarantine import Quarantine
 from fibkv.report import LayerReport
 from fibkv.settings import CacheSettings
-from fibkv.slabs import Slabs
 
 # Newest tokens whose sealing waits while transformers records the past: more than assisted decoding drafts at once.
 ROLLBACK_TOKENS = 128
@@ -34,7 +37,7 @@ class CompressedLayer(CacheLayerMixin):
         index: of the layer.
         settings: of the cache.
         quarantine: of the cache.
-        slabs: memory of the cache's pages.
+        inventory: of the cache, or of its pool.
         latent_widths: see `fibkv.hf_model.ModelPlan`; tensors of other widths are taken for keys and values.
     """
 
@@ -47,11 +50,11 @@ class CompressedLayer(CacheLayerMixin):
         index: int,
         settings: CacheSettings,
         quarantine: Quarantine,
-        slabs: Slabs,
+        inventory: Inventory,
         latent_widths: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.slabs = slabs
+        self.inventory = inventory
         self.index = index
         self.settings = settings
         self.quarantine = quarantine
@@ -65,8 +68,13 @@ class CompressedLayer(CacheLayerMixin):
         """Makes the store for tensors like ``key_states [B, H, t, d]`` and ``value_states [B, H, t, d_value]``."""
         widths = (key_states.shape[-1], value_states.shape[-1])
         self.is_latent = key_states.shape[1] == 1 and widths == self.latent_widths
-        settings = self.settings.for_layer(self.index, key_states, value_states, is_latent=self.is_latent)
-        self.store = LayerCache(settings, key_states, value_states, self.quarantine, self.slabs)
+        rungs = self.settings.rungs_of_layer(self.index, key_states, value_states, is_latent=self.is_latent)
+        settings = (
+            next(iter(rungs.values()))
+            if rungs
+            else self.settings.for_layer(self.index, key_states, value_states, is_latent=self.is_latent)
+        )
+        self.store = LayerCache(settings, key_states, value_states, self.quarantine, self.inventory, rungs)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
@@ -78,16 +86,36 @@ class CompressedLayer(CacheLayerMixin):
         **kwargs: Any,  # noqa: ARG002
     ) -> tuple[Tensor, Tensor]:
         """Adds tokens; returns what attention reads."""
-        if self.store is None or self.store.length == 0:
-            self.lazy_initialization(key_states, value_states)
-        assert self.store is not None
-        was_empty = self.store.length == 0
-        hold_back = ROLLBACK_TOKENS if self.record_past else 0
-        view = self.store.append(key_states, value_states, hold_back=hold_back)
+        store = self.ensure_store(key_states, value_states)
+        was_empty = store.length == 0
+        view = store.append(key_states, value_states, hold_back=self._hold_back)
         if was_empty and not self.settings.read_through:
             return key_states, value_states
         source = Source(view, key_states.dtype, self._count)
         return Handle(source, "key"), Handle(source, "value")
+
+    def ensure_store(self, keys: Tensor, values: Tensor) -> LayerCache:
+        """The store; a new one if there is none, or an empty one for other tensors than these."""
+        if self.store is None or (self.store.length == 0 and not self.store.fits(keys, values)):
+            self.lazy_initialization(keys, values)
+        assert self.store is not None
+        return self.store
+
+    def seal_at(self, rung: Rung | None) -> None:
+        """Seals new pages at a rung from now on; without a ladder, or with None, as before."""
+        if self.store is not None and rung in self.store.rungs:
+            self.store.settings = self.store.rungs[rung]
+
+    def growth(self, tokens: int, rung: Rung | None) -> Growth:
+        """What an append of so many tokens takes when pages are sealed at a rung."""
+        store = self.store
+        assert store is not None
+        settings = store.settings if rung is None else store.rungs.get(rung, store.settings)
+        return forecast_append(store, settings, tokens, self._hold_back)
+
+    @property
+    def _hold_back(self) -> int:
+        return ROLLBACK_TOKENS if self.record_past else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length with the coming queries, offset 0): all tokens are kept."""
@@ -180,10 +208,17 @@ class CompressedLayer(CacheLayerMixin):
     @property
     def reason(self) -> str:
         """How it is compressed."""
+        if self.settings.rungs:
+            return f"on the pool's ladder: {self._pages_by_rung()}"
         keys, values = self.settings.names(self.index)
         if self.is_latent:
             return f"latents {keys}, rotary keys raw; the model expands them at every step"
         return f"keys {keys}, values {values}"
+
+    def _pages_by_rung(self) -> str:
+        pages = () if self.store is None else self.store.pages()
+        counts = Counter(entry.rung for page in pages if (entry := self.inventory.entry(page)) is not None)
+        return ", ".join(f"{count} pages {rung}" for rung, count in counts.items()) or "no pages yet"
 
     def _count(self) -> None:
         self.materialized += 1

@@ -18,6 +18,8 @@ from fibkv.prefix import TokenIds
 def why_not_stored(layers: Sequence[Any]) -> str | None:
     """Why a cache of these layers cannot be stored: windows and states are not; None if it can."""
     for index, layer in enumerate(layers):
+        if isinstance(layer, CompressedLayer) and layer.settings.rungs:
+            return f"layer {index}: a pool's ladder changes the codecs of its pages; give the cache bits or a profile"
         if not isinstance(layer, CompressedLayer) or isinstance(layer, CompressedHybridLayer):
             return f"layer {index}: what {type(layer).__name__} holds beside pages cannot be stored"
     return None

@@ -13,6 +13,7 @@ from fibkv import kernels
 from fibkv.coder import RoleCoder
 from fibkv.codes import Codes
 from fibkv.kernels.native import Native
+from fibkv.ladder import Rung
 from fibkv.packed import Packed
 from fibkv.page import Page
 from fibkv.policy import Run
@@ -38,6 +39,7 @@ class LayerSettings:
         tokens_per_page: tokens of a full page.
         read_through: attention reads even the newest tokens through the codec (for evaluation): every append is
             sealed at once, in a short page if need be.
+        rung: of a pool's ladder that these settings stand for; None = pages stay as they are sealed.
     """
 
     layer: int
@@ -47,6 +49,7 @@ class LayerSettings:
     values: RoleCoder
     tokens_per_page: int
     read_through: bool = False
+    rung: Rung | None = None
 
     @property
     def last_tokens_raw(self) -> int:
@@ -80,14 +83,17 @@ def full_spans(settings: LayerSettings, tokens: int, length: int) -> list[Span]:
     return [(start, min(start + size, stop)) for start in range(0, max(stop, 0), size)]
 
 
-def seal(settings: LayerSettings, tail: Tail, length: int, spans: Sequence[Span]) -> list[list[Page]]:
+def seal(
+    settings: LayerSettings, tail: Tail, length: int, spans: Sequence[Span], start: int | None = None
+) -> list[list[Page]]:
     """Seals spans of a tail.
 
     Args:
         settings: of the layer.
-        tail: raw tokens ``[B, H, tokens, d]``, the last of ``length``.
+        tail: raw tokens ``[B, H, tokens, d]``.
         length: tokens of the layer, the tail's included.
         spans: page spans relative to the tail.
+        start: first token of the tail; None = its tokens are the last ones of the layer.
 
     Returns:
         For each row its new pages, in order.
@@ -99,7 +105,7 @@ def seal(settings: LayerSettings, tail: Tail, length: int, spans: Sequence[Span]
     rows: list[list[Page]] = [[] for _ in range(tail.keys.shape[0])]
     if not spans:
         return rows
-    start = length - tail.length
+    start = length - tail.length if start is None else start
     plans = _Plans(settings, length)
     profiles = (settings.keys.profile_digest, settings.values.profile_digest)
     # Pages of equal length under equal decisions are encoded together: one call for a whole prefill.

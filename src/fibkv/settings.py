@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self, get_args
 
+import torch
 from torch import Tensor
 
 from fibkv import kernels
 from fibkv.calibration_file import Calibration
 from fibkv.coder import RoleCoder, bind_coder
 from fibkv.errors import ContractError, DecisionError, ModelError
+from fibkv.ladder import Choice, Ladder, Rung
 from fibkv.parameters import (
     CodecParameters,
     FibParameters,
@@ -28,8 +30,6 @@ from fibkv.sealing import LayerSettings
 from fibkv.shape import AttentionKind, Dtype, KVShape, Role
 from fibkv.space import KeySpace
 from fibkv.view import DTYPE_NAMES
-
-Choice = str | CodecParameters
 
 NAMES_BY_BITS = {1: "fib1", 2: "fib2", 3: "fib3", 4: "fib4", 8: "int8", 16: "raw"}
 # Attention sinks sit in the first tokens, and the newest tokens are read most.
@@ -52,6 +52,7 @@ class CacheSettings:
         query_heads: query heads of the model.
         key_spaces: by layer, what its keys go through before they are coded.
         layer_profiles: by layer, codecs of keys and values in place of the above.
+        rungs: of a pool's ladder, the codecs of keys and values at each rung, in place of the above; empty = none.
     """
 
     keys: Choice
@@ -65,6 +66,7 @@ class CacheSettings:
     query_heads: int
     key_spaces: Mapping[int, KeySpace]
     layer_profiles: Mapping[int, tuple[Choice, Choice]]
+    rungs: Mapping[Rung, tuple[Choice, Choice]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -181,6 +183,35 @@ class CacheSettings:
             tokens_per_page=self.tokens_per_page,
             read_through=self.read_through,
         )
+
+    def on_ladder(self, ladder: Ladder, rungs: Sequence[Rung]) -> Self:
+        """The settings of a cache whose codecs a pool chooses.
+
+        Raises:
+            ContractError: the ladder lacks a rung, or has an unknown codec.
+        """
+        found = {}
+        for rung in rungs:
+            keys, values = (_known(choice) for choice in ladder.choices(rung))
+            found[rung] = (keys, values)
+        return replace(self, rungs=found)
+
+    def rungs_of_layer(
+        self, layer: int, keys: Tensor, values: Tensor, *, is_latent: bool = False
+    ) -> dict[Rung, LayerSettings]:
+        """The settings of one layer at each rung of the ladder, as `for_layer` makes them; none without a ladder."""
+        made = {}
+        for rung, (key_choice, value_choice) in self.rungs.items():
+            at_rung = replace(
+                self,
+                keys=key_choice,
+                values=value_choice,
+                layer_profiles={},
+                # What the level fp16 is named after, whatever the model computes in.
+                raw_dtype=self.raw_dtype or ("f16" if keys.dtype == torch.float32 else None),
+            )
+            made[rung] = replace(at_rung.for_layer(layer, keys, values, is_latent=is_latent), rung=rung)
+        return made
 
     def _role(self, role: Role, tensor: Tensor, choice: Choice) -> tuple[KVShape, RoleCoder]:
         raw_dtype = self.raw_dtype or DTYPE_NAMES[tensor.dtype]

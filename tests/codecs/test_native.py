@@ -258,7 +258,7 @@ class TestMemory:
 
     def test_blocks_return_to_the_memory_they_came_from(self) -> None:
         cache = filled(("fib4", "fib4"), "native", batch=1, tokens=400)
-        slabs = cache._slabs
+        slabs = cache._inventory.slabs
         # Slack is at most what the last grain has behind blocks.
         assert 0 <= slabs.slack_nbytes < SMALL_GRAIN
         held = sum(page.nbytes - METADATA_NBYTES for page in cache.pages())

@@ -1,0 +1,111 @@
+"""A cache's place in a pool: what each step takes is set aside before anything of the step is done."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fibkv.errors import BudgetError
+from fibkv.forecast import Growth
+from fibkv.governor import Governor
+from fibkv.hf_layer import CompressedLayer
+from fibkv.ladder import RUNGS, Rung
+from fibkv.pool import Claim, Pool
+
+
+class Membership:
+    """Of one cache in a pool with a budget.
+
+    A step is one forward pass: the first compressed layer asks for all of them, so that a refusal leaves every layer
+    as it was.
+    """
+
+    def __init__(self, pool: Pool, governor: Governor) -> None:
+        self._governor = governor
+        self._pool = pool
+        self._claim = Claim(governor)
+        # Tokens of the step that was reserved last and has not begun.
+        self._reserved: int | None = None
+        self._rung: Rung = governor.level
+        # By index of the layer, what layers still have to take in this step.
+        self._due: dict[int, Growth] = {}
+
+    @classmethod
+    def of(cls, pool: Pool | None) -> Membership | None:
+        """Membership in a pool, if there is one and it has a budget."""
+        return None if pool is None or pool.governor is None else cls(pool, pool.governor)
+
+    @property
+    def rungs(self) -> tuple[Rung, ...]:
+        """The rungs of the pool's ladder."""
+        return self._governor.rungs
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Membership:
+        return Membership(self._pool, self._governor)  # a fork has steps of its own
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Membership.of, (self._pool,)
+
+    def reserve(self, layers: Sequence[CompressedLayer], tokens: int) -> None:
+        """Sets aside what a step of ``tokens`` tokens takes, for all layers.
+
+        Args:
+            layers: of the cache, at least one of them filled; empty ones are taken to be like that one.
+            tokens: per row.
+
+        Raises:
+            BudgetError: it does not fit.
+        """
+        like = next(layer for layer in layers if layer.store is not None)
+        by_rung = {
+            rung: {one.index: (one if one.store else like).growth(tokens, rung) for one in layers}
+            for rung in self._governor.rungs_from_level()
+        }
+        # A level below the one that pressure calls for, only where nothing else makes the step fit.
+        fitting = (rung for rung, growths in by_rung.items() if self._claim.may_fit(_nbytes(growths.values())))
+        rung = next(fitting, self._governor.rungs[-1])
+        self._set_aside(by_rung[rung])
+        # With the claim in place, so that the pressure is that of the step. The claim stands for the rung, or for one
+        # that is more compact.
+        self._rung = max(rung, self._governor.step(), key=RUNGS.index)
+        self._reserved = tokens
+
+    def before(self, layers: Sequence[CompressedLayer], layer: CompressedLayer, keys: Tensor, values: Tensor) -> None:
+        """Before a layer takes ``keys [B, H, t, d]`` and ``values``: sees to it that there is room.
+
+        Raises:
+            BudgetError: there is none.
+        """
+        layer.ensure_store(keys, values)
+        tokens = keys.shape[2]
+        if layer is layers[0]:
+            if self._reserved != tokens or len(self._due) < len(layers):
+                self.reserve(layers, tokens)
+        else:
+            growth = layer.growth(tokens, self._rung)
+            if growth.kept > self._due.get(layer.index, Growth(0, 0)).kept:
+                self._set_aside({**self._due, layer.index: growth})
+        self._reserved = None
+        layer.seal_at(self._rung)
+
+    def after(self, layer: CompressedLayer) -> None:
+        """The layer has taken what it had to take."""
+        self._due.pop(layer.index, None)
+        self._claim.set(_nbytes(self._due.values()))
+
+    def _set_aside(self, growths: dict[int, Growth]) -> None:
+        try:
+            self._claim.set(_nbytes(growths.values()))
+        except BudgetError:
+            self._due, self._reserved = {}, None
+            self._claim.set(0)
+            raise
+        self._due = growths
+
+
+def _nbytes(growths: Collection[Growth]) -> int:
+    """What a step takes at most: layers are at work one after another."""
+    passing = max((growth.passing for growth in growths), default=0)
+    return max(0, sum(growth.kept for growth in growths) + passing)
