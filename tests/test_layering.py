@@ -119,10 +119,13 @@ def test_package_imports_without_transformers() -> None:
 def test_exported_names() -> None:
     assert sorted(fibkv.__all__) == [
         "Artifact",
+        "BudgetError",
         "Cache",
         "FibkvError",
         "KVShape",
+        "Ladder",
         "Policy",
+        "Pool",
         "PressureConfig",
         "PressureController",
         "Profile",

@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from fibkv.artifact_decode import decode_slice, decode_tensor
     from fibkv.artifact_encode import encode_tensor
     from fibkv.coder import bind_profile
-    from fibkv.errors import FibkvError
+    from fibkv.errors import BudgetError, FibkvError
     from fibkv.hf import Cache
     from fibkv.hf_attention import attention
     from fibkv.hf_restore import restore
     from fibkv.hf_session import Session
+    from fibkv.ladder import Ladder
     from fibkv.policy import Policy, decide, plan
+    from fibkv.pool import Pool
     from fibkv.pressure import PressureConfig, PressureController
     from fibkv.profile import Profile
     from fibkv.receipt import Receipt
@@ -27,10 +29,13 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Artifact": "artifact",
+    "BudgetError": "errors",
     "Cache": "hf",
     "FibkvError": "errors",
     "KVShape": "shape",
+    "Ladder": "ladder",
     "Policy": "policy",
+    "Pool": "pool",
     "PressureConfig": "pressure",
     "PressureController": "pressure",
     "Profile": "profile",
@@ -52,7 +57,9 @@ __version__ = "0.1.0"
 
 __all__ = [  # noqa: RUF022 - in the order of the ranks: contracts, tensors, models
     "FibkvError",
+    "BudgetError",
     "KVShape",
+    "Ladder",
     "Policy",
     "PressureConfig",
     "PressureController",
@@ -67,6 +74,7 @@ __all__ = [  # noqa: RUF022 - in the order of the ranks: contracts, tensors, mod
     "decode_slice",
     "decode_tensor",
     "encode_tensor",
+    "Pool",
     "Cache",
     "Session",
     "attention",
