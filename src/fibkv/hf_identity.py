@@ -12,8 +12,9 @@ from fibkv.codecs.base import tensor_bytes
 from fibkv.digest import canonical_json, digest, digest_bytes
 from fibkv.errors import ModelError
 from fibkv.hf_model import model_digest
+from fibkv.ladder import Choice
 from fibkv.manifest import Binding, ModelIdentity
-from fibkv.settings import CacheSettings, Choice
+from fibkv.settings import CacheSettings
 
 WEIGHTS_DOMAIN = "fibkv_weights_v1"
 TENSOR_DOMAIN = "fibkv_weight_v1"
