@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fibkv
-from fibkv import cli_bench, cli_eval, cli_plan, codebook, embedded
+from fibkv import cli_bench, cli_eval, cli_pages, cli_plan, codebook, embedded
 from fibkv.codecs.fib import unit_distortion
 from fibkv.demo_result import DemoSettings
 from fibkv.errors import FibkvError
@@ -31,6 +31,7 @@ codebooks = typer.Typer(
 )
 app.add_typer(codebooks, name="codebooks")
 app.add_typer(cli_bench.app, name="bench")
+app.add_typer(cli_pages.app, name="pages")
 app.command("eval")(cli_eval.evaluate)
 app.command("calibrate")(cli_eval.calibrate)
 app.command("plan")(cli_plan.plan)

@@ -35,7 +35,7 @@ class DirectoryStore:
     """
 
     def __init__(self, path: Path | str, *, limit_nbytes: int | None = None, fsync: bool = False) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.limit_nbytes = limit_nbytes
         self.fsync = fsync
         try:
