@@ -12,22 +12,22 @@ from rich.table import Table
 
 from fibkv.files import write_bytes
 from fibkv.sizes import format_size
-from fibkv.store import DirectoryStore, Store
+from fibkv.store import Store, open_store
 
 app = typer.Typer(help="Stored prefixes: list, check, look into, remove, copy.", no_args_is_help=True)
 
-StorePath = Annotated[Path, typer.Argument(help="Directory of the store.")]
+StorePlace = Annotated[str, typer.Argument(help="Directory of the store, or a URL: redis://..., s3://bucket/..., ...")]
 
 
-def _open(path: Path) -> Store:
-    if not path.is_dir():
-        raise typer.BadParameter(f"{path}: expected the directory of a store")
-    return DirectoryStore(path)
+def _open(place: str) -> Store:
+    if "://" not in place and not Path(place).expanduser().is_dir():
+        raise typer.BadParameter(f"{place}: expected the directory or the URL of a store")
+    return open_store(place)
 
 
 @app.command("ls")
 def list_objects(
-    store: StorePath,
+    store: StorePlace,
     folder: Annotated[str, typer.Argument(help="Such as roots, spans, ends/<name>, aside; default: all.")] = "",
 ) -> None:
     """Objects, least recently used first, and their bytes. Reads none of them."""
@@ -40,7 +40,7 @@ def list_objects(
 
 @app.command("verify")
 def verify(
-    store: StorePath,
+    store: StorePlace,
     aside: Annotated[bool, typer.Option("--aside", help="Move damaged objects to aside/.")] = False,
 ) -> None:
     """Read and check every object. Exit code 1 if one is damaged."""
@@ -60,7 +60,7 @@ def verify(
 
 @app.command("inspect")
 def inspect(
-    store: StorePath,
+    store: StorePlace,
     key: Annotated[str, typer.Argument(help="Key of an object, or enough of its beginning.")],
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
@@ -87,7 +87,7 @@ def inspect(
 
 @app.command("rm")
 def remove(
-    store: StorePath,
+    store: StorePlace,
     keys: Annotated[list[str], typer.Argument(help="Keys, or folders such as aside.")],
 ) -> None:
     """Remove objects. What other prefixes need of them must be computed again."""
@@ -106,8 +106,8 @@ def remove(
 
 @app.command("export")
 def export(
-    store: StorePath,
-    target: Annotated[Path, typer.Argument(help="Directory of another store; made if absent. With --key, a file.")],
+    store: StorePlace,
+    target: Annotated[str, typer.Argument(help="Another store; a directory is made if absent. With --key, a file.")],
     key: Annotated[str | None, typer.Option(help="Write this object to a file, as it is.")] = None,
 ) -> None:
     """Copy what is sound into another store, or one object to a file. Exit code 1 if something was damaged."""
@@ -116,10 +116,10 @@ def export(
     opened = _open(store)
     if key is not None:
         entry = store_objects.find(opened, key)
-        write_bytes(target, opened.get(entry.key) or b"")
+        write_bytes(Path(target), opened.get(entry.key) or b"")
         print(f"{entry.key} written to {target}, {format_size(entry.nbytes)}")
         return
-    copied = store_objects.copy(opened, DirectoryStore(target))
+    copied = store_objects.copy(opened, open_store(target))
     print(f"{copied.written} objects copied, {format_size(copied.nbytes)}; {copied.there} were there")
     for damaged in copied.damaged:
         print(f"{damaged}: damaged, not copied")
