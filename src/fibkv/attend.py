@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fibkv import kernels
 from fibkv.errors import KernelError
-from fibkv.kernels.native import Masking, Native
+from fibkv.kernels.runs import InPlace, Masking
 from fibkv.rotation import Rotation
 from fibkv.space import KeySpace
 from fibkv.tables import Tables
@@ -66,7 +66,7 @@ def attend(query: Tensor, view: View, scores: Scores, *, implementation: str | N
     _check_mask(scores.mask, query, view.length)
     implementation = view.implementation if implementation is None else implementation
     chosen = kernels.resolve(implementation, query.device)
-    if isinstance(chosen, Native):
+    if isinstance(chosen, InPlace):
         out, lse = _attend_in_place(query, view, scores, chosen)
         return out.to(query.dtype), lse
     step = max(1, LOGITS_LIMIT // (batch * query_heads * min(TILE_TOKENS, view.length)))
@@ -80,11 +80,11 @@ def attend(query: Tensor, view: View, scores: Scores, *, implementation: str | N
     return torch.cat(outs, 2).to(query.dtype), torch.cat(lses, 2)
 
 
-def _attend_in_place(query: Tensor, view: View, scores: Scores, native: Native) -> tuple[Tensor, Tensor]:
+def _attend_in_place(query: Tensor, view: View, scores: Scores, chosen: InPlace) -> tuple[Tensor, Tensor]:
     """All parts in one call, on the pages where they lie."""
-    return native.attend_plan(
+    return chosen.attend_plan(
         query,
-        view.rows.plan(native),
+        view.rows.plan(chosen),
         (view.tail.keys, view.tail.values, view.tail.length),
         Masking(scores.mask, scores.causal),
         length=view.length,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fibkv.codecs import Codec, codec_for
 from fibkv.codes import Codes, RawCodes
-from fibkv.kernels.native import Native, Plan, Run
+from fibkv.kernels.runs import InPlace, Run
 from fibkv.page import Page, Segment, decode_segments
 from fibkv.parameters import RawParameters
 from fibkv.shape import Dtype
@@ -118,12 +118,12 @@ class PageRows(tuple[tuple[Page, ...], ...]):
     def __reduce__(self) -> tuple[Any, ...]:
         return PageRows, (tuple(self),)
 
-    def plan(self, native: Native) -> Plan:
-        """The plan by which native kernels read these pages."""
-        plans: dict[Native, Plan] = self.__dict__.setdefault("plans", {})
-        if native not in plans:
-            plans[native] = native.plan(list(_runs(self)))
-        return plans[native]
+    def plan(self, kernels: InPlace) -> Any:
+        """The plan by which kernels read these pages."""
+        plans: dict[InPlace, Any] = self.__dict__.setdefault("plans", {})
+        if kernels not in plans:
+            plans[kernels] = kernels.plan(list(_runs(self)))
+        return plans[kernels]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

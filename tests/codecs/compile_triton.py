@@ -8,17 +8,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fibkv.kernels import triton_decode, triton_encode
+from fibkv.kernels import triton_attend, triton_decode, triton_encode
+from fibkv.kernels.triton_sides import Side
 
-WORD = {"BITS": 8, "BLOCK": 1}
-FORMS: dict[str, dict[str, Any]] = {
-    "fib4": {"FORM": "fib", "NORM": "log8", "NBYTES": 64, "BITS": 8, "BLOCK": 2},
-    "fib3": {"FORM": "fib", "NORM": "f16", "NBYTES": 48, "BITS": 6, "BLOCK": 2},
-    "fp8": {"FORM": "fp8", "NORM": "bf16", "NBYTES": 128, **WORD},
-    "int8": {"FORM": "int8", "NORM": "bf16", "NBYTES": 128, **WORD},
-    "bf16": {"FORM": "bf16", "NORM": "none", "NBYTES": 256, **WORD},
+SIDES = {
+    "fib4": Side("fib", "log8", 128, 128, 64, block=2),
+    "fib3": Side("fib", "f16", 128, 128, 48, bits=6, window=6, block=2),
+    "fib2": Side("fib", "log8", 128, 128, 32, block=4, centered=True),
+    "trellis": Side("fib", "log8", 128, 128, 32, bits=2, window=10),
+    "channels": Side("fib", "log8", 128, 128, 64, block=2, channels=True, rotated_channels=True),
+    "fp8": Side("fp8", "bf16", 128, 128, 128),
+    "int8": Side("int8", "bf16", 128, 128, 128),
+    "bf16": Side("bf16", "none", 128, 128, 256, "tf32"),
 }
-WIDE = {"DIM": 128, "D": 128}
+PAIRS = [("fib4", "fib4"), ("fib2", "fib2"), ("trellis", "trellis"), ("channels", "fp8"), ("int8", "fib3")]
 
 
 def compiled(capability: int, kernel: Any, types: str, fused: bool = False, **constants: Any) -> None:
@@ -42,18 +45,34 @@ def compiled(capability: int, kernel: Any, types: str, fused: bool = False, **co
 
 
 def main() -> None:
-    """Everything, for sm_80 and sm_90."""
-    for capability in (80, 90):
-        for side in (0, 256):
-            sizes = {"NUM_BLOCKS": 64, "BLOCK": 2, "VECTORS": 4, "BLOCKS": 64, "CODEWORDS": 32}
-            types = "*fp32 *fp32 *u8 *fp32 *i32 *fp64 i32 fp32 fp32"
-            compiled(capability, triton_encode._search, types, NUM_SCALES=9, SIDE=side, SIZE=256, **sizes)
-        compiled(capability, triton_encode._pack, "*i32 *u8 i32", NUM_BLOCKS=64, BITS=6, NBYTES=48, TILE=1024)
-        for form, limit in (("int8", 127.0), ("fp8", 448.0)):
-            compiled(capability, triton_encode._round, "*fp32 *u8 *i16 i32", FORM=form, LIMIT=limit, VECTORS=64, **WIDE)
-        for constants in FORMS.values():
-            types = "*u8 *u8 *u8 *fp32 *fp32 i32 i32"
-            compiled(capability, triton_decode._decode, types, True, VECTORS=32, **WIDE, **constants)
+    """Everything for sm_90, and what is written in integers for sm_80, which has no e4m3."""
+    _encoding()
+    for side in SIDES.values():
+        compiled(90, triton_decode._decode, "*u8 *u8 *u8 *fp32 *fp32 i32 i32", True, VECTORS=32, SIDE=side)
+    for key, value in PAIRS:
+        _attention(90, SIDES[key], SIDES[value], paged=16)
+    _attention(80, SIDES["fp8"], SIDES["bf16"], paged=16)
+    _attention(90, SIDES["bf16"], SIDES["bf16"], paged=0)
+    types = "*fp32 *fp32 *fp32 *fp32 i32 i32 i32 i32"
+    compiled(90, triton_attend.merge_splits, types, True, DIM=128, D=128, SLOTS=16)
+
+
+def _encoding() -> None:
+    for cells in (0, 256):
+        sizes = {"NUM_BLOCKS": 64, "BLOCK": 2, "VECTORS": 4, "BLOCKS": 64, "CODEWORDS": 32}
+        types = "*fp32 *fp32 *u8 *fp32 *i32 *fp64 i32 fp32 fp32"
+        compiled(90, triton_encode._search, types, NUM_SCALES=9, SIDE=cells, SIZE=256, **sizes)
+    compiled(90, triton_encode._pack, "*i32 *u8 i32", NUM_BLOCKS=64, BITS=6, NBYTES=48, TILE=1024)
+    for form, limit in (("int8", 127.0), ("fp8", 448.0)):
+        sizes = {"VECTORS": 64, "DIM": 128, "D": 128}
+        compiled(80, triton_encode._round, "*fp32 *u8 *i16 i32", FORM=form, LIMIT=limit, **sizes)
+
+
+def _attention(capability: int, key: Side, value: Side, paged: int) -> None:
+    pointers = "*fp32 *fp32 *i64 *u8 *u8 *fp16 *fp32 *fp16 *fp32 *u8 *fp32 *fp32"
+    types = f"{pointers} {'i32 ' * 17} fp32 fp32"
+    modes = {"BIASED": True, "MASK": "causal", "SOFTCAP": True, "QUERIES": 16, "TOKENS": 64}
+    compiled(capability, triton_attend.attend_splits, types, True, KEY=key, VALUE=value, PAGED=paged, **modes)
 
 
 if __name__ == "__main__":

@@ -104,9 +104,9 @@ def dense(query: Tensor, view: View, scores: Scores) -> tuple[Tensor, Tensor]:
     return torch.softmax(logits, -1).nan_to_num(0.0) @ values, torch.logsumexp(logits, -1)
 
 
-def check(cache: LayerCache, query: Tensor, scores: Scores, error: float) -> None:
+def check(cache: LayerCache, query: Tensor, scores: Scores, error: float, implementation: str | None = None) -> None:
     view = cache.view()
-    out, lse = attend(query, view, scores)
+    out, lse = attend(query, view, scores, implementation=implementation)
     expected, expected_lse = dense(query, view, scores)
     seen = torch.isfinite(expected_lse)
     assert not out[~seen].any()

@@ -23,6 +23,7 @@ from tests.codecs.conformance import attend_error, native_implementations
 from tests.pages.helpers import DIM, HEADS, coder, gaussian, layer_settings
 
 IMPLEMENTATIONS = ["reference", *native_implementations()]
+WITH_TRITON = [*IMPLEMENTATIONS, *(["triton"] if kernels.available()["triton"] == "yes" else [])]
 # Far from zero, so that a mean that is not added back cannot go unnoticed.
 MEAN = 3 * gaussian(HEADS, DIM, seed=70)
 
@@ -77,7 +78,7 @@ def test_attention_equals_attention_on_the_decoded_cache(keys: str, space: KeySp
         torch.testing.assert_close(lse.double(), torch.logsumexp(logits, -1), rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_TRITON)
 def test_pages_of_several_spaces_are_read_together(implementation: str) -> None:
     cache, _ = filled(settings_in(None, implementation), 60)
     for space in SPACES.values():
@@ -93,7 +94,7 @@ def test_pages_of_several_spaces_are_read_together(implementation: str) -> None:
     assert float(error) <= attend_error(implementation, "fib4")
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_TRITON)
 def test_kernels_add_the_mean_in_the_space_of_the_codes(implementation: str) -> None:
     codec = coder("key").compressing
     keys, values = (codec.encode(gaussian(3, 20, DIM, seed=seed)) for seed in (4, 5))

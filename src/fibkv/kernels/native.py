@@ -27,42 +27,13 @@ from fibkv.kernels.native_sides import (
     raw_tables,
     side_of,
 )
+from fibkv.kernels.runs import Masking, Run, attend_part
 from fibkv.packed import Packed
 from fibkv.shape import Role
 from fibkv.slabs import ALIGNMENT, Slabs
-from fibkv.space import KeySpace
 from fibkv.tables import Tables
 
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """P consecutive spans of T tokens, for B batch rows and a range of heads, each with codes of its own.
-
-    Attributes:
-        rows: half-open range of batch rows.
-        heads: half-open range of KV heads.
-        start: first token; span ``p`` starts at ``start + p * tokens``.
-        tokens: T.
-        key_tables: of the keys' codec.
-        keys: [B][P] codes ``[heads, T, ...]``.
-        value_tables: of the values' codec.
-        values: [B][P] codes ``[heads, T, ...]``.
-        rotated: whether attention rotates queries and un-rotates outputs; else both are in the codes' space already.
-        space: of the keys, for all KV heads of the layer; None = keys are coded as they are.
-    """
-
-    rows: tuple[int, int]
-    heads: tuple[int, int]
-    start: int
-    tokens: int
-    key_tables: Tables
-    keys: Sequence[Sequence[Codes | Packed]]
-    value_tables: Tables
-    values: Sequence[Sequence[Codes | Packed]]
-    rotated: bool = True
-    space: KeySpace | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,14 +42,6 @@ class Plan:
 
     native: Any
     held: tuple[Packed, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Masking:
-    """Which keys a query sees: ``mask`` as in `fibkv.kernels.attend` on ``[B, Hq, Q, length]``, or causal order."""
-
-    mask: Tensor | None
-    causal: bool
 
 
 def why_not(instruction_set: str | None = None) -> str:
@@ -181,20 +144,7 @@ class Native:
         scale: float,
         softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
-        """Attention on everything that a layer holds, in one call.
-
-        Args:
-            query: ``[B, Hq, Q, d]`` floating, on the CPU.
-            plan: of the pages.
-            tail: raw keys ``[B, H, capacity, d]`` and values ``[B, H, capacity, d_value]``, and how many tokens of
-                them, the newest of the layer, are in use.
-            masking: which keys a query sees.
-            length: tokens of the layer, the tail's included; the queries are the newest.
-            scale: factor of the logits.
-            softcap: c of c * tanh(logits / c), or None.
-
-        Returns:
-            ``out [B, Hq, Q, d_value]`` and ``lse [B, Hq, Q]``, float32.
+        """Attention on everything that a layer holds; see `fibkv.kernels.runs.InPlace`.
 
         Raises:
             KernelError: a tensor that is not on the CPU.
@@ -242,45 +192,18 @@ class Native:
         key_mean: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attention of rotated queries on one part of a cache; see `fibkv.kernels.reference.attend`."""
-        leading = key_codes.axes[:-1]
-        keys, values = (_flat(codes, leading) for codes in (key_codes, value_codes))
-        heads, tokens = extent(keys)
-        queries = query.expand(*leading, *query.shape[-2:]).reshape(1, heads, *query.shape[-2:])
-        if mask is not None:
-            mask = mask.expand(*leading, query.shape[-2], tokens).reshape(1, heads, query.shape[-2], tokens)
-        run = Run(
-            rows=(0, 1),
-            heads=(0, heads),
-            start=0,
-            tokens=tokens,
-            key_tables=key_tables,
-            keys=[[keys]],
-            value_tables=value_tables,
-            values=[[values]],
-            rotated=False,
-            # Queries that are in the codes' space already take the mean there.
-            space=None if key_mean is None else KeySpace.of(key_mean.expand(*leading, -1).reshape(heads, -1)),
-        )
-        nothing = (
-            query.new_empty(1, heads, 0, query.shape[-1]),
-            query.new_empty(1, heads, 0, value_tables.head_dim),
-            0,
-        )
-        out, lse = self.attend_plan(
-            queries,
-            self.plan([run]),
-            nothing,
-            Masking(mask, causal=False),
-            length=tokens,
+        return attend_part(
+            self,
+            query,
+            key_codes,
+            key_tables,
+            value_codes,
+            value_tables,
             scale=scale,
+            mask=mask,
             softcap=softcap,
+            key_mean=key_mean,
         )
-        return out.view(*leading, *out.shape[2:]), lse.view(*leading, lse.shape[2])
-
-
-def _flat(codes: Codes, leading: torch.Size) -> Codes:
-    """Codes with their leading axes made one."""
-    return codes.map(lambda tensor: tensor.reshape(leading.numel(), *tensor.shape[len(leading) :]))
 
 
 def _mask_pointers(masking: Masking, query: torch.Size, length: int) -> tuple[Tensor | None, Any]:

@@ -35,7 +35,7 @@ def side_of(tables: Tables, role: Role, isa: Any, rotated: bool = True) -> Any:
         tables: of a codec.
         role: keys and values stand in different orders.
         isa: instruction set; without byte products codes stay in rows.
-        rotated: see `fibkv.kernels.native.Run`.
+        rotated: see `fibkv.kernels.runs.Run`.
     """
     # With every argument in its place: the cache takes a default and the same value given for two settings.
     return _side(tables, role, isa, rotated)

@@ -6,15 +6,20 @@ it is chosen by ``TRITON_INTERPRET=1`` in the environment of the process, Triton
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fibkv.codes import Codes, RawCodes
+from fibkv.codes import Codes
 from fibkv.errors import KernelError
-from fibkv.kernels import reference
-from fibkv.tables import RawTables, Tables
+from fibkv.kernels.runs import Masking, Run, attend_part
+from fibkv.tables import Tables
+
+if TYPE_CHECKING:
+    from fibkv.kernels.triton_plan import Group
 
 
 def why_not(device_type: str) -> str:
@@ -42,9 +47,9 @@ class Triton:
         reason = why_not(device_type)
         if reason != "yes":
             raise KernelError(f"triton kernels: {reason}")
-        from fibkv.kernels import triton_codes  # noqa: PLC0415 - imports triton
+        from fibkv.kernels import triton_codes, triton_plan, triton_step  # noqa: PLC0415 - these import triton
 
-        self._codes = triton_codes
+        self._codes, self._plan, self._step = triton_codes, triton_plan, triton_step
 
     def encode(self, rows: Tensor, tables: Tables) -> Codes:
         """Encodes ``rows [..., T, d]``; see `fibkv.kernels.reference.encode`."""
@@ -53,6 +58,42 @@ class Triton:
     def decode(self, codes: Codes, tables: Tables, *, out: Tensor | None = None) -> Tensor:
         """Decodes to ``[..., T, d]``; see `fibkv.kernels.reference.decode`."""
         return self._codes.decode(codes, tables, out=out)
+
+    def plan(self, runs: Sequence[Run]) -> tuple[Group, ...]:
+        """Makes runs ready to be attended to; see `fibkv.kernels.runs.InPlace`.
+
+        Raises:
+            KernelError: pages on several devices.
+        """
+        return tuple(self._plan.Group.of_run(run) for run in runs)
+
+    def attend_plan(
+        self,
+        query: Tensor,
+        plan: Sequence[Group],
+        tail: tuple[Tensor, Tensor, int],
+        masking: Masking,
+        *,
+        length: int,
+        scale: float,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention on everything that a layer holds; see `fibkv.kernels.runs.InPlace`.
+
+        Raises:
+            KernelError: queries and pages on several devices.
+        """
+        keys, values, tokens = tail
+        batch, query_heads, queries, dim = query.shape
+        groups = [*plan]
+        if tokens:
+            groups.append(self._plan.Group.of_tail(keys.detach(), values.detach(), tokens, length))
+        # float32 means float32, also inside an autocast region.
+        with torch.autocast(query.device.type, enabled=False):
+            grouped = query.detach().to(torch.float32).reshape(batch, keys.shape[1], -1, dim)
+            step = self._step.Step(grouped, queries, length - queries, masking, scale, softcap)
+            out, lse = step.attend(groups)
+        return out.view(batch, query_heads, queries, -1), lse.view(batch, query_heads, queries)
 
     def attend(
         self,
@@ -67,18 +108,14 @@ class Triton:
         softcap: float | None = None,
         key_mean: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Attention of rotated queries on one part of a cache; see `fibkv.kernels.reference.attend`.
-
-        The part is decoded by the kernels, and attended to by torch.
-        """
-        keys = reference.rotate(self.decode(key_codes, key_tables), key_tables)
-        values = reference.rotate(self.decode(value_codes, value_tables), value_tables)
-        return reference.attend(
+        """Attention of rotated queries on one part of a cache; see `fibkv.kernels.reference.attend`."""
+        return attend_part(
+            self,
             query,
-            RawCodes(keys),
-            RawTables(torch.float32, key_tables.head_dim),
-            RawCodes(values),
-            RawTables(torch.float32, value_tables.head_dim),
+            key_codes,
+            key_tables,
+            value_codes,
+            value_tables,
             scale=scale,
             mask=mask,
             softcap=softcap,

@@ -49,8 +49,6 @@ def encode(rows: Tensor, tables: Tables) -> Codes:
 
 def decode(codes: Codes, tables: Tables, *, out: Tensor | None = None) -> Tensor:
     """Decodes to ``[..., T, d]`` in the original space; see `fibkv.kernels.reference.decode`."""
-    if trellis_of(tables):
-        return reference.decode(codes, tables, out=out)
     vectors = _decode(codes, tables)
     if out is None:
         return vectors

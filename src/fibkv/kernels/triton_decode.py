@@ -25,22 +25,16 @@ def _decode(
     out,
     count,
     tokens,
-    NORM: tl.constexpr,
-    FORM: tl.constexpr,
-    DIM: tl.constexpr,
-    D: tl.constexpr,
-    NBYTES: tl.constexpr,
-    BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SIDE: tl.constexpr,
     VECTORS: tl.constexpr,
 ):
-    """``out [count, DIM]`` float32 in the codes' space; ``tokens`` vectors share a norm range."""
+    """``out [count, d]`` float32 in the codes' space; ``tokens`` vectors share a norm range."""
     vectors = tl.program_id(0).to(tl.int64) * VECTORS + tl.arange(0, VECTORS)
     mask = vectors < count
-    directions = load_directions(codes, codewords, vectors, mask, FORM, DIM, D, NBYTES, BITS, BLOCK)
-    scaled = directions.to(tl.float32) * load_norms(norms, ranges, vectors, vectors // tokens, mask, NORM)[:, None]
-    axis = tl.arange(0, D)
-    tl.store(out + vectors[:, None] * DIM + axis[None, :], scaled, mask[:, None] & (axis < DIM)[None, :])
+    directions = load_directions(codes, codewords, vectors, mask, SIDE)
+    scaled = directions.to(tl.float32) * load_norms(norms, ranges, vectors, vectors // tokens, mask, SIDE)[:, None]
+    axis = tl.arange(0, SIDE.width)
+    tl.store(out + vectors[:, None] * SIDE.dim + axis[None, :], scaled, mask[:, None] & (axis < SIDE.dim)[None, :])
 
 
 def decode_vectors(codes: Codes, tables: RawTables | ScaledTables | FibTables, device_tables: DeviceTables) -> Tensor:
@@ -63,9 +57,8 @@ def decode_vectors(codes: Codes, tables: RawTables | ScaledTables | FibTables, d
             out,
             count,
             codes.axes[-1],
-            NORM=side.norm,
+            SIDE=side,
             VECTORS=vectors,
             enable_fp_fusion=True,
-            **side.constants(),
         )
     return out

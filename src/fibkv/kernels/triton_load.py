@@ -3,8 +3,8 @@
 Everything is widened right after it was loaded, by integer arithmetic where the type is not float16 or float32: no
 kernel computes in bfloat16 or e4m3, which older devices lack and Triton's interpreter gets wrong.
 
-``FORM`` says how vectors lie: ``f32``, ``f16``, ``bf16``, ``int8``, ``fp8``, or ``fib``. Letters as everywhere: ``T``
-tokens, ``D`` head_dim rounded up to a power of two.
+A ``SIDE`` (`fibkv.kernels.triton_sides.Side`) says how vectors lie. Letters as everywhere: ``T`` tokens, ``D`` head_dim
+rounded up to a power of two.
 """
 
 from __future__ import annotations
@@ -40,80 +40,65 @@ def load_eights(start, offsets, mask, FORM: tl.constexpr):
 
 
 @triton.jit
-def load_indices(start, vectors, blocks, mask, NBYTES: tl.constexpr, BITS: tl.constexpr):
-    """Codeword indices, int32, of ``blocks`` of ``vectors`` (broadcast); ``NBYTES`` are those of a vector's codes."""
-    octets = start.to(tl.pointer_type(tl.uint8)) + vectors * NBYTES
-    if BITS == 8:
+def load_indices(start, vectors, blocks, mask, SIDE: tl.constexpr):
+    """Codeword indices, int32, of ``blocks`` of ``vectors`` (broadcast)."""
+    octets = start.to(tl.pointer_type(tl.uint8)) + vectors * SIDE.nbytes
+    if SIDE.bits == 8:
         indices = tl.load(octets + blocks, mask, other=0).to(tl.int32)
     else:
-        place = blocks * BITS
-        first = place // 8
-        indices = tl.load(octets + first, mask, other=0).to(tl.int32) >> (place % 8)
-        # How many more bytes an index may reach into.
-        for byte in tl.static_range(1, (BITS + 14) // 8):
-            inside = mask & (first + byte < NBYTES)
-            more = tl.load(octets + first + byte, inside, other=0).to(tl.int32)
-            indices |= (more << (8 * byte)) >> (place % 8)
-        indices &= (1 << BITS) - 1
+        # From the oldest bit; windows of a trellis wrap around their vector, which whole bytes fill.
+        place = (blocks + 1) * SIDE.bits - SIDE.window
+        first = (place + 8 * SIDE.nbytes) // 8
+        offset = (place + 8 * SIDE.nbytes) % 8
+        indices = tl.load(octets + first % SIDE.nbytes, mask, other=0).to(tl.int32) >> offset
+        # How many more bytes an index may reach into; behind the last one of a vector there is none of its bits.
+        for byte in tl.static_range(1, (SIDE.window + 14) // 8):
+            more = tl.load(octets + (first + byte) % SIDE.nbytes, mask, other=0).to(tl.int32)
+            indices |= (more << (8 * byte)) >> offset
+        indices &= (1 << SIDE.window) - 1
     return indices
 
 
 @triton.jit
-def load_directions(
-    start,
-    codewords,
-    vectors,
-    mask,
-    FORM: tl.constexpr,
-    DIM: tl.constexpr,
-    D: tl.constexpr,
-    NBYTES: tl.constexpr,
-    BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def load_directions(start, codewords, vectors, mask, SIDE: tl.constexpr):
     """Coded vectors before their norms or scales, ``[T, D]``, in the codes' space.
 
     Args:
         start: address of the codes.
-        codewords: ``[N, BLOCK]`` of the codebook (``fib``).
+        codewords: ``[N, k]`` of the codebook, whose dtype the result has (``fib``).
         vectors: ``[T]``, which.
-        mask: ``[T]``; vectors outside it are 0, and so are coordinates from DIM upwards.
-        FORM: see the module.
-        DIM: head_dim.
-        D: DIM rounded up to a power of two.
-        NBYTES: bytes of a vector's codes (``fib``).
-        BITS: of an index (``fib``).
-        BLOCK: coordinates of a codeword (``fib``).
+        mask: ``[T]``; vectors outside it are 0, and so are coordinates from ``d`` upwards.
+        SIDE: how they lie.
     """
-    if FORM == "fib":
-        if BLOCK & (BLOCK - 1):
+    axis = tl.arange(0, SIDE.width)
+    if SIDE.form == "fib":
+        k: tl.constexpr = SIDE.block
+        if k & (k - 1):
             # Codewords of an odd length straddle lanes: every coordinate looks its own up.
-            axis = tl.arange(0, D)
-            inside = mask[:, None] & (axis < DIM)[None, :]
-            indices = load_indices(start, vectors[:, None], (axis // BLOCK)[None, :], inside, NBYTES, BITS)
-            directions = tl.load(codewords + indices * BLOCK + (axis % BLOCK)[None, :], inside, other=0.0)
+            inside = mask[:, None] & (axis < SIDE.dim)[None, :]
+            indices = load_indices(start, vectors[:, None], (axis // k)[None, :], inside, SIDE)
+            directions = tl.load(codewords + indices * k + (axis % k)[None, :], inside, other=0.0)
         else:
-            block = tl.arange(0, D // BLOCK)
-            inside = mask[:, None] & (block < DIM // BLOCK)[None, :]
-            indices = load_indices(start, vectors[:, None], block[None, :], inside, NBYTES, BITS)
+            block = tl.arange(0, SIDE.width // k)
+            inside = mask[:, None] & (block < SIDE.dim // k)[None, :]
+            indices = load_indices(start, vectors[:, None], block[None, :], inside, SIDE)
             # One load per codeword: its coordinates lie side by side.
-            entries = codewords + indices[:, :, None] * BLOCK + tl.arange(0, BLOCK)[None, None, :]
+            entries = codewords + indices[:, :, None] * k + tl.arange(0, k)[None, None, :]
             found = tl.load(entries, inside[:, :, None], other=0.0)
-            directions = tl.reshape(found, [vectors.shape[0], D])
+            directions = tl.reshape(found, [vectors.shape[0], SIDE.width])
     else:
-        axis = tl.arange(0, D)
-        inside = mask[:, None] & (axis < DIM)[None, :]
-        offsets = vectors[:, None] * DIM + axis[None, :]
-        if FORM == "int8" or FORM == "fp8":  # noqa: PLR1714 - Triton knows no `in`
-            directions = load_eights(start, offsets, inside, FORM)
+        inside = mask[:, None] & (axis < SIDE.dim)[None, :]
+        offsets = vectors[:, None] * SIDE.dim + axis[None, :]
+        if SIDE.form == "int8" or SIDE.form == "fp8":  # noqa: PLR1714 - Triton knows no `in`
+            directions = load_eights(start, offsets, inside, SIDE.form)
         else:
-            directions = load_floats(start, offsets, inside, FORM)
+            directions = load_floats(start, offsets, inside, SIDE.form)
     return directions
 
 
 @triton.jit
-def load_norms(norms, ranges, vectors, groups, mask, NORM: tl.constexpr):
-    """What directions are multiplied by, ``[T]`` float32: norms or scales; 0 where masked.
+def load_norms(norms, ranges, vectors, groups, mask, SIDE: tl.constexpr):
+    """What directions are multiplied by, ``[T]`` float32: norms or scales, or 1; 0 where masked.
 
     Args:
         norms: address of norms or scales.
@@ -121,18 +106,18 @@ def load_norms(norms, ranges, vectors, groups, mask, NORM: tl.constexpr):
         vectors: ``[T]``, which.
         groups: ``[T]``, the group of each (``log8``).
         mask: ``[T]``.
-        NORM: ``log8``, ``f16``, ``bf16``, or ``none``: all 1.
+        SIDE: how they lie.
     """
-    if NORM == "none":
+    if SIDE.norm == "none":
         values = tl.where(mask, 1.0, 0.0)
-    elif NORM == "log8":
+    elif SIDE.norm == "log8":
         codes = tl.load(norms.to(tl.pointer_type(tl.uint8)) + vectors, mask, other=0).to(tl.float32)
         pairs = ranges.to(tl.pointer_type(tl.float16)) + groups * 2
         low = tl.load(pairs, mask, other=0.0).to(tl.float32)
         step = tl.load(pairs + 1, mask, other=0.0).to(tl.float32)
         values = tl.where(codes > 0.0, tl.exp2(low + (codes - 1.0) * step), 0.0)
     else:
-        values = load_floats(norms, vectors, mask, NORM)
+        values = load_floats(norms, vectors, mask, SIDE.norm)
     return values
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,53 +24,66 @@ FORMS: dict[torch.dtype, Form] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Side:
-    """What kernels that read one side, keys or values, are compiled for.
+class Side(NamedTuple):
+    """What kernels that read one side, keys or values, are compiled for: a tuple, which Triton takes for a constant.
 
     Attributes:
         form: of the codes.
         norm: of what a vector is multiplied by: ``log8``, ``f16``, ``bf16`` or ``none``.
         dim: head_dim.
+        width: ``D``, the head_dim as a power of two of at least 16, the least that a matrix unit takes.
         nbytes: bytes of a vector's codes.
+        operand: in which products with the codes are computed: those of 8 bits or fewer as float16.
         bits: width of an index (fib), else 8.
-        block: coordinates of a codeword (fib), else 1.
+        window: bits that name a codeword, the index being the newest of them (fib), else 8.
+        block: k, coordinates of a codeword (fib), else 1.
+        centered: whether a group has a mean (fib).
+        channels: whether a group has channel scales.
+        rotated_channels: whether the codes behind them are rotated.
     """
 
     form: Form
     norm: Literal["log8", "f16", "bf16", "none"]
     dim: int
+    width: int
     nbytes: int
+    operand: Literal["f16", "tf32", "ieee"] = "f16"
     bits: int = 8
+    window: int = 8
     block: int = 1
+    centered: bool = False
+    channels: bool = False
+    rotated_channels: bool = False
 
     @classmethod
-    def of(cls, tables: RawTables | ScaledTables | FibTables) -> Side:
-        """The side of a codec that stands behind no channel scales."""
+    def of(cls, tables: Tables) -> Side:
+        """The side of a codec."""
+        dim = tables.head_dim
+        width = max(16, power_of_two(dim))
         match tables:
             case RawTables():
-                return cls(FORMS[tables.dtype], "none", tables.head_dim, tables.head_dim * tables.dtype.itemsize)
+                operand: Literal["tf32", "ieee"] = "ieee" if tables.dtype == torch.float32 else "tf32"
+                return cls(FORMS[tables.dtype], "none", dim, width, dim * tables.dtype.itemsize, operand)
             case ScaledTables():
-                return cls(FORMS[tables.dtype], "bf16", tables.head_dim, tables.head_dim)
+                return cls(FORMS[tables.dtype], "bf16", dim, width, dim)
             case FibTables():
                 nbytes = packed_nbytes(tables.num_blocks, tables.bits)
-                return cls("fib", tables.norm_format, tables.head_dim, nbytes, tables.bits, tables.codewords.shape[1])
-
-    @property
-    def width(self) -> int:
-        """``D``: the head_dim as a power of two of at least 16, the least that a matrix unit takes."""
-        return max(16, power_of_two(self.dim))
-
-    def constants(self) -> dict[str, Any]:
-        """Arguments of `fibkv.kernels.triton_load.load_directions`."""
-        return {
-            "FORM": self.form,
-            "DIM": self.dim,
-            "D": self.width,
-            "NBYTES": self.nbytes,
-            "BITS": self.bits,
-            "BLOCK": self.block,
-        }
+                block = tables.codewords.shape[1]
+                return cls(
+                    "fib",
+                    tables.norm_format,
+                    dim,
+                    width,
+                    nbytes,
+                    "f16",
+                    tables.bits,
+                    tables.window,
+                    block,
+                    tables.centered,
+                )
+            case ChannelTables():
+                rotated = isinstance(tables.inner, FibTables)
+                return cls.of(tables.inner)._replace(channels=True, rotated_channels=rotated)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,12 +92,14 @@ class DeviceTables:
 
     Attributes:
         codewords: ``[N, k]`` float32; one element where the codec has none.
+        halves: the same in float16.
         rotation: ``[d, d]`` float32 or None; row i gives coordinate i of a rotated vector.
         scales: factors of a scale search, float32.
         cells: ``[side, side]`` uint8 of a decision table; one element where there is none.
     """
 
     codewords: Tensor
+    halves: Tensor
     rotation: Tensor | None
     scales: Tensor
     cells: Tensor
@@ -105,9 +120,11 @@ def on_device(tables: Tables, device: torch.device) -> DeviceTables:
     inner = tables.inner if isinstance(tables, ChannelTables) else tables
     nothing = torch.zeros(1, dtype=torch.uint8, device=device)
     if not isinstance(inner, FibTables):
-        return DeviceTables(nothing.float(), None, nothing.float(), nothing)
+        return DeviceTables(nothing.float(), nothing.half(), None, nothing.float(), nothing)
+    codewords = inner.codewords.to(device).contiguous()
     return DeviceTables(
-        inner.codewords.to(device).contiguous(),
+        codewords,
+        codewords.half(),
         inner.rotation.matrix.to(device).contiguous(),
         torch.tensor(inner.scales, device=device),
         nothing if inner.decisions is None else inner.decisions.cells.to(device).contiguous(),

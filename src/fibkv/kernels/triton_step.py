@@ -1,0 +1,232 @@
+"""One step of attention on Triton: queries taken to the codes' spaces, splits, their merge, outputs taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, groupby
+
+import torch
+from torch import Tensor
+
+from fibkv.errors import KernelError
+from fibkv.kernels.runs import Masking
+from fibkv.kernels.triton_attend import attend_splits, merge_splits
+from fibkv.kernels.triton_load import INTERPRETED
+from fibkv.kernels.triton_plan import Group
+from fibkv.kernels.triton_sides import on_device, power_of_two
+from fibkv.rotation import Rotation
+from fibkv.space import KeySpace
+
+# What a matrix unit takes at least, and what a program takes at most, of rows of queries and of tokens.
+LEAST, MOST = 16, 64
+# Programs per multiprocessor among which the context is split.
+PROGRAMS = 4
+# Splits that a program of the merge reads at a time.
+SLOTS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What all launches of a step share.
+
+    Attributes:
+        query: ``[B, H, G * Q, d]`` float32.
+        length: Q.
+        past: tokens before the first query.
+        masking: which keys a query sees.
+        scale: of the logits.
+        softcap: of the logits, or None.
+    """
+
+    query: Tensor
+    length: int
+    past: int
+    masking: Masking
+    scale: float
+    softcap: float | None
+
+    def attend(self, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
+        """``out [B, H, G * Q, d_value]`` and ``lse [B, H, G * Q]``, float32.
+
+        Raises:
+            KernelError: codes on another device than the queries.
+        """
+        for group in groups:
+            if group.device != self.query.device:
+                raise KernelError(f"query: expected {group.device} of the pages, got {self.query.device}")
+        # Parts in one space lie side by side, and are merged together.
+        groups = sorted(groups, key=lambda group: id(group.out_rotation))
+        splits = [self._splits(group) for group in groups]
+        slots = [0, *accumulate(count for count, _ in splits)]
+        *axes, _ = self.query.shape
+        outs = self.query.new_empty(slots[-1], *axes, groups[0].value_tables.head_dim)
+        lses = self.query.new_full((slots[-1], *axes), -torch.inf)
+        queries = _Queries(self.query)
+        for group, (count, tiles), slot in zip(groups, splits, slots[:-1], strict=True):
+            self._launch(group, count, tiles, slot, queries, outs, lses)
+        return _merged(groups, slots, outs, lses)
+
+    def _splits(self, group: Group) -> tuple[int, int]:
+        """(splits, tiles of each) of a group."""
+        tiles = group.spans * _ceil(group.tokens, _tile(group))
+        programs: int = self._programs(group) * (group.rows[1] - group.rows[0])
+        wanted = max(1, PROGRAMS * _multiprocessors(self.query.device) // programs)
+        each = _ceil(tiles, min(wanted, tiles))
+        return _ceil(tiles, each), each
+
+    def _programs(self, group: Group) -> int:
+        """Programs of one row and split."""
+        return (group.heads[1] - group.heads[0]) * _ceil(self.query.shape[2], self._block())
+
+    def _block(self) -> int:
+        return min(MOST, max(LEAST, power_of_two(self.query.shape[2])))
+
+    def _launch(
+        self, group: Group, count: int, tiles: int, slot: int, queries: _Queries, outs: Tensor, lses: Tensor
+    ) -> None:
+        query, bias = queries.of(group)
+        key, value = group.sides
+        key_tables, value_tables = (on_device(t, query.device) for t in (group.key_tables, group.value_tables))
+        mask, strides = self._mask()
+        rows, heads = query.shape[:2]
+        nothing = lses
+        attend_splits[(count, self._programs(group), group.rows[1] - group.rows[0])](
+            query,
+            nothing if bias is None else bias,
+            nothing if group.addresses is None else group.addresses,
+            nothing if group.aligned else group.held[0].view(torch.uint8),
+            nothing if group.aligned else group.held[1].view(torch.uint8),
+            key_tables.halves,
+            nothing if key_tables.rotation is None else key_tables.rotation,
+            value_tables.halves,
+            nothing if value_tables.rotation is None else value_tables.rotation,
+            nothing if mask is None else mask,
+            outs,
+            lses,
+            group.rows[0],
+            group.heads[0],
+            group.heads[1] - group.heads[0],
+            rows,
+            heads,
+            query.shape[2],
+            self.length,
+            group.start,
+            group.spans,
+            group.tokens,
+            group.capacity,
+            tiles,
+            slot,
+            self.past,
+            *strides,
+            self.scale,
+            self.softcap or 0.0,
+            KEY=key,
+            VALUE=value,
+            PAGED=group.aligned,
+            BIASED=bias is not None,
+            MASK=self._kind(group),
+            SOFTCAP=self.softcap is not None,
+            QUERIES=self._block(),
+            TOKENS=_tile(group),
+            enable_fp_fusion=True,
+        )
+
+    def _kind(self, group: Group) -> str:
+        if self.masking.mask is not None:
+            return "bool" if self.masking.mask.dtype == torch.bool else "float"
+        hidden = group.start + group.spans * group.tokens > self.past + 1
+        return "causal" if self.masking.causal and hidden else "none"
+
+    def _mask(self) -> tuple[Tensor | None, tuple[int, int, int]]:
+        """The mask as kernels read it, with the strides of its rows, heads and queries."""
+        mask = self.masking.mask
+        if mask is None:
+            return None, (0, 0, 0)
+        mask = mask.detach()
+        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask.to(torch.float32)
+        mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+        row, head, query = (0 if mask.shape[axis] == 1 else mask.stride(axis) for axis in range(3))
+        return mask, (row, head, query)
+
+
+class _Queries:
+    """Queries in the spaces of the groups, each made once."""
+
+    def __init__(self, query: Tensor) -> None:
+        self._query = query
+        self._turned: dict[tuple[KeySpace | None, Rotation | None], tuple[Tensor, Tensor | None]] = {}
+
+    def of(self, group: Group) -> tuple[Tensor, Tensor | None]:
+        """Queries ``[B, H, G * Q, d]`` for the group's keys, and what their mean adds, ``[B, H, G * Q]``, or None."""
+        where = (group.space, group.query_rotation)
+        if where not in self._turned:
+            query, bias = self._query, None
+            if group.space is not None:
+                space = _space_on(group.space, query.device)
+                bias = (query @ space.mean.unsqueeze(-1)).squeeze(-1).contiguous()
+                query = space.queries(query)
+            if group.query_rotation is not None:
+                query = on_device(group.key_tables, query.device).turned(query)
+            self._turned[where] = query.contiguous(), bias
+        return self._turned[where]
+
+
+def _merged(groups: Sequence[Group], slots: Sequence[int], outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """Splits merged space by space; the spaces' shares are taken back and added up."""
+    lse = torch.empty_like(lses[0])
+    total: Tensor | None = None
+    for first, stop in _spaces(groups):
+        share = torch.empty_like(outs[0])
+        width = share.shape[-1]
+        merge_splits[(lse.numel(),)](
+            outs,
+            lses,
+            share,
+            lse,
+            lse.numel(),
+            slots[first],
+            slots[stop],
+            slots[-1],
+            DIM=width,
+            D=power_of_two(width),
+            SLOTS=SLOTS,
+            enable_fp_fusion=True,
+        )
+        if groups[first].out_rotation is not None:
+            share = on_device(groups[first].value_tables, share.device).back(share)
+        total = share if total is None else total + share
+    assert total is not None
+    return total, lse
+
+
+def _spaces(groups: Sequence[Group]) -> Iterable[tuple[int, int]]:
+    """Half-open ranges of groups whose outputs are in one space."""
+    first = 0
+    for _, same in groupby(groups, key=lambda group: id(group.out_rotation)):
+        stop = first + len(list(same))
+        yield first, stop
+        first = stop
+
+
+def _tile(group: Group) -> int:
+    """Tokens that a program multiplies at a time. Of the capacity, so that a growing tail makes no new kernel."""
+    return min(MOST, max(LEAST, power_of_two(group.capacity)))
+
+
+@lru_cache(maxsize=64)
+def _space_on(space: KeySpace, device: torch.device) -> KeySpace:
+    return space.to(device)
+
+
+@lru_cache(maxsize=16)
+def _multiprocessors(device: torch.device) -> int:
+    if INTERPRETED:
+        # Enough for more than one split.
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _ceil(number: int, by: int) -> int:
+    return -(-number // by)
