@@ -2,6 +2,7 @@
 #include "encode.h"
 
 #include "encode_fib.h"
+#include "encode_means.h"
 #include "encode_scaled.h"
 
 namespace fibkv {
@@ -19,6 +20,8 @@ static constexpr EncodeKernels kernels() {
       &decode_scaled_rows<E4m3, element>,
       &divide_channels<element>,
       &multiply_channels<element>,
+      &mean_rows<element>,
+      &subtract_from_rows<element>,
   };
 }
 

@@ -101,6 +101,12 @@ struct EncodeKernels {
 
   // One group: rows [tokens][d] float32 times scales [d] -> out.
   void (*multiply_channels)(const float* rows, const uint16_t* scales, int64_t tokens, int dim, void* out);
+
+  // One group: rows [tokens][d] -> their mean [d], not finite where a row is not.
+  void (*mean_rows)(const void* rows, int64_t tokens, int dim, double* mean);
+
+  // One group: rows [tokens][d] - taken [d] -> out [tokens][d] float32.
+  void (*subtract_from_rows)(const void* rows, int64_t tokens, int dim, const float* taken, float* out);
 };
 
 const EncodeKernels& encode_kernels(Isa isa, Element element);

@@ -168,6 +168,27 @@ void multiply_channels(uintptr_t rows, uintptr_t scales, int64_t groups, int64_t
   });
 }
 
+void mean_rows(uintptr_t rows, Element element, int64_t groups, int64_t tokens, int dim, uintptr_t means, int threads,
+               Isa isa) {
+  nb::gil_scoped_release unlocked;
+  const EncodeKernels& kernels = encode_kernels(isa, element);
+  const int64_t group = tokens * dim;
+  share(groups, 1, threads, [&](int64_t i, int64_t, int) {
+    kernels.mean_rows(at<char>(rows) + i * group * element_bytes(element), tokens, dim, at<double>(means) + i * dim);
+  });
+}
+
+void subtract_from_rows(uintptr_t rows, Element element, int64_t groups, int64_t tokens, int dim, uintptr_t taken,
+                        uintptr_t out, int threads, Isa isa) {
+  nb::gil_scoped_release unlocked;
+  const EncodeKernels& kernels = encode_kernels(isa, element);
+  const int64_t group = tokens * dim;
+  share(groups, 1, threads, [&](int64_t i, int64_t, int) {
+    kernels.subtract_from_rows(at<char>(rows) + i * group * element_bytes(element), tokens, dim,
+                               at<float>(taken) + i * dim, at<float>(out) + i * group);
+  });
+}
+
 void encode_norms(uintptr_t norms, int64_t groups, int64_t tokens, uintptr_t codes, uintptr_t ranges, int threads) {
   nb::gil_scoped_release unlocked;
   share(groups, std::max<int64_t>(1, kShare / tokens), threads, [&](int64_t start, int64_t some, int) {
@@ -222,6 +243,10 @@ void bind_encoding(nb::module_& m) {
         "divided"_a, "threads"_a, "isa"_a);
   m.def("multiply_channels", &multiply_channels, "rows"_a, "scales"_a, "groups"_a, "tokens"_a, "dim"_a, "out"_a,
         "element"_a, "threads"_a, "isa"_a);
+  m.def("mean_rows", &mean_rows, "rows"_a, "element"_a, "groups"_a, "tokens"_a, "dim"_a, "means"_a, "threads"_a,
+        "isa"_a);
+  m.def("subtract_from_rows", &subtract_from_rows, "rows"_a, "element"_a, "groups"_a, "tokens"_a, "dim"_a, "taken"_a,
+        "out"_a, "threads"_a, "isa"_a);
   m.def("encode_norms", &encode_norms, "norms"_a, "groups"_a, "tokens"_a, "codes"_a, "ranges"_a, "threads"_a);
   m.def("decode_norms", &decode_norms, "codes"_a, "ranges"_a, "groups"_a, "tokens"_a, "norms"_a, "threads"_a);
 }

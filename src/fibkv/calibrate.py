@@ -45,12 +45,13 @@ from fibkv.parameters import named_parameters
 from fibkv.progress import ProgressCallback, StepCounter
 from fibkv.prompts import spread_windows
 from fibkv.quality import CausalLM, cached_logits, dense_logits, score_tokens
+from fibkv.settings import NAMES_BY_BITS
 from fibkv.shape import Role
 from fibkv.space import KeySpace
 from fibkv.threads import torch_threads
 
-RUNGS = ("fib2", "fib3", "fib4")
-"""Codecs that are tried, from the fewest bits."""
+RUNGS: tuple[tuple[str, str], ...] = tuple(NAMES_BY_BITS[bits] for bits in (2, 3, 4))
+"""Codecs of keys and values that are tried, from the fewest bits."""
 SPACES: tuple[SpaceKind, ...] = ("plain", "mean", "balanced")
 ROLES: tuple[Role, ...] = ("key", "value")
 
@@ -161,13 +162,13 @@ class _Run:
         statistics = self._gather(step)
         self._spaces = spaces_of(statistics)
         trials = [
-            SpaceTrial(profile=rung, space=kind, kl=self._kl(step, f"space {rung} {kind}", (rung, rung), kind))
+            SpaceTrial(profile=rung[0], space=kind, kl=self._kl(step, f"space {rung[0]} {kind}", rung, kind))
             for rung in RUNGS
             for kind in SPACES
         ]
-        best = {rung: min((t for t in trials if t.profile == rung), key=lambda t: t.kl).space for rung in RUNGS}
+        best = {keys: min((t for t in trials if t.profile == keys), key=lambda t: t.kl).space for keys, _ in RUNGS}
         sensitivities = [
-            self._sensitivity(step, statistics[layer], layer, role, rung, best[rung])
+            self._sensitivity(step, statistics[layer], layer, role, rung[ROLES.index(role)], best[rung[0]])
             for layer in layers
             for role in ROLES
             for rung in RUNGS
@@ -261,12 +262,12 @@ class _Run:
         target = self._settings.bits
         chosen = allocate_rungs(sensitivities, target)
         bits = _average(sensitivities, chosen)
-        kl = self._kl(step, "recommended", (RUNGS[-1],) * 2, chosen=chosen, spaces=self._spaces_for(chosen, best))
+        kl = self._kl(step, "recommended", RUNGS[-1], chosen=chosen, spaces=self._spaces_for(chosen, best))
         layers = list(chosen)
-        uniform = {rung: dict.fromkeys(layers, (rung, rung)) for rung in RUNGS}
+        uniform = {rung: dict.fromkeys(layers, rung) for rung in RUNGS}
         fitting = [rung for rung in RUNGS if _average(sensitivities, uniform[rung]) <= target]
-        single = min(fitting, key=lambda rung: _lowest(trials, rung))
-        uniform_kl = _lowest(trials, single)
+        single = min(fitting, key=lambda rung: _lowest(trials, rung[0]))
+        uniform_kl = _lowest(trials, single[0])
         if uniform_kl < kl:
             chosen, kl, bits = uniform[single], uniform_kl, _average(sensitivities, uniform[single])
         return Recommendation(

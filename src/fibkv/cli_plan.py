@@ -25,7 +25,9 @@ def plan(
     profile: Annotated[str, typer.Option(help="Codecs, by comma; keys/values for a pair, as in fib4/fib2.")] = ",".join(
         DEFAULTS.profiles
     ),
-    bits: Annotated[str | None, typer.Option(help="Instead of --profile: 1, 2, 3, 4, 8, 16, by comma.")] = None,
+    bits: Annotated[
+        str | None, typer.Option(help="Instead of --profile: 1, 2, 2.5, 3, 3.5, 4, 8, 16, by comma.")
+    ] = None,
     weights: Annotated[
         str | None, typer.Option(help="Bytes of the weights; default: as stored beside the configuration, or counted.")
     ] = None,
@@ -40,14 +42,16 @@ def plan(
     # Here, so that `fibkv --help` does not wait for transformers.
     from fibkv.plan_view import render_plan  # noqa: PLC0415
     from fibkv.planner import plan_memory  # noqa: PLC0415
-    from fibkv.settings import NAMES_BY_BITS  # noqa: PLC0415
+    from fibkv.settings import NAMES_BY_BITS, names_by_bits  # noqa: PLC0415
 
     names = tuple(name.strip() for name in profile.split(","))
     if bits is not None:
-        unknown = [number for number in _numbers(bits) if number not in NAMES_BY_BITS]
-        if unknown:
-            raise typer.BadParameter(f"--bits: expected {', '.join(map(str, NAMES_BY_BITS))}, got {unknown[0]}")
-        names = tuple(NAMES_BY_BITS[number] for number in _numbers(bits))
+        rates = [text.strip() for text in bits.split(",")]
+        # One name where keys and values share it.
+        known = {str(rate): "/".join(dict.fromkeys(names_by_bits(rate))) for rate in NAMES_BY_BITS}
+        if unknown := [rate for rate in rates if rate not in known]:
+            raise typer.BadParameter(f"--bits: expected {', '.join(known)}, got {unknown[0]}")
+        names = tuple(known[rate] for rate in rates)
     result = plan_memory(
         model,
         PlanSettings(

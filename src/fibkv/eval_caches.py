@@ -37,7 +37,8 @@ PROFILES: tuple[tuple[str, str], ...] = (
 )
 """Plain codecs by name. The scalar codes have the same norms and gains as FibQuant, hence the same bits."""
 
-DEFAULT_BITS = (4, 3, 2)
+WHOLE_BITS = (4, 3, 2)
+DEFAULT_BITS = (4, 3.5, 3, 2.5, 2)
 """What ``bits=`` gives, the recipes."""
 
 SIMULATED: tuple[tuple[str, str, Quantizer], ...] = (
@@ -147,8 +148,8 @@ def _calibrated_variants(protected: ProtectedRegions, calibration: Calibration |
     if calibration is None:
         return []
     by_bits = [
-        fibkv_variant(f"cal{bits}", f"calibrated {bits}", protected, profile=f"fib{bits}", calibration=calibration)
-        for bits in DEFAULT_BITS
+        fibkv_variant(f"cal{bits}", f"calibrated {bits}", protected, bits=bits, calibration=calibration)
+        for bits in WHOLE_BITS
     ]
     return [*by_bits, fibkv_variant("calmix", "calibrated, per layer", protected, calibration=calibration)]
 

@@ -57,7 +57,8 @@ class Cache(StockCache):
 
     Args:
         model: a causal language model of transformers, or its configuration.
-        bits: 1, 2, 3, 4 (FibQuant), 8 (int8) or 16 (raw), or a pair for keys and values. Default 4.
+        bits: 1, 2, 2.5, 3, 3.5, 4 (FibQuant), 8 (int8) or 16 (raw), or a pair of whole ones for keys and values. The
+            codecs behind them are `fibkv.settings.NAMES_BY_BITS`. Default 4.
         profile: instead of bits: a name of `fibkv.parameters.PARAMETER_NAMES`, codec parameters, or a pair of either.
         policy: what is compressed. Default: all of it per token, except the first 4 and the last 64 tokens.
         tokens_per_page: tokens of a sealed page.
@@ -86,7 +87,7 @@ class Cache(StockCache):
         self,
         model: PreTrainedModel | PretrainedConfig,
         *,
-        bits: int | tuple[int, int] | None = None,
+        bits: float | tuple[int, int] | None = None,
         profile: Choice | tuple[Choice, Choice] | None = None,
         policy: Policy | None = None,
         tokens_per_page: int = 64,

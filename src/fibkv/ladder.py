@@ -30,7 +30,7 @@ class Ladder(Contract):
     fp16: tuple[Choice, Choice] = ("raw", "raw")
     q8: tuple[Choice, Choice] = ("int8", "int8")
     fp8: tuple[Choice, Choice] = ("fp8", "fp8")
-    q4: tuple[Choice, Choice] = ("fib4", "fib4")
+    q4: tuple[Choice, Choice] = ("key4", "value4")
     q2: tuple[Choice, Choice] | None = None
 
     def rungs(self, config: PressureConfig) -> tuple[Rung, ...]:

@@ -15,21 +15,29 @@ LIMIT = 127
 MIN_EXPONENT, MAX_EXPONENT = -126, 120
 
 
-def subtract_means(rows: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes the means of groups, and takes them out.
+def encode_means(mean: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes the means of groups.
 
     Args:
-        rows: ``[..., T, d]`` finite, of any floating dtype.
+        mean: ``[..., d]`` float64, finite.
         rotation: ``[d, d]``, from vectors to the codes' space.
 
     Returns:
-        The means ``[..., 1 + d]`` int8 as in `fibkv.codes.FibCodes`, and the rows without them ``[..., T, d]`` float32.
+        The codes ``[..., 1 + d]`` int8 as in `fibkv.codes.FibCodes`, and what they take from each vector of their
+        group: `means_in_place` of them.
     """
-    wide = rotation.to(rows.device, torch.float64)
-    mean = rows.sum(-2, dtype=torch.float64) / rows.shape[-2]
-    codes = _encode(mean @ wide.T)
-    taken = (_decode(codes) @ wide).to(torch.float32)
-    return codes, rows.to(torch.float32) - taken.unsqueeze(-2)
+    codes = _encode(mean @ rotation.to(mean.device, torch.float64).T)
+    return codes, means_in_place(codes, rotation)
+
+
+def subtract_means(rows: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes the means of groups of rows ``[..., T, d]`` float32, finite, and takes them out.
+
+    Returns:
+        The codes as of `encode_means`, and the rows without the means ``[..., T, d]`` float32.
+    """
+    codes, taken = encode_means(rows.to(torch.float64).mean(-2), rotation)
+    return codes, rows - taken.unsqueeze(-2)
 
 
 def decode_means(codes: Tensor) -> Tensor:

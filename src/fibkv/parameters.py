@@ -249,16 +249,21 @@ CodecParameters = Annotated[
 ]
 """Field type: the parameters of any codec, told apart by their field ``codec``."""
 
+_BOOKS = {4: (2, 256), 3: (2, 64), 2: (4, 256), 1: (8, 256)}
+
 FIB_SETTINGS: Mapping[str, tuple[int, int]] = {
-    "fib4": (2, 256),
-    "fib3": (2, 64),
-    "fib2": (4, 256),
-    "fib1": (8, 256),
+    **{f"fib{bits}": book for bits, book in _BOOKS.items()},
+    **{f"key{bits}": book for bits, book in _BOOKS.items()},
+    **{f"value{bits}": _BOOKS[bits] for bits in (4, 3)},
     "scalar4": (1, 16),
     "scalar3": (1, 8),
     "scalar2": (1, 4),
 }
-"""Block dim k and codebook size N by name; the digit is the payload's bits per coordinate, norms not counted."""
+"""Block dim k and codebook size N by name; the digit is the payload's bits per coordinate, norms not counted.
+
+``fib`` and ``scalar`` are the plain codes. ``key`` and ``value`` are the recipes of ``bits=`` (docs/RECIPES.md): the
+code of ``fib``, for keys centered, and at 3 and 4 bits with a scale search.
+"""
 
 TRELLIS_SETTINGS: Mapping[str, Literal[2, 3, 4]] = {"trellis4": 4, "trellis3": 3, "trellis2": 2}
 """Bits per coordinate by name."""
@@ -289,7 +294,11 @@ def named_parameters(name: str, head_dim: int, dtype: Dtype) -> CodecParameters:
         return TrellisParameters.of(head_dim, TRELLIS_SETTINGS[name])
     if name not in FIB_SETTINGS:
         raise ContractError("parameters name", f"one of {', '.join(PARAMETER_NAMES)}", name)
-    return FibParameters.of(head_dim, *FIB_SETTINGS[name])
+    block_dim, size = FIB_SETTINGS[name]
+    is_key = name.startswith("key")
+    # In larger blocks each factor costs a search of all codewords, for 1 % of error.
+    searched = block_dim == 2 and (is_key or name.startswith("value"))
+    return FibParameters.of(head_dim, block_dim, size, scale_search=searched, centered=is_key)
 
 
 def named_block_dim(name: str) -> int:

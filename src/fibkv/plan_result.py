@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fibkv.contract import Contract, Count, Total
 
-LEVELS = {"fp16": "raw", "q8": "int8", "fp8": "fp8", "q4": "fib4", "2-bit": "fib2"}
+LEVELS = {"fp16": "raw", "q8": "int8", "fp8": "fp8", "q4": "key4/value4", "2-bit": "key2/fib2"}
 """The levels of the pressure controller, and a rung below them, with their codecs. ``raw`` keeps the model's dtype."""
 
 MAX_BATCH = 256

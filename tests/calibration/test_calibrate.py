@@ -114,13 +114,13 @@ def test_a_budget_keeps_raw_what_breaks_it(loaded: tuple[Any, Any], path: Path) 
     worst = {
         one.layer: max(head.attention_tv for head in one.heads)
         for one in info.sensitivities
-        if (one.role, one.profile) == ("key", "fib2")
+        if (one.role, one.profile) == ("key", "key2")
     }
     bound = sorted(worst.values())[1]  # two of the four layers keep it
     budget = QualityBudget(max_attention_tv=bound)
-    cache = Cache(loaded[0], profile="fib2", calibration=path, quality_budget=budget)
+    cache = Cache(loaded[0], bits=2, calibration=path, quality_budget=budget)
     for layer, value in worst.items():
-        assert cache.settings.names(layer) == ("fib2" if value <= bound else "raw", "fib2")
+        assert cache.settings.names(layer) == ("key2" if value <= bound else "raw", "fib2")
     violations = cache.report().budget_violations
     assert {one.layer for one in violations} == {layer for layer, value in worst.items() if value > bound}
     assert all(one.measured > one.allowed == bound for one in violations)
@@ -133,11 +133,11 @@ def test_a_budget_keeps_raw_what_breaks_it(loaded: tuple[Any, Any], path: Path) 
 
 def test_budgets_that_cannot_be_kept_are_refused(loaded: tuple[Any, Any], path: Path) -> None:
     closed = QualityBudget(max_value_aggregation_mse=0.0, fallback_on_violation="fail_closed")
-    with pytest.raises(ContractError, match=r"max_value_aggregation_mse: .* layer 0 head 0 value in fib4"):
-        Cache(loaded[0], profile="fib4", calibration=path, quality_budget=closed)
+    with pytest.raises(ContractError, match=r"max_value_aggregation_mse: .* layer 0 head 0 value in value4"):
+        Cache(loaded[0], bits=4, calibration=path, quality_budget=closed)
     with pytest.raises(ContractError, match="a calibration beside it"):
         Cache(loaded[0], quality_budget=closed)
-    with pytest.raises(ContractError, match=r"codecs that were measured \(fib2, fib3, fib4\), got 'int8'"):
+    with pytest.raises(ContractError, match=r"measured \(fib2, key2, key3, key4, value3, value4\), got 'int8'"):
         Cache(loaded[0], profile="int8", calibration=path, quality_budget=closed)
     assert Cache(loaded[0], profile=("raw", "raw"), calibration=path, quality_budget=closed).budget_violations == ()
 

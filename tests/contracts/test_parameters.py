@@ -141,6 +141,12 @@ def test_training_refusals(fields: dict[str, object], message: str) -> None:
         ("fib3", FibParameters.of(128, 2, 64)),
         ("fib2", FibParameters.of(128, 4, 256)),
         ("fib1", FibParameters.of(128, 8, 256)),
+        ("key4", FibParameters.of(128, 2, 256, centered=True, scale_search=True)),
+        ("key3", FibParameters.of(128, 2, 64, centered=True, scale_search=True)),
+        ("key2", FibParameters.of(128, 4, 256, centered=True)),
+        ("key1", FibParameters.of(128, 8, 256, centered=True)),
+        ("value4", FibParameters.of(128, 2, 256, scale_search=True)),
+        ("value3", FibParameters.of(128, 2, 64, scale_search=True)),
         ("scalar4", FibParameters.of(128, 1, 16)),
         ("scalar3", FibParameters.of(128, 1, 8)),
         ("scalar2", FibParameters.of(128, 1, 4)),
@@ -158,7 +164,7 @@ def test_named_settings(name: str, expected: CodecParameters) -> None:
 
 def test_every_known_name_is_served() -> None:
     digests = {named_parameters(name, 64, "f16").digest() for name in PARAMETER_NAMES}
-    assert len(digests) == len(PARAMETER_NAMES) == 13
+    assert len(digests) == len(PARAMETER_NAMES) == 19
 
 
 def test_unknown_name_is_refused_with_the_known_ones() -> None:

@@ -212,9 +212,12 @@ class TestAttention:
 class TestSettings:
     def test_bits_and_profiles(self) -> None:
         for fields, keys, values in (
-            ({}, "fib4", "fib4"),
-            ({"bits": 2}, "fib2", "fib2"),
-            ({"bits": (8, 4)}, "int8", "fib4"),
+            ({}, "key4", "value4"),
+            ({"bits": 2}, "key2", "fib2"),
+            ({"bits": 2.5}, "key2", "value3"),
+            ({"bits": 3.5}, "key3", "value4"),
+            ({"bits": 3.0}, "key3", "value3"),
+            ({"bits": (8, 4)}, "int8", "value4"),
             ({"profile": ("fib4", "fp8")}, "fib4", "fp8"),
             ({"profile": FibParameters.of(32, 4, 16)}, "fib", "fib"),
         ):
@@ -237,7 +240,9 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("fields", "error", "match"),
         [
-            ({"bits": 5}, ContractError, r"Cache\.bits: expected one of 1, 2, 3, 4, 8, 16, or a pair, got 5"),
+            ({"bits": 5}, ContractError, r"Cache\.bits: expected one of 1, 2, 2.5, 3, 3.5, 4, 8, 16, or a pair"),
+            ({"bits": (2.5, 4)}, ContractError, r"Cache\.bits: .*or a pair of whole ones, got \(2.5, 4\)"),
+            ({"bits": True}, ContractError, r"Cache\.bits"),
             ({"bits": 4, "profile": "fib4"}, ContractError, "either bits or profile"),
             ({"profile": "fib9"}, ContractError, "one of raw, int8, fp8, fib4"),
             ({"bits": (4, 2, 1)}, ContractError, "Cache.bits: expected one choice, or a pair for keys and values"),

@@ -43,7 +43,7 @@ def test_a_context_that_fits_fits_and_the_next_one_does_not(directory: Path) -> 
         assert less.largest_batch == 1
     assert [row.largest_batch for row in free.rows] == [MAX_BATCH] * 5
     by_codec = {row.profile: row.cache_nbytes for row in free.rows}
-    assert by_codec["raw"] > by_codec["int8"] > by_codec["fib4"]
+    assert by_codec["raw"] > by_codec["int8"] > by_codec["key4/value4"]
 
 
 def test_nothing_fits_beside_weights_that_do_not_fit(directory: Path) -> None:
@@ -86,7 +86,7 @@ def test_the_layers_say_what_becomes_of_them(directory: Path) -> None:
         console.print(render_plan(result))
     text = capture.get()
     assert "1 x DynamicSlidingWindowLayer: as it is (a window of fixed size)" in text
-    assert re.search(r"Longest context that fits.* q4 +fib4 +512\* ", text, flags=re.DOTALL)
+    assert re.search(r"Longest context that fits.* q4 +key4/value4 +512\* ", text, flags=re.DOTALL)
 
 
 @pytest.mark.parametrize(
@@ -114,12 +114,17 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
 
 def test_the_command(tmp_path: Path) -> None:
     found = tmp_path / "plan.json"
-    arguments = ["plan", str(embedded.model_dir()), "--memory", "64MiB", "--bits", "16,4", "--batch", "1,2"]
+    arguments = ["plan", str(embedded.model_dir()), "--memory", "64MiB", "--bits", "16,3.5", "--batch", "1,2"]
     done = CliRunner().invoke(app, [*arguments, "--context", "1024", "--json", str(found)])
     assert done.exit_code == 0, done.output
     assert "Longest context that fits" in done.output
     result = PlanResult.from_json(found.read_text())
-    assert [(row.profile, row.batch) for row in result.rows] == [("raw", 1), ("raw", 2), ("fib4", 1), ("fib4", 2)]
+    assert [(row.profile, row.batch) for row in result.rows] == [
+        ("raw", 1),
+        ("raw", 2),
+        ("key3/value4", 1),
+        ("key3/value4", 2),
+    ]
     assert json.loads(found.read_text())["settings"]["memory_nbytes"] == 64 << 20
     refused = CliRunner().invoke(app, [*arguments[:2], "--memory", "lots"])
     assert isinstance(refused.exception, ContractError)

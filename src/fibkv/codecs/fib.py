@@ -24,8 +24,9 @@ from fibkv.tables import FibTables
 
 # Of the way in which codebooks are trained: a new one gives old parameters another meaning.
 CODEBOOK_VERSION = 1
-# Of a scale search: a geometric grid from 0.8 to 1.25. 17 factors win another 0.6 % of error, 3 lose 5 %.
-SCALES = tuple(1.25 ** (step / 4) for step in range(-4, 5))
+# Of a scale search: a geometric grid from 0.86 to 1.16. At 4 bits nine factors from 0.8 to 1.25 win another 1.5 % of
+# error at twice the cost, three lose 2 %.
+SCALES = tuple(1.16 ** (step / 2) for step in range(-2, 3))
 
 
 class FibCodec(Codec):

@@ -19,7 +19,7 @@ from fibkv.kernels import reference
 from fibkv.kernels.native_sides import MAX_EXACT_HADAMARD
 from fibkv.kernels.native_sides import extension as native
 from fibkv.kernels.refusals import mismatch, require_finite, require_norms
-from fibkv.means import means_in_place, subtract_means
+from fibkv.means import encode_means, means_in_place
 from fibkv.packing import packed_nbytes
 from fibkv.rotation import hadamard_signs
 from fibkv.tables import ChannelTables, FibTables, RawTables, ScaledTables, Tables, trellis_of
@@ -168,8 +168,7 @@ def _decode_scaled(out: Tensor, codes: ScaledCodes, isa: Isa) -> None:
 def _encode_fib(rows: Tensor, tables: FibTables, isa: Isa) -> FibCodes:
     mean = torch.empty((*rows.shape[:-2], 0), dtype=torch.int8)
     if tables.centered:
-        require_finite(rows)
-        mean, rows = subtract_means(rows, tables.rotation.matrix)
+        mean, rows = _subtract_means(rows, tables, isa)
     norms = torch.empty(rows.shape[:-1], dtype=torch.float64)
     indices = torch.empty((*norms.shape, packed_nbytes(tables.num_blocks, tables.bits)), dtype=torch.uint8)
     finite = native.encode_fib(
@@ -199,6 +198,29 @@ def _encode_fib(rows: Tensor, tables: FibTables, isa: Isa) -> FibCodes:
         threads=torch.get_num_threads(),
     )
     return FibCodes(mean=mean, norm_range=ranges.to(torch.float16), norms=codes, indices=indices)
+
+
+def _subtract_means(rows: Tensor, tables: FibTables, isa: Isa) -> tuple[Tensor, Tensor]:
+    """The coded means of groups, and the rows without them in float32."""
+    *lead, tokens, dim = rows.shape
+    means = torch.empty((*lead, dim), dtype=torch.float64)
+    extent = {"groups": means.numel() // dim, "tokens": tokens, "dim": dim}
+    threads = torch.get_num_threads()
+    native.mean_rows(rows.data_ptr(), _element(rows), **extent, means=means.data_ptr(), threads=threads, isa=isa)
+    if not bool(torch.isfinite(means).all()):
+        require_finite(rows)
+    codes, taken = encode_means(means, tables.rotation.matrix)
+    taken, centered = taken.contiguous(), torch.empty(rows.shape, dtype=torch.float32)
+    native.subtract_from_rows(
+        rows.data_ptr(),
+        _element(rows),
+        **extent,
+        taken=taken.data_ptr(),
+        out=centered.data_ptr(),
+        threads=threads,
+        isa=isa,
+    )
+    return codes, centered
 
 
 def _decode_fib(out: Tensor, codes: FibCodes, tables: FibTables, isa: Isa) -> None:
