@@ -60,12 +60,36 @@ def load_indices(start, vectors, blocks, mask, SIDE: tl.constexpr):
 
 
 @triton.jit
+def _as_half(numbers):
+    """The low 16 bits as float16."""
+    return (numbers & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _look_up(codewords, indices, k: tl.constexpr, SIDE: tl.constexpr):
+    """Codewords ``[T, m, k]`` float16 of indices ``[T, m]``, from a copy of the table in shared memory.
+
+    A codeword of two or four coordinates is one number of 32 or 64 bits: one read of shared memory each.
+    """
+    places = tl.arange(0, 1 << SIDE.window)
+    flat = tl.reshape(indices, [indices.shape[0] * indices.shape[1]])
+    if k == 2:
+        words = tl.gather(tl.load(codewords.to(tl.pointer_type(tl.int32)) + places), flat, 0)
+        found = tl.join(_as_half(words), _as_half(words >> 16))
+    else:
+        words = tl.gather(tl.load(codewords.to(tl.pointer_type(tl.int64)) + places), flat, 0)
+        even = tl.join(_as_half(words), _as_half(words >> 32))
+        found = tl.join(even, tl.join(_as_half(words >> 16), _as_half(words >> 48)))
+    return tl.reshape(found, [indices.shape[0], indices.shape[1], k])
+
+
+@triton.jit
 def load_directions(start, codewords, vectors, mask, SIDE: tl.constexpr):
     """Coded vectors before their norms or scales, ``[T, D]``, in the codes' space.
 
     Args:
         start: address of the codes.
-        codewords: ``[N, k]`` of the codebook, whose dtype the result has (``fib``).
+        codewords: ``[N, k]`` of the codebook, whose dtype the result has (``fib``); in float16, N is a power of two.
         vectors: ``[T]``, which.
         mask: ``[T]``; vectors outside it are 0, and so are coordinates from ``d`` upwards.
         SIDE: how they lie.
@@ -82,9 +106,12 @@ def load_directions(start, codewords, vectors, mask, SIDE: tl.constexpr):
             block = tl.arange(0, SIDE.width // k)
             inside = mask[:, None] & (block < SIDE.dim // k)[None, :]
             indices = load_indices(start, vectors[:, None], block[None, :], inside, SIDE)
-            # One load per codeword: its coordinates lie side by side.
-            entries = codewords + indices[:, :, None] * k + tl.arange(0, k)[None, None, :]
-            found = tl.load(entries, inside[:, :, None], other=0.0)
+            if (k == 2 or k == 4) and SIDE.window <= 8 and codewords.dtype.element_ty == tl.float16:  # noqa: PLR1714
+                found = tl.where(inside[:, :, None], _look_up(codewords, indices, k, SIDE), 0.0)
+            else:
+                # One load per codeword: its coordinates lie side by side.
+                entries = codewords + indices[:, :, None] * k + tl.arange(0, k)[None, None, :]
+                found = tl.load(entries, inside[:, :, None], other=0.0)
             directions = tl.reshape(found, [vectors.shape[0], SIDE.width])
     else:
         inside = mask[:, None] & (axis < SIDE.dim)[None, :]

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fibkv.codes import Codes, FibCodes, RawCodes, ScaledCodes
 from fibkv.kernels.refusals import mismatch
@@ -92,7 +93,7 @@ class DeviceTables:
 
     Attributes:
         codewords: ``[N, k]`` float32; one element where the codec has none.
-        halves: the same in float16.
+        halves: the same in float16, N filled up to a power of two.
         rotation: ``[d, d]`` float32 or None; row i gives coordinate i of a rotated vector.
         scales: factors of a scale search, float32.
         cells: ``[side, side]`` uint8 of a decision table; one element where there is none.
@@ -124,7 +125,7 @@ def on_device(tables: Tables, device: torch.device) -> DeviceTables:
     codewords = inner.codewords.to(device).contiguous()
     return DeviceTables(
         codewords,
-        codewords.half(),
+        pad(codewords.half(), (0, 0, 0, (1 << inner.window) - len(codewords))),
         inner.rotation.matrix.to(device).contiguous(),
         torch.tensor(inner.scales, device=device),
         nothing if inner.decisions is None else inner.decisions.cells.to(device).contiguous(),
