@@ -27,7 +27,7 @@ from fibkv.policy import Policy
 from fibkv.prefix import root
 from fibkv.sealing import LayerSettings
 from fibkv.shape import Dtype, KVShape
-from fibkv.wire import StoredPage, page_to_bytes
+from fibkv.wire import PageReader, StoredPage, load_pages, page_to_bytes
 
 Weights = Annotated[str, StringConstraints(pattern=r"^(blake3:[0-9a-f]{64}|name:[^\x00-\x1f]{1,200})$")]
 
@@ -193,15 +193,13 @@ def span_to_bytes(name: str, previous: str, pages: Sequence[Page]) -> bytes:
     return pack("span", header.to_json().encode(), [page_to_bytes(page) for page in pages])
 
 
-def span_from_bytes(
-    data: Bytes, place: tuple[str, str, int, int], settings: Sequence[LayerSettings]
-) -> tuple[Page, ...]:
+def span_from_bytes(data: Bytes, place: tuple[str, str, int, int], readers: Sequence[PageReader]) -> tuple[Page, ...]:
     """The pages of a span, one per layer, all checked.
 
     Args:
         data: the container.
         place: name, previous name, first token and number of tokens that it must have.
-        settings: of the layers.
+        readers: of the layers.
 
     Raises:
         DigestMismatch, PageError, ContractError: it is not what it must be.
@@ -210,9 +208,9 @@ def span_from_bytes(
     header = canonical(container, SpanHeader)
     if (header.name, header.previous, header.start, header.tokens) != place:
         raise PageError(f"span: expected (name, previous, start, tokens) {place}, got {header}")
-    _require_count("span", len(settings), header.pages, container.sections)
-    pairs = zip(settings, header.pages, container.sections, strict=True)
-    return tuple(_page(section, digest, (place[2], place[3]), layer) for layer, digest, section in pairs)
+    _require_count("span", len(readers), header.pages, container.sections)
+    pairs = zip(readers, header.pages, container.sections, strict=True)
+    return tuple(load_pages([_open(section, digest, place[2:], reader) for reader, digest, section in pairs]))
 
 
 def end_to_bytes(header: EndHeader, pages: Sequence[Page], tails: Sequence[tuple[Tensor, Tensor]]) -> bytes:
@@ -227,13 +225,13 @@ def end_to_bytes(header: EndHeader, pages: Sequence[Page], tails: Sequence[tuple
     return pack("end", header.to_json().encode(), [*(page_to_bytes(page) for page in pages), *raw])
 
 
-def end_from_bytes(data: Bytes, place: tuple[str, str, int, int], settings: Sequence[LayerSettings]) -> End:
+def end_from_bytes(data: Bytes, place: tuple[str, str, int, int], readers: Sequence[PageReader]) -> End:
     """An end, checked.
 
     Args:
         data: the container.
         place: name, previous name, start and length that it must have.
-        settings: of the layers.
+        readers: of the layers.
 
     Raises:
         DigestMismatch, PageError, ContractError: it is not what it must be.
@@ -242,30 +240,34 @@ def end_from_bytes(data: Bytes, place: tuple[str, str, int, int], settings: Sequ
     header = canonical(container, EndHeader)
     if (header.name, header.previous, header.start, header.length) != place:
         raise PageError(f"end: expected (name, previous, start, length) {place}, got {header}")
-    count = len(settings) * len(header.boundaries)
+    count = len(readers) * len(header.boundaries)
     _require_count("end", count, header.pages, container.sections[:count])
-    if len(container.sections) != count + 2 * len(settings):
-        raise PageError(f"end: expected {count + 2 * len(settings)} sections, got {len(container.sections)}")
-    stops = list(pairwise((header.start, *header.boundaries)))
-    columns: list[list[Page]] = [[] for _ in settings]
-    for index, (digest, section) in enumerate(zip(header.pages, container.sections[:count], strict=True)):
-        start, stop = stops[index // len(settings)]
-        layer = index % len(settings)
-        columns[layer].append(_page(section, digest, (start, stop - start), settings[layer]))
+    if len(container.sections) != count + 2 * len(readers):
+        raise PageError(f"end: expected {count + 2 * len(readers)} sections, got {len(container.sections)}")
+    spans = [(start, stop - start) for start, stop in pairwise((header.start, *header.boundaries))]
+    places = [(span, reader) for span in spans for reader in readers]
+    stored = zip(places, header.pages, container.sections[:count], strict=True)
+    pages = load_pages([_open(section, digest, span, reader) for (span, reader), digest, section in stored])
     tokens = header.length - header.tail_start
-    raw = zip(settings, container.sections[count::2], container.sections[count + 1 :: 2], strict=True)
-    tails = [(_tail(keys, s.key_shape, tokens), _tail(values, s.value_shape, tokens)) for s, keys, values in raw]
-    layers = ((tuple(pages), *tail) for pages, tail in zip(columns, tails, strict=True))
+    raw = zip(readers, container.sections[count::2], container.sections[count + 1 :: 2], strict=True)
+    layers = (
+        (tuple(pages[layer :: len(readers)]), *_tails(reader.settings, keys, values, tokens))
+        for layer, (reader, keys, values) in enumerate(raw)
+    )
     return End(header.length, tuple(layers))
 
 
-def _page(data: memoryview, digest: str, span: tuple[int, int], settings: LayerSettings) -> Page:
-    stored = StoredPage.open(data, settings)
+def _open(data: memoryview, digest: str, span: tuple[int, int], reader: PageReader) -> StoredPage:
+    stored = reader.open(data)
     if (stored.header.start, stored.header.tokens) != span:
         actual = (stored.header.start, stored.header.tokens)
-        raise PageError(f"page of layer {settings.layer}: expected (start, tokens) {span}, got {actual}")
-    require_digest(f"page of layer {settings.layer}", digest, stored.container.digest)
-    return stored.load()
+        raise PageError(f"page of layer {stored.header.layer}: expected (start, tokens) {span}, got {actual}")
+    require_digest(f"page of layer {stored.header.layer}", digest, stored.container.digest)
+    return stored
+
+
+def _tails(settings: LayerSettings, keys: memoryview, values: memoryview, tokens: int) -> tuple[Tensor, Tensor]:
+    return _tail(keys, settings.key_shape, tokens), _tail(values, settings.value_shape, tokens)
 
 
 def _tail(data: memoryview, shape: KVShape, tokens: int) -> Tensor:

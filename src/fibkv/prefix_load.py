@@ -6,8 +6,11 @@ store there is only more to compute.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from torch import Tensor
@@ -20,8 +23,12 @@ from fibkv.prefix import TokenIds, chain, chain_names
 from fibkv.prefix_places import end_place, ends_folder, root_key, span_key
 from fibkv.sealing import LayerSettings
 from fibkv.store.base import Store, set_aside
+from fibkv.wire import PageReader
 
 Loaded = TypeVar("Loaded")
+
+# Spans that are read at the same time: what is far away comes as fast as the network can, not as it answers.
+AHEAD = 4
 
 
 class Restored(Contract):
@@ -83,17 +90,22 @@ class PrefixLoader:
             settings: of the layers that the root speaks of.
         """
         size = self.binding.tokens_per_page
+        readers = [PageReader(layer) for layer in settings]
         names = chain_names(self.binding.name, self.token_ids, range(size, len(self.token_ids) + 1, size))
         spans: list[tuple[Page, ...]] = []
         previous, found = self.binding.name, self._num_stored(names)
-        for name in names[:found]:
-            place = (name, previous, size * len(spans), size)
-            pages = self._fetch(span_key(name), span_from_bytes, place, settings)
-            if pages is None:
-                break
-            spans.append(pages)
-            previous = name
-        end = self._end(previous, size * len(spans), settings)
+        with ThreadPoolExecutor(AHEAD) as reading:
+            coming = deque(reading.submit(self.store.get, span_key(name)) for name in names[: min(found, AHEAD)])
+            for name in names[:found]:
+                place = (name, previous, size * len(spans), size)
+                pages = self._checked(span_key(name), coming.popleft().result, span_from_bytes, place, readers)
+                if pages is None:
+                    break
+                if (ahead := len(spans) + AHEAD) < found:
+                    coming.append(reading.submit(self.store.get, span_key(names[ahead])))
+                spans.append(pages)
+                previous = name
+        end = self._end(previous, size * len(spans), readers)
         columns = [tuple(span[layer] for span in spans) for layer in range(len(settings))]
         # The beginning, which everything behind it needs, counts as used last.
         self._try(self.store.touch, [*map(span_key, names[: len(spans)][::-1]), root_key(self.binding)])
@@ -113,22 +125,28 @@ class PrefixLoader:
                 high = middle - 1
         return low
 
-    def _end(self, previous: str, start: int, settings: Sequence[LayerSettings]) -> End | None:
+    def _end(self, previous: str, start: int, readers: Sequence[PageReader]) -> End | None:
         """The longest end behind a span that the prompt goes on with."""
         listed = self._try(lambda: list(self.store.list(ends_folder(previous)))) or []
         places = {end_place(entry): entry.key for entry in listed}
         for length, name in sorted(places, reverse=True):
             if start < length <= len(self.token_ids) and chain(previous, self.token_ids[start:length]) == name:
                 place = (name, previous, start, length)
-                end = self._fetch(places[length, name], end_from_bytes, place, settings)
+                end = self._fetch(places[length, name], end_from_bytes, place, readers)
                 if end is not None:
                     self._try(self.store.touch, [places[length, name]])
                     return end
         return None
 
     def _fetch(self, key: str, parse: Callable[..., Loaded], *context: object) -> Loaded | None:
-        """One object, checked; None if it is not there. What does not stand the check is moved aside."""
-        data = self._try(self.store.get, key)
+        """One object, checked; see `_checked`."""
+        return self._checked(key, partial(self.store.get, key), parse, *context)
+
+    def _checked(
+        self, key: str, get: Callable[[], bytes | None], parse: Callable[..., Loaded], *context: object
+    ) -> Loaded | None:
+        """What is got of an object, checked; None if it is not there. What does not stand the check is moved aside."""
+        data = self._try(get)
         if data is None:
             return None
         try:

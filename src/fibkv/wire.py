@@ -15,15 +15,21 @@ from torch import Tensor
 
 from fibkv.codecs import Codec
 from fibkv.coder import RoleCoder
+from fibkv.codes import Codes
 from fibkv.container import Bytes, Container, canonical, pack
 from fibkv.contract import Contract
 from fibkv.digest import canonical_json, require_digest
 from fibkv.errors import ContractError, PageError
-from fibkv.page import NOT_ENCODABLE, Page, PageHeader, Segment, SegmentHeader, segment_from_bytes
+from fibkv.page import NOT_ENCODABLE, Page, PageHeader, Segment, SegmentHeader
 from fibkv.policy import Decision, Run
 from fibkv.sealing import LayerSettings
 from fibkv.shape import Role
 from fibkv.space import KeySpace
+
+# The header of a page in canonical JSON, so that equal segments are recognized by their bytes.
+_BEFORE, _BETWEEN = b'{"page":', b',"segments":'
+# A layer has a handful: the first page, those behind it, fallbacks. Bounds what a hostile store can make it remember.
+MAX_FORMS = 64
 
 
 class PageContents(Contract):
@@ -40,49 +46,63 @@ class PageContents(Contract):
             PageError, ContractError: it is not so.
         """
         contents = canonical(container, cls)
-        stated, actual = [one.nbytes for one in contents.segments], [len(one) for one in container.sections]
-        if stated != actual or len(stated) % 2:
-            raise PageError(f"page container: expected sections of {stated} bytes for two roles alike, got {actual}")
+        _check_sizes(contents.segments, container)
         return contents
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class StoredSegment:
-    """One segment of a stored page, where it lies.
+class SegmentForm:
+    """What a segment's header says, in the terms of the layer that it belongs to.
 
     Attributes:
         header: of the segment.
         decision: of the policy that it was made under.
         codec: of its codes.
         space: of its keys, if they were taken to one.
-        codes: the canonical bytes.
     """
 
     header: SegmentHeader
     decision: Decision
     codec: Codec
     space: KeySpace | None
-    codes: memoryview
 
-    def load(self) -> Segment:
-        """The segment, its codes copied and checked."""
-        segment = segment_from_bytes(self.header, self.decision, self.codec, self.codes)
-        return segment if self.space is None else replace(segment, space=self.space)
+    @property
+    def groups(self) -> int:
+        """Heads."""
+        return self.header.heads[1] - self.header.heads[0]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens."""
+        return self.header.tokens[1] - self.header.tokens[0]
+
+    def segment(self, codes: Codes) -> Segment:
+        """The segment with these codes."""
+        header = self.header
+        return Segment(header.heads, header.tokens, self.decision, header.reasons, self.codec, codes, self.space)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredSegment:
+    """One segment of a stored page: what it is, and its canonical bytes where they lie."""
+
+    form: SegmentForm
+    codes: memoryview
 
     def vector(self, head: int, token: int) -> Tensor:
         """One vector ``[d]`` float32 of a head of the layer and a token of the page; reads no other."""
-        group, step = head - self.header.heads[0], token - self.header.tokens[0]
-        groups, tokens = (stop - start for start, stop in (self.header.heads, self.header.tokens))
+        form = self.form
+        group, step = head - form.header.heads[0], token - form.header.tokens[0]
         picked, offset = [], 0
-        for one, two, all_ in zip(*(self.codec.layout(count) for count in (1, 2, tokens)), strict=True):
+        for one, two, all_ in zip(*(form.codec.layout(count) for count in (1, 2, form.tokens)), strict=True):
             # What the tokens of a group share comes once; else the bytes of one token follow those of another.
             stride = two.nbytes - one.nbytes
             start = offset + group * all_.nbytes + step * stride
             picked.append(bytes(self.codes[start : start + one.nbytes]))
-            offset += groups * all_.nbytes
-        codes = self.codec.from_bytes(memoryview(b"".join(picked)), 1, 1)
-        out = torch.empty(1, 1, self.codec.head_dim)
-        Segment((head, head + 1), (0, 1), self.decision, (), self.codec, codes, self.space).decode(out)
+            offset += form.groups * all_.nbytes
+        codes = form.codec.from_bytes(memoryview(b"".join(picked)), 1, 1)
+        out = torch.empty(1, 1, form.codec.head_dim)
+        replace(form.segment(codes), heads=(head, head + 1), tokens=(0, 1)).decode(out)
         return out[0, 0]
 
 
@@ -102,51 +122,6 @@ class StoredPage:
     values: tuple[StoredSegment, ...]
     container: Container
 
-    @classmethod
-    def open(cls, data: Bytes, settings: LayerSettings) -> StoredPage:
-        """Opens a stored page for a layer. Reads its headers only.
-
-        Args:
-            data: the container.
-            settings: of the layer that it belongs to.
-
-        Raises:
-            DigestMismatch: it is coded by other profiles than the layer's.
-            PageError, ContractError: it is no page, of another layer, or its segments do not cover its rectangle once.
-        """
-        container = Container.parse(data, "page")
-        contents = PageContents.of(container)
-        header, half = contents.page, len(contents.segments) // 2
-        kv_heads = settings.key_shape.kv_heads
-        if header.layer != settings.layer:
-            raise PageError(f"page: expected layer {settings.layer}, got {header.layer}")
-        coders = (settings.keys, settings.values)
-        for name, coder, stated in zip(
-            ("key_profile", "value_profile"), coders, (header.key_profile, header.value_profile), strict=True
-        ):
-            require_digest(f"page of layer {header.layer} {name}", coder.profile_digest, stated)
-        sides = []
-        for coder, part in zip(coders, (slice(half), slice(half, None)), strict=True):
-            headers = contents.segments[part]
-            _check_inside(header, headers, kv_heads)
-            pairs = zip(headers, container.sections[part], strict=True)
-            sides.append(tuple(_segment(coder, header, one, codes) for one, codes in pairs))
-            _check_cover(header, headers, kv_heads)
-        return cls(header, sides[0], sides[1], container)
-
-    def load(self) -> Page:
-        """The page, checked against its digest, with its codes in memory of its own.
-
-        Raises:
-            DigestMismatch: the contents are not those that were sealed.
-            PageError: codes that no encoder makes.
-        """
-        self.container.check_digest()
-        keys, values = (tuple(segment.load() for segment in side) for side in (self.keys, self.values))
-        head = self.header
-        profiles = (head.key_profile, head.value_profile)
-        return Page(head.layer, head.start, head.tokens, keys, values, *profiles, self.container.digest)
-
     def vector(self, role: Role, head: int, token: int) -> Tensor:
         """One decoded vector ``[d]`` float32, found by arithmetic: nothing else is read, nor is the digest checked.
 
@@ -160,10 +135,101 @@ class StoredPage:
             PageError: a vector that no encoder makes.
         """
         for segment in self.keys if role == "key" else self.values:
-            (h0, h1), (t0, t1) = segment.header.heads, segment.header.tokens
+            (h0, h1), (t0, t1) = segment.form.header.heads, segment.form.header.tokens
             if h0 <= head < h1 and t0 <= token < t1:
                 return segment.vector(head, token)
         raise ContractError("StoredPage.vector", f"a head and a token below {self.header.tokens}", (head, token))
+
+
+class PageReader:
+    """Opens stored pages of one layer. What segments of equal headers are is worked out once.
+
+    Args:
+        settings: of the layer.
+    """
+
+    def __init__(self, settings: LayerSettings) -> None:
+        self.settings = settings
+        self._forms: dict[tuple[int, bytes], tuple[SegmentForm, ...]] = {}
+
+    def open(self, data: Bytes) -> StoredPage:
+        """Opens a stored page. Reads its headers only.
+
+        Args:
+            data: the container.
+
+        Raises:
+            DigestMismatch: it is coded by other profiles than the layer's.
+            PageError, ContractError: it is no page, of another layer, or its segments do not cover its rectangle once.
+        """
+        container = Container.parse(data, "page")
+        page, segments = _split(container)
+        if page.layer != self.settings.layer:
+            raise PageError(f"page: expected layer {self.settings.layer}, got {page.layer}")
+        for name, coder in (("key_profile", self.settings.keys), ("value_profile", self.settings.values)):
+            require_digest(f"page of layer {page.layer} {name}", coder.profile_digest, getattr(page, name))
+        forms = self._forms.get((page.tokens, segments))
+        if forms is None:
+            forms = self._learn(page, segments, container)
+        _check_sizes([form.header for form in forms], container)
+        stored, half = tuple(map(StoredSegment, forms, container.sections)), len(forms) // 2
+        return StoredPage(page, stored[:half], stored[half:], container)
+
+    def _learn(self, page: PageHeader, segments: bytes, container: Container) -> tuple[SegmentForm, ...]:
+        """What the segments of a page are, keys first: checked, and remembered by their header."""
+        headers = PageContents.of(container).segments
+        half, forms = len(headers) // 2, []
+        for coder, side in ((self.settings.keys, headers[:half]), (self.settings.values, headers[half:])):
+            _check_inside(page, side, self.settings.key_shape.kv_heads)
+            forms += [_form(coder, page, header) for header in side]
+            _check_cover(page, side, self.settings.key_shape.kv_heads)
+        if len(self._forms) >= MAX_FORMS:
+            self._forms.clear()
+        self._forms[page.tokens, segments] = found = tuple(forms)
+        return found
+
+
+def load_pages(stored: Sequence[StoredPage]) -> list[Page]:
+    """Pages, checked against their digests, with their codes in memory of their own.
+
+    Segments of one codec and size are decoded from their bytes together: of all layers, for the pages of a span.
+
+    Raises:
+        DigestMismatch: the contents are not those that were sealed.
+        PageError: codes that no encoder makes.
+    """
+    for page in stored:
+        page.container.check_digest()
+    alike: dict[tuple[Codec, int, int], list[StoredSegment]] = {}
+    for segment in (segment for page in stored for segment in (*page.keys, *page.values)):
+        alike.setdefault((segment.form.codec, segment.form.groups, segment.form.tokens), []).append(segment)
+    codes = {id(one): made for same in alike.values() for one, made in zip(same, _codes(same), strict=True)}
+    return [_page(page, codes) for page in stored]
+
+
+def _page(stored: StoredPage, codes: dict[int, Codes]) -> Page:
+    head = stored.header
+    keys, values = (tuple(one.form.segment(codes[id(one)]) for one in side) for side in (stored.keys, stored.values))
+    profiles = (head.key_profile, head.value_profile)
+    return Page(head.layer, head.start, head.tokens, keys, values, *profiles, stored.container.digest)
+
+
+def _codes(same: Sequence[StoredSegment]) -> list[Codes]:
+    """The codes of segments of one codec and size: read and checked as those of one segment with all of their heads."""
+    form = same[0].form
+    parts, offset = [], 0
+    for field in form.codec.layout(form.tokens):
+        stop = offset + form.groups * field.nbytes
+        parts += [one.codes[offset:stop] for one in same]
+        offset = stop
+    together = form.codec.from_bytes(memoryview(b"".join(parts)), form.groups * len(same), form.tokens)
+    heads = (slice(index, index + form.groups) for index in range(0, form.groups * len(same), form.groups))
+    # Copies: a page must not keep the memory of its neighbours alive.
+    return [_copied(together, part) for part in heads]
+
+
+def _copied(codes: Codes, heads: slice) -> Codes:
+    return codes.map(lambda tensor: tensor[heads].clone())
 
 
 def page_to_bytes(page: Page) -> bytes:
@@ -179,8 +245,19 @@ def page_to_bytes(page: Page) -> bytes:
     return data
 
 
-def _segment(coder: RoleCoder, page: PageHeader, header: SegmentHeader, codes: memoryview) -> StoredSegment:
-    """A segment whose header is one that the coder would give it, were the decision taken again."""
+def _split(container: Container) -> tuple[PageHeader, bytes]:
+    """The page's own header, in canonical form, and what follows it."""
+    text, found, rest = container.header.removeprefix(_BEFORE).partition(_BETWEEN)
+    if not found:
+        raise PageError("page header: expected canonical JSON with the fields page and segments")
+    page = PageHeader.from_json(text)
+    if b"".join((_BEFORE, page.to_json().encode(), _BETWEEN, rest)) != container.header:
+        raise PageError("page header: expected canonical JSON")
+    return page, rest
+
+
+def _form(coder: RoleCoder, page: PageHeader, header: SegmentHeader) -> SegmentForm:
+    """The form of a segment whose header is one that the coder would give it, were the decision taken again."""
     if header.action not in ("compress", "keep_raw"):
         raise PageError(f"{_place(page)}: expected a segment that is compressed or raw, got {header.action!r}")
     fell_back = NOT_ENCODABLE in header.reasons
@@ -189,7 +266,13 @@ def _segment(coder: RoleCoder, page: PageHeader, header: SegmentHeader, codes: m
     run = Run(layers=(page.layer, page.layer + 1), heads=header.heads, tokens=header.tokens, decision=decision)
     coder.check_segment(_place(page), header, run)
     space = coder.space if decision.action == "compress" and not fell_back else None
-    return StoredSegment(header, decision, coder.codec_of_segment(header, decision), space, codes)
+    return SegmentForm(header, decision, coder.codec_of_segment(header, decision), space)
+
+
+def _check_sizes(headers: Sequence[SegmentHeader], container: Container) -> None:
+    stated, actual = [one.nbytes for one in headers], [len(one) for one in container.sections]
+    if stated != actual or len(stated) % 2:
+        raise PageError(f"page container: expected sections of {stated} bytes for two roles alike, got {actual}")
 
 
 def _check_inside(page: PageHeader, segments: Sequence[SegmentHeader], kv_heads: int) -> None:

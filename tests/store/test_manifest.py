@@ -14,11 +14,13 @@ from fibkv.manifest import Binding, EndHeader, end_from_bytes, root_from_bytes, 
 from fibkv.prefix_load import PrefixLoader
 from fibkv.prefix_save import save_prefix
 from fibkv.store import MemoryStore
+from fibkv.wire import PageReader
 from tests.store.damage import check_damage_is_seen
 from tests.store.prefixes import binding, fed, layers_settings
 
 IDS = list(range(70))
 SETTINGS = layers_settings()
+READERS = [PageReader(layer) for layer in SETTINGS]
 STORE = MemoryStore()
 LAYERS = fed(IDS)
 for one in LAYERS:  # one span, then a shortened page, one behind it, and a raw tail
@@ -49,11 +51,11 @@ def read_root(data: bytes) -> object:
 
 
 def read_span(data: bytes) -> object:
-    return span_from_bytes(data, PLACE, SETTINGS)
+    return span_from_bytes(data, PLACE, READERS)
 
 
 def read_end(data: bytes) -> object:
-    return end_from_bytes(data, END_PLACE, SETTINGS)
+    return end_from_bytes(data, END_PLACE, READERS)
 
 
 def forged(data: bytes, change: Callable[[dict, list], object]) -> bytes:

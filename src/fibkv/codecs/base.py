@@ -147,6 +147,6 @@ def require(condition: Tensor, field: str, rule: str) -> None:
     Raises:
         PageError: naming the field, the rule and the number of broken elements.
     """
-    broken = int((~condition).sum())
-    if broken:
+    if not bool(condition.all()):
+        broken = int((~condition).sum())
         raise PageError(f"codes field {field!r}: expected {rule}, {broken} of {condition.numel()} elements are not")

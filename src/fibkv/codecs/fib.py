@@ -76,9 +76,10 @@ class FibCodec(Codec):
             expected = f"a power of two in {MIN_EXPONENT}..{MAX_EXPONENT}"
             require((exponent >= MIN_EXPONENT) & (exponent <= MAX_EXPONENT), "mean", expected)
             require(numbers >= -LIMIT, "mean", f"numbers in -{LIMIT}..{LIMIT}")
-        indices = unpack(codes.indices, self.tables.num_blocks, self.tables.bits)
         size = self.tables.codewords.shape[0]
-        require(indices < size, "indices", f"codes inside the codebook of {size} words")
+        if size < 1 << self.tables.bits:  # else there are no others
+            indices = unpack(codes.indices, self.tables.num_blocks, self.tables.bits)
+            require(indices < size, "indices", f"codes inside the codebook of {size} words")
         if stray_bits(codes.indices, self.tables.num_blocks, self.tables.bits):
             raise PageError("codes field 'indices': expected zero bits behind the last index of a vector")
         if self.tables.norm_format == "f16":
