@@ -11,7 +11,7 @@ namespace FIBKV_ISA {
 template <Element element>
 static constexpr EncodeKernels kernels() {
   return {
-      &FibScratch::nbytes,
+      &scratch_bytes,
       &encode_rows<element>,
       &decode_rows<element>,
       &encode_scaled_rows<Int8, element>,

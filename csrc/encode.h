@@ -19,6 +19,7 @@ enum class Search {
   grid,    // k = 2, N <= 256: the codewords that can be nearest in a cell of the plane
   filter,  // any: all distances by multiply-add, the ambiguous ones again exactly
   table,   // k = 2, N <= 256: the codeword of a fine cell, right or nearly right
+  path,    // of a trellis: the best path of all symbols
 };
 
 // A square of side * side cells over [-extent, extent]^2; border cells go on outwards.
@@ -43,9 +44,22 @@ struct Signs {
   const float* narrow[2];  // the same
 };
 
+// A trellis (src/fibkv/trellis.py) and how it is searched. Points and levels are in whole steps of a grid.
+struct TrellisForm {
+  int label_bits;
+  int overlap;            // coordinates on both sides of the seam
+  float steps, reach;     // steps in 1, and the largest point told from larger ones
+  int farthest;           // the largest distance told from larger ones
+  int far_cost;           // of states that no path has reached
+  const int16_t* levels;  // [2^label_bits]
+  const uint8_t* mixes;   // [2^(8 - bits)]: what the middle bits of a window add to a label
+};
+
 // The form of FibQuant's codes. Pointers belong to a FibCoder.
 struct FibForm {
   int dim, block, size, bits;
+  int window;                  // bits that name a codeword, the index being the newest of them
+  const TrellisForm* trellis;  // or null: then window = bits
   bool gain_corrected;
 
   // Rotation: by signs where there are any, else by the matrix [d][d], whose rows give the coordinates.

@@ -217,6 +217,15 @@ void make_coder(FibCoder* self, int dim, int block, int size, int bits, bool gai
                                   std::move(scales)});
 }
 
+void make_trellis_coder(FibCoder* self, int dim, int bits, bool gain_corrected, uintptr_t codewords, uintptr_t matrix,
+                        uintptr_t signs, int rounds, std::vector<float> scales, int window, int overlap, float steps,
+                        float reach, int farthest, int far_cost, std::vector<int> levels, std::vector<int> columns) {
+  const FibSettings settings{dim, 1, 1 << window, bits, gain_corrected, at<float>(codewords), at<float>(matrix),
+                             at<int8_t>(signs), rounds, nullptr, 0, 0.0f, std::move(scales)};
+  new (self) FibCoder(settings, TrellisSettings{overlap, steps, reach, farthest, far_cost, std::move(levels),
+                                               std::move(columns)});
+}
+
 }  // namespace
 
 void bind_encoding(nb::module_& m) {
@@ -226,7 +235,10 @@ void bind_encoding(nb::module_& m) {
       .value("bf16", Element::bf16);
   nb::class_<FibCoder>(m, "FibCoder")
       .def("__init__", &make_coder, nb::kw_only(), "dim"_a, "block"_a, "size"_a, "bits"_a, "gain_corrected"_a,
-           "codewords"_a, "matrix"_a, "signs"_a, "rounds"_a, "decisions"_a, "side"_a, "extent"_a, "scales"_a);
+           "codewords"_a, "matrix"_a, "signs"_a, "rounds"_a, "decisions"_a, "side"_a, "extent"_a, "scales"_a)
+      .def("__init__", &make_trellis_coder, nb::kw_only(), "dim"_a, "bits"_a, "gain_corrected"_a, "codewords"_a,
+           "matrix"_a, "signs"_a, "rounds"_a, "scales"_a, "window"_a, "overlap"_a, "steps"_a, "reach"_a, "farthest"_a,
+           "far_cost"_a, "levels"_a, "columns"_a);
   m.def("encode_fib", &encode_fib, "coder"_a, "rows"_a, "element"_a, "count"_a, "codes"_a, "norms"_a, "threads"_a,
         "isa"_a);
   m.def("decode_fib", &decode_fib, "coder"_a, "codes"_a, "norms"_a, "count"_a, "out"_a, "element"_a, "threads"_a,

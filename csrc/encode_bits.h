@@ -9,12 +9,13 @@ namespace FIBKV_ISA {
 
 static inline int num_words(const FibForm& form) { return (form.code_bytes() + 3) / 4; }
 
-// Packs indices [blocks] into the little-endian bit stream of each lane. Writes up to one word more than there are.
+// Packs indices [blocks], of a trellis the newest bits of windows, into the little-endian bit stream of each lane.
+// Writes up to one word more than there are.
 static void pack_lanes(const FibForm& form, const vi* index, vi* words) {
   vu open{};
   int filled = 0, word = 0;
   for (int b = 0; b < form.blocks(); ++b) {
-    const vu value = (vu)index[b];
+    const vu value = (vu)index[b] >> (form.window - form.bits);
     open |= value << filled;
     filled += form.bits;
     if (filled >= 32) {

@@ -162,6 +162,9 @@ static void search(const FibForm& form, const vf* x, vi* index) {
         case 8: filter_all<8>(form, x, index); break;
         default: filter_all<0>(form, x, index);
       }
+      break;
+    case Search::path:
+      __builtin_unreachable();  // not block by block: see encode_trellis.h
   }
 }
 

@@ -62,6 +62,29 @@ float boundary(float a, float b) {
 }  // namespace
 
 FibCoder::FibCoder(const FibSettings& settings) {
+  take(settings);
+  form_.window = form_.bits;
+  lay_out_codewords();
+  choose_search(settings);
+}
+
+FibCoder::FibCoder(const FibSettings& settings, const TrellisSettings& trellis)
+    : levels_(trellis.levels.begin(), trellis.levels.end()) {
+  take(settings);
+  for (int middle = 0; middle < 1 << trellis.columns.size(); ++middle) {
+    int mix = 0;
+    for (size_t bit = 0; bit < trellis.columns.size(); ++bit) mix ^= middle >> bit & 1 ? trellis.columns[bit] : 0;
+    mixes_.push_back(static_cast<uint8_t>(mix));
+  }
+  trellis_ = {0, trellis.overlap, trellis.steps, trellis.reach, trellis.farthest, trellis.far_cost, levels_.data(),
+              mixes_.data()};
+  while (size_t{1} << trellis_.label_bits < levels_.size()) ++trellis_.label_bits;
+  form_.window = 2 * form_.bits + static_cast<int>(trellis.columns.size());
+  form_.trellis = &trellis_;
+  form_.search = Search::path;
+}
+
+void FibCoder::take(const FibSettings& settings) {
   form_.dim = settings.dim;
   form_.block = settings.block;
   form_.size = settings.size;
@@ -77,8 +100,6 @@ FibCoder::FibCoder(const FibSettings& settings) {
   } else {
     rotate_by_matrix(settings.matrix);
   }
-  lay_out_codewords();
-  choose_search(settings);
 }
 
 void FibCoder::rotate_by_signs(const int8_t* signs, int rounds) {

@@ -12,7 +12,7 @@ namespace fibkv {
 struct FibSettings {
   int dim, block, size, bits;
   bool gain_corrected;
-  const float* codewords;         // [N][k]
+  const float* codewords;         // [N][k], of a trellis those of all windows
   const float* matrix;            // [d][d]: the rotation
   const int8_t* signs;            // [rounds][d] of a Hadamard rotation, or null: then the matrix is multiplied with
   int rounds;
@@ -22,9 +22,20 @@ struct FibSettings {
   std::vector<float> scales;      // of the scale search; one for none
 };
 
+// Of a trellis; see TrellisForm.
+struct TrellisSettings {
+  int overlap;
+  float steps, reach;
+  int farthest, far_cost;
+  std::vector<int> levels;
+  std::vector<int> columns;  // what each middle bit of a window adds to a label, from the oldest
+};
+
 class FibCoder {
  public:
   explicit FibCoder(const FibSettings& settings);
+  // Of a trellis code, with blocks of one coordinate.
+  FibCoder(const FibSettings& settings, const TrellisSettings& trellis);
   FibCoder(const FibCoder&) = delete;
   FibCoder& operator=(const FibCoder&) = delete;
 
@@ -33,16 +44,19 @@ class FibCoder {
  private:
   void rotate_by_signs(const int8_t* signs, int rounds);
   void rotate_by_matrix(const float* matrix);
+  void take(const FibSettings& settings);
   void lay_out_codewords();
   void choose_search(const FibSettings& settings);
   bool find_boundaries();
 
   FibForm form_{};
+  TrellisForm trellis_{};
   std::vector<double> wide_[2], matrix_;
   std::vector<float> narrow_[2], backward_[2], transposed_, output_scale_;
   std::vector<float> codewords_, planes_, scores_, boundaries_, scales_;
   std::vector<uint32_t> candidates_;
-  std::vector<uint8_t> decisions_;
+  std::vector<uint8_t> decisions_, mixes_;
+  std::vector<int16_t> levels_;
 };
 
 }  // namespace fibkv

@@ -13,13 +13,13 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-import fibkv.kernels._native as native
 import torch
 from torch.nn.functional import normalize
 
 from fibkv.codecs import Codec, codec_for
 from fibkv.kernels import native_codes
-from fibkv.parameters import FibParameters, Fp8Parameters, Int8Parameters
+from fibkv.kernels.native_sides import extension as native
+from fibkv.parameters import FibParameters, Fp8Parameters, Int8Parameters, TrellisParameters
 
 HEAD_DIM = 128
 GROUPS, TOKENS = 64, 256
@@ -35,6 +35,11 @@ CODECS = {
     "k=4 N=256 exact": FibParameters.of(HEAD_DIM, 4, 256),
     "k=1 N=16  exact": FibParameters.of(HEAD_DIM, 1, 16),
     "k=2 N=256 exact, Haar": FibParameters.of(HEAD_DIM, 2, 256, rotation="haar"),
+    "trellis 2": TrellisParameters.of(HEAD_DIM, 2),
+    "trellis 2, fast": TrellisParameters.of(HEAD_DIM, 2, path_search="fast"),
+    "trellis 3": TrellisParameters.of(HEAD_DIM, 3),
+    "trellis 4": TrellisParameters.of(HEAD_DIM, 4),
+    "trellis 4, fast": TrellisParameters.of(HEAD_DIM, 4, path_search="fast"),
     "int8": Int8Parameters(head_dim=HEAD_DIM),
     "fp8": Fp8Parameters(head_dim=HEAD_DIM),
 }

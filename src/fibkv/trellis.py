@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
-from math import sqrt
+from math import isqrt, sqrt
 from typing import Annotated, Literal, Self
 
 import torch
@@ -106,13 +106,39 @@ class Trellis:
         return cls(code, code.labels(), levels, sqrt(head_dim) * GRID, min(overlap, head_dim // 2))
 
     @property
+    def most(self) -> int:
+        """The largest squared distance of a coordinate to a level in the encoder's costs, a multiple of 2^b.
+
+        A state is forgotten after ``ceil(8 / b)`` symbols, so that costs of states differ by so many distances at most;
+        with one more to add they are 16 bits wide.
+        """
+        return ((1 << 16) - 1) // (self._memory + 1) & -(1 << self.code.bits)
+
+    @property
+    def far_cost(self) -> int:
+        """The cost of states that no path has reached."""
+        return self._memory * self.most
+
+    @property
+    def farthest(self) -> int:
+        """The distance behind `most`, in steps of the grid: what is farther costs no more.
+
+        Finer costs would make it shorter than what the best path may have to take; coarser ones lose by rounding.
+        """
+        return isqrt(((self.most + 1) << 16) - 1) >> self.code.bits - 1
+
+    @property
     def reach(self) -> int:
         """The largest coordinate that the encoder tells from larger ones, in steps of the grid.
 
-        It is above the outermost level by half of the largest distance whose square its costs of 16 bits can hold: what
-        is beyond costs more at any level, but nearly as much more at each.
+        It is above the outermost level by half of the farthest distance: what is beyond costs more at any level, but
+        nearly as much more at each.
         """
-        return int(self.levels.abs().max()) + (1 << 15 >> self.code.bits)
+        return int(self.levels.abs().max()) + self.farthest // 2
+
+    @property
+    def _memory(self) -> int:
+        return -(-STATE_BITS // self.code.bits)
 
     @property
     def codewords(self) -> Tensor:

@@ -15,7 +15,14 @@ from fibkv.codecs import Codec, codec_for
 from fibkv.codes import Codes
 from fibkv.errors import EncodingError, KernelError
 from fibkv.kernels import reference
-from fibkv.parameters import CodecParameters, FibParameters, Fp8Parameters, Int8Parameters, RawParameters
+from fibkv.parameters import (
+    CodecParameters,
+    FibParameters,
+    Fp8Parameters,
+    Int8Parameters,
+    RawParameters,
+    TrellisParameters,
+)
 from fibkv.tables import FibTables, Tables
 from tests.codecs import test_codecs
 from tests.codecs.conformance import (
@@ -77,6 +84,10 @@ PARAMETERS: dict[str, CodecParameters] = {
     "scalar3": fib(80, 1, 8),
     "scalar4_scales": fib(64, 1, 16, scale_search=True),
     "hadamard_8": fib(8, 2, 16, rotation="hadamard"),
+    "trellis2": TrellisParameters.of(64, 2),
+    "trellis2_fast_scales": TrellisParameters.of(32, 2, path_search="fast", scale_search=True),
+    "trellis3_haar": TrellisParameters.of(24, 3),
+    "trellis4": TrellisParameters.of(64, 4, path_search="fast", norm_format="f16"),
 }
 each_isa = pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
 each_setting = pytest.mark.parametrize("name", PARAMETERS)

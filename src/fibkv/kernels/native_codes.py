@@ -22,7 +22,7 @@ from fibkv.kernels.refusals import mismatch, require_finite, require_norms
 from fibkv.means import encode_means, means_in_place
 from fibkv.packing import packed_nbytes
 from fibkv.rotation import hadamard_signs
-from fibkv.tables import ChannelTables, FibTables, RawTables, ScaledTables, Tables, trellis_of
+from fibkv.tables import ChannelTables, FibTables, RawTables, ScaledTables, Tables
 
 Isa = Any
 """An instruction set: ``fibkv.kernels._native.Isa``."""
@@ -46,8 +46,8 @@ def encode(rows: Tensor, tables: Tables, *, isa: Isa | None = None) -> Codes:
         EncodingError: a vector is not finite, or its norm or scale is out of the format's range.
         KernelError: rows are not on the CPU.
     """
-    if isinstance(tables, RawTables) or trellis_of(tables):
-        # Raw is a copy, which torch makes at the speed of memory; the search for a path is not compiled yet.
+    if isinstance(tables, RawTables):
+        # A copy: torch makes it at the speed of memory.
         return reference.encode(rows, tables)
     _require_cpu(rows, "rows")
     rows = (rows if rows.dtype in ELEMENTS else rows.to(torch.float32)).contiguous()
@@ -78,8 +78,6 @@ def decode(codes: Codes, tables: Tables, *, out: Tensor | None = None, isa: Isa 
     """
     for name, tensor in codes.named():
         _require_cpu(tensor, name)
-    if trellis_of(tables):
-        return reference.decode(codes, tables, out=out)
     codes = codes.map(torch.Tensor.contiguous)
     shape = _decoded_shape(codes, tables)
     if out is not None and out.shape != shape:
@@ -305,7 +303,7 @@ def _decode_channels(out: Tensor, codes: ChannelCodes, tables: ChannelTables, is
 @lru_cache(maxsize=64)
 def _coder(tables: FibTables) -> Any:
     """What C++ makes of tables, once: search structures and the signs of the transform."""
-    rotation, decisions = tables.rotation, tables.decisions
+    rotation, decisions, trellis = tables.rotation, tables.decisions, tables.trellis
     exact = rotation.kind == "hadamard" and rotation.dim <= MAX_EXACT_HADAMARD
     # Held by names until the constructor has copied them.
     codewords = _plain(tables.codewords)
@@ -313,20 +311,35 @@ def _coder(tables: FibTables) -> Any:
     signs = _plain(hadamard_signs(rotation.dim, rotation.seed)) if exact else None
     cells = None if decisions is None else _plain(decisions.cells)
     size, block_dim = codewords.shape
+    common = {
+        "dim": tables.head_dim,
+        "bits": tables.bits,
+        "gain_corrected": tables.gain_corrected,
+        "codewords": codewords.data_ptr(),
+        "matrix": matrix.data_ptr(),
+        "signs": 0 if signs is None else signs.data_ptr(),
+        "rounds": 0 if signs is None else signs.shape[0],
+        "scales": list(tables.scales),
+    }
+    if trellis is not None:
+        return native.FibCoder(
+            **common,
+            window=tables.window,
+            overlap=trellis.overlap,
+            steps=trellis.steps,
+            reach=trellis.reach,
+            farthest=trellis.farthest,
+            far_cost=trellis.far_cost,
+            levels=list(trellis.code.levels),
+            columns=list(trellis.code.columns),
+        )
     return native.FibCoder(
-        dim=tables.head_dim,
+        **common,
         block=block_dim,
         size=size,
-        bits=tables.bits,
-        gain_corrected=tables.gain_corrected,
-        codewords=codewords.data_ptr(),
-        matrix=matrix.data_ptr(),
-        signs=0 if signs is None else signs.data_ptr(),
-        rounds=0 if signs is None else signs.shape[0],
         decisions=0 if cells is None else cells.data_ptr(),
         side=0 if decisions is None else decisions.side,
         extent=0.0 if decisions is None else decisions.extent,
-        scales=list(tables.scales),
     )
 
 

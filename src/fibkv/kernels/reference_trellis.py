@@ -15,8 +15,6 @@ from torch import Tensor
 from fibkv.trellis import STATE_BITS, Trellis, TrellisCode
 
 STATES = 1 << STATE_BITS
-# Costs are at most 16 bits wide; what would exceed that stays there.
-MOST = (1 << 16) - 1
 # Vectors searched at a time, so that the costs of a step stay inside the second-level cache.
 SEARCH_TILE = 128
 
@@ -49,7 +47,7 @@ def _tile_symbols(rows: Tensor, trellis: Trellis) -> Tensor:
     around = points.roll(trellis.overlap, dims=0)[: 2 * trellis.overlap]
     cost, choices = _search(around, own.repeat(1, len(rows)), trellis)
     seam = _trace(cost.argmin(0), choices[trellis.overlap :], trellis)[1]
-    closed = (own + (MOST & -(1 << trellis.code.bits))).repeat(1, len(rows))
+    closed = (own + trellis.far_cost).repeat(1, len(rows))
     closed.scatter_(0, seam.unsqueeze(0), own[seam].T)
     _, choices = _search(points, closed, trellis)
     return _trace(seam, choices, trellis)[0].T
@@ -76,10 +74,10 @@ def _search(points: Tensor, cost: Tensor, trellis: Trellis) -> tuple[Tensor, lis
     choices, plain = [], cost - own
     for row in points:
         steps = _distances(row, trellis).index_select(0, labels).view(n, STATES // n, n, -1)
-        best = (steps + cost.view(1, STATES // n, n, -1)).amin(2).clamp(max=MOST).flatten(0, 1)
+        best = (steps + cost.view(1, STATES // n, n, -1)).amin(2).flatten(0, 1)
         choice = best % n
         plain = best - choice
-        plain = plain - plain.amin(0)
+        plain = (plain - plain.amin(0)).clamp(max=trellis.far_cost)
         cost = plain + own
         choices.append(choice.to(torch.uint8))
     return plain, choices
@@ -88,11 +86,11 @@ def _search(points: Tensor, cost: Tensor, trellis: Trellis) -> tuple[Tensor, lis
 def _distances(row: Tensor, trellis: Trellis) -> Tensor:
     """Squared distances ``[2^m, V]`` int32 of one coordinate ``[V]`` to all levels, rounded down to multiples of n.
 
-    In units of 2^-(8 + 2b) of a coordinate's variance, so that 16 bits hold distances up to (16 / n)^2.
+    In units of 2^-(6 + 2b) of a coordinate's variance, and at most ``trellis.most``.
     """
     bits = trellis.code.bits
     away = (row - trellis.levels.to(row.device).unsqueeze(1)).abs()
-    scaled = (away.clamp(max=MOST >> bits) << bits).to(torch.int64)
+    scaled = (away.clamp(max=trellis.farthest) << bits - 1).to(torch.int64)
     return (scaled.square() >> 16).to(torch.int32) & -(1 << bits)
 
 
