@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 import fibkv
-from fibkv import cli_bench, cli_eval, cli_pages, cli_plan, codebook, embedded
+from fibkv import cli_bench, cli_eval, cli_pages, cli_plan, cli_pressure, codebook, embedded
 from fibkv.codecs.fib import unit_distortion
 from fibkv.demo_result import DemoSettings
 from fibkv.errors import FibkvError
 from fibkv.files import write_text
 from fibkv.parameters import FibParameters
+from fibkv.pressure_result import PressureSettings
 from fibkv.progress import terminal_progress
 
 app = typer.Typer(
@@ -37,6 +38,7 @@ app.command("calibrate")(cli_eval.calibrate)
 app.command("plan")(cli_plan.plan)
 
 DEFAULTS = DemoSettings()
+UNDER_PRESSURE = PressureSettings()
 
 
 def main() -> None:
@@ -77,10 +79,19 @@ def demo(
     ] = DEFAULTS.num_threads,
     json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot of KL over counted bits to this file.")] = None,
+    pressure: Annotated[
+        bool, typer.Option("--pressure", help="Instead: sequences arrive into a budget that is too small for them.")
+    ] = False,
+    sequences: Annotated[int, typer.Option(min=1, help="With --pressure: how many arrive.")] = UNDER_PRESSURE.sequences,
+    fits: Annotated[int, typer.Option(min=1, help="With --pressure: how many fit at 16 bits.")] = UNDER_PRESSURE.fits,
+    wait: Annotated[
+        bool, typer.Option(help="With --pressure: what does not fit waits, and is not refused.")
+    ] = UNDER_PRESSURE.waits,
 ) -> None:
     """Compare compressed caches with the dense one: quality, needles, speed, counted bits, poison test.
 
-    Exit code 1 if a cache was not really read: the poison test failed, or dense copies were made.
+    Exit code 1 if a cache was not really read: the poison test failed, or dense copies were made; with --pressure if
+    the budget did not hold, or a sequence that could have waited was lost.
     """
     # Here, so that `fibkv --help` does not wait for transformers and `fibkv codebooks` does not need it.
     from fibkv.demo import run_demo, standard_variants  # noqa: PLC0415
@@ -89,15 +100,21 @@ def demo(
     if (model is None) != (text is None):
         raise typer.BadParameter("--model and --text go together")
     console = Console()
+    name = "embedded reference model" if model is None else str(model)
+    chosen = dtype or ("float32" if model is None else "auto")
+    if pressure:
+        loaded, tokenizer = embedded.load_directory(model or embedded.model_dir(), chosen)
+        held_out = embedded.heldout_text() if text is None else embedded.read_text(text)
+        settings = PressureSettings(sequences=sequences, fits=fits, waits=wait, num_threads=threads)
+        cli_pressure.run(loaded, tokenizer, held_out, name, settings, json, plot)
+        return
     with progress_bar(Console(stderr=True)) as progress:
-        directory = model or embedded.model_dir()
-        chosen = dtype or ("float32" if model is None else "auto")
-        loaded, tokenizer = embedded.load_directory(directory, chosen)
+        loaded, tokenizer = embedded.load_directory(model or embedded.model_dir(), chosen)
         result = run_demo(
             loaded,
             tokenizer,
             embedded.heldout_text() if text is None else embedded.read_text(text),
-            name="embedded reference model" if model is None else str(model),
+            name=name,
             variants=standard_variants(),
             settings=DemoSettings(
                 num_windows=windows,

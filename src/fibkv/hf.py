@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -275,19 +275,36 @@ class Cache(StockCache):
 
         Hand ``generate`` a fork to keep this cache as it is, and ``fork(n)`` with ``num_return_sequences=n`` or
         ``num_beams=n``: it repeats the rows of the prompt, but not those of a filled cache.
+
+        Raises:
+            BudgetError: the copies of the raw tails do not fit into the pool's budget.
         """
-        copied = copy.deepcopy(self)
+        with self._room_for_tails(1):
+            copied = copy.deepcopy(self)
         if repeats != 1:
             copied.batch_repeat_interleave(repeats)
         return copied
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row ``repeats`` times, next to one another; pages are shared."""
+        """Every row ``repeats`` times, next to one another; pages are shared.
+
+        Raises:
+            ModelError: fewer than one time.
+            BudgetError: the copies of the raw tails do not fit into the pool's budget.
+        """
         if repeats < 1:
             raise ModelError(f"batch_repeat_interleave: expected at least 1, got {repeats}")
         # Not every layer of transformers repeats and selects; all of them reorder, and that is the same.
         if rows := self._num_rows():
-            self.reorder_cache(torch.arange(rows).repeat_interleave(repeats))  # type: ignore[arg-type]
+            with self._room_for_tails(repeats):
+                self.reorder_cache(torch.arange(rows).repeat_interleave(repeats))  # type: ignore[arg-type]
+
+    def _room_for_tails(self, copies: int) -> AbstractContextManager[None]:
+        """Room in the pool for copies of the raw tails."""
+        if self._membership is None:
+            return nullcontext()
+        tails = sum(layer.store.tail.nbytes for layer in self._compressed() if layer.store is not None)
+        return self._membership.room(copies * tails)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the rows that ``indices [rows]`` (or a boolean mask) name."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -89,6 +90,20 @@ class Membership:
                 self._set_aside({**self._due, layer.index: growth})
         self._reserved = None
         layer.seal_at(self._rung)
+
+    @contextmanager
+    def room(self, nbytes: int) -> Iterator[None]:
+        """Sets so many bytes aside, beside those of a step, for what is made while the context lasts.
+
+        Raises:
+            BudgetError: they do not fit.
+        """
+        held = self._claim.nbytes
+        self._claim.set(held + nbytes)
+        try:
+            yield
+        finally:
+            self._claim.set(held)
 
     def after(self, layer: CompressedLayer) -> None:
         """The layer has taken what it had to take."""

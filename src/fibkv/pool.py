@@ -107,6 +107,11 @@ class Claim:
         self._promise = Promise()
         weakref.finalize(self, governor.abandoned.append, self._promise).atexit = False
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes set aside."""
+        return self._promise.nbytes
+
     def may_fit(self, nbytes: int) -> bool:
         """Whether so many bytes, those already set aside among them, would fit if every page were at the last rung."""
         return self._governor.may_fit(nbytes - self._promise.nbytes)

@@ -57,8 +57,14 @@ class Stream:
     sequence: Sequence
     tokens: list[int]
 
-    def fork(self, pool: Pool) -> Stream:
+    def fork(self, pool: Pool) -> Stream | None:
+        """A copy, as `fibkv.Cache.fork` makes one; None if its tail does not fit."""
+        try:
+            self.sequence.claim.set(self.sequence.layer.tail.nbytes)
+        except BudgetError:
+            return None
         layer = copy.deepcopy(self.sequence.layer)
+        self.sequence.claim.set(0)
         return Stream(Sequence(pool, layer), list(self.tokens))
 
 
@@ -137,10 +143,11 @@ class Worker:
         self.check(stream)
 
     def fork(self, stream: Stream) -> None:
-        if len(self.streams) < 8:
-            self.streams.append(stream.fork(self.pool))
-        if self.chance.random() < 0.3:
-            self.soak.handed_on.append(stream.fork(self.pool))
+        copied = stream.fork(self.pool)
+        if copied is not None and self.chance.random() < 0.3:
+            self.soak.handed_on.append(copied)
+        elif copied is not None and len(self.streams) < 8:
+            self.streams.append(copied)
         elif self.soak.handed_on:
             with contextlib.suppress(IndexError):
                 self.streams.append(self.soak.handed_on.popleft())

@@ -11,6 +11,7 @@ import torch
 import fibkv
 from fibkv import embedded
 from fibkv.hf_attention import attention
+from fibkv.page import METADATA_NBYTES
 from fibkv.pool import Pool
 from tests.pool.soak import Soak, Worker, check_bytes
 
@@ -21,13 +22,13 @@ def test_one_thread_against_the_model(seed: int) -> None:
     soak = Soak(1_200_000, seed)
     worker = Worker(soak, random.Random(seed))
     slack = []
-    for step in range(1200):
+    for step in range(1000):
         worker.step()
         if step % 40 == 0:
             check_bytes(soak, [*worker.streams, *soak.handed_on])
             slack.append(soak.pool.stats().slack)
     quarter = len(slack) // 4
-    assert max(slack[-quarter:]) <= 2 * max(slack[:quarter]) + 8 * 4096
+    assert max(slack[-quarter:]) <= 1.5 * max(slack[quarter : 2 * quarter]) + 8 * 4096
     assert {"append", "crop", "fork", "drop"} <= set(soak.counts)
     worker.streams.clear()
     soak.handed_on.clear()
@@ -45,7 +46,7 @@ def test_eight_threads() -> None:
     assert stats.allocated == stats.tables
     assert (stats.slack, stats.claimed, stats.layers) == (0, 0, 0)
     assert stats.recoded_pages > 0
-    assert stats.peak <= 1_000_000 + 8 * 16384
+    assert stats.peak <= 1_000_000 + 16384 + METADATA_NBYTES, "no more than the page that is being re-encoded"
 
 
 def test_tokens_of_threads_are_those_of_one_thread() -> None:
