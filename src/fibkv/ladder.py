@@ -22,7 +22,7 @@ class Ladder(Contract):
         fp16: raw, in the 16-bit dtype of the model (float16 for a float32 model, unless ``raw_dtype`` says else).
         q8: eight bits, integer.
         fp8: eight bits, e4m3.
-        q4: four bits.
+        q4: four bits, by the recipe behind ``bits=4``.
         q2: below the controller's levels: what old pages become when all of them are at q4 and do not fit. None = the
             ladder ends at q4.
     """

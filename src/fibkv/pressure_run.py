@@ -31,7 +31,7 @@ from fibkv.threads import torch_threads
 # Many short sequences: pages and raw tails must be small beside them.
 PAGE_TOKENS = 32
 PROTECTED = ProtectedRegions(first_tokens_raw=4, last_tokens_raw=8)
-LADDER = Ladder(q2=("fib2", "fib2"))
+LADDER = Ladder(q2=("key2", "fib2"))
 
 OnTick = Callable[[Tick], None]
 

@@ -31,11 +31,11 @@ def live_view(console: Console, settings: PressureSettings) -> Iterator[Callable
 
 def parts(stats: PoolStats) -> dict[str, int]:
     """Bytes by rung, and what is not in pages on the ladder: tails, page tables, tables, slack."""
-    found = dict.fromkeys(RUNGS, 0)
-    for row in stats.rungs:
-        if row.rung is not None:
-            found[row.rung] += row.nbytes
-    return {**found, "other": max(0, stats.allocated - sum(found.values()))}
+    found: dict[str, int] = {}
+    for rung in RUNGS:
+        found[rung] = sum(row.nbytes for row in stats.rungs if row.rung == rung)
+    found["other"] = max(0, stats.allocated - sum(found.values()))
+    return found
 
 
 def render_tick(tick: Tick, settings: PressureSettings) -> RenderableType:

@@ -16,7 +16,7 @@ from tests.pool.driver import Sequence
 from tests.pool.layers import layer_in, rung_of, tokens
 
 PAGE = 2 * 2 * 16 * 64 * 4  # a raw page: keys and values, heads, tokens, head_dim, bytes
-LADDER = Ladder(q2=("fib2", "fib2"))
+LADDER = Ladder(q2=("key2", "fib2"))
 
 
 def trace(seed: int, *, budget: int, steps: int, arrival: float) -> tuple[Pool, int, int]:

@@ -23,7 +23,7 @@ from tests.pages.helpers import gaussian
 from tests.pool.layers import bytes_held, layer_in, rung_of, rungs, tokens
 
 BIG = 1 << 40
-LADDER = Ladder(q2=("fib2", "fib2"))
+LADDER = Ladder(q2=("key2", "fib2"))
 
 
 def filled(pool: Pool, count: int, seed: int = 0, implementation: str = "auto") -> object:
