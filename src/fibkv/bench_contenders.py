@@ -87,7 +87,7 @@ def paged(profile: str, form: PagedForm, scale: float, implementation: str) -> C
 
 def exact(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     """Attention in float64, one KV head at a time: what every contender is held to."""
-    out = torch.empty(query.shape, dtype=torch.float64)
+    out = torch.empty(query.shape, dtype=torch.float64, device=query.device)
     grouped, outs = _grouped(query, keys), _grouped(out, keys)
     for row in range(keys.shape[0]):
         for head in range(keys.shape[1]):

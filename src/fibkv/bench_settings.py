@@ -73,6 +73,55 @@ class KernelSettings(Contract):
         return self
 
 
+class GpuSettings(Contract):
+    """What `fibkv bench gpu` measures: one query token, many rows, short and long contexts.
+
+    Attributes:
+        device: of torch: "cuda", or "cpu" where Triton's interpreter runs the kernels.
+        query_heads: query heads, a multiple of the KV heads.
+        kv_heads: KV heads.
+        head_dims: d, each with a table of its own.
+        batches: rows.
+        contexts: cached tokens of each row, multiples of `tokens_per_page`.
+        profiles: codec names as in `fibkv.Cache`, or ``keys/values``.
+        most_tokens: batches and contexts are combined up to so many tokens of all rows together.
+        tokens_per_page: tokens of a page.
+        rounds: in each, every contender is called once.
+        flushed_bytes: that are written before each call, so that no cache holds its operands.
+        seed: of all random numbers.
+    """
+
+    device: str = "cuda"
+    query_heads: Count = 32
+    kv_heads: Count = 8
+    head_dims: tuple[int, ...] = (64, 128)
+    batches: tuple[int, ...] = (1, 4, 16, 64)
+    contexts: tuple[int, ...] = (4096, 32768, 131072, 262144)
+    profiles: tuple[str, ...] = ("fib4", "fib2", "int8", "fp8")
+    most_tokens: Count = 1 << 20
+    tokens_per_page: Count = 64
+    rounds: Count = 20
+    flushed_bytes: Count = 256 << 20
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_heads(self.query_heads, self.kv_heads)
+        for head_dim in self.head_dims:
+            _check_profiles(self.profiles, head_dim)
+        if not self.contexts or any(context <= 0 or context % self.tokens_per_page for context in self.contexts):
+            raise ContractError("contexts", f"multiples of {self.tokens_per_page} tokens", self.contexts)
+        if not self.sizes():
+            raise ContractError("most_tokens", "room for at least one batch and context", self.most_tokens)
+        return self
+
+    def sizes(self) -> list[tuple[int, int, int]]:
+        """(head_dim, batch, context) of all tables' rows, in order."""
+        pairs = [(batch, context) for batch in self.batches for context in self.contexts]
+        fitting = [(batch, context) for batch, context in pairs if batch * context <= self.most_tokens]
+        return [(head_dim, *pair) for head_dim in self.head_dims for pair in fitting]
+
+
 class ModelSettings(Contract):
     """What the benchmarks of a whole model have in common: a random-weight Llama in bfloat16, and its caches.
 
@@ -154,3 +203,15 @@ QUICK_KERNELS = KernelSettings(
 )
 QUICK_STEPS = StepSettings(**_TINY, context=256, rounds=2, tokens=2, num_threads=1, cache_bytes=1 << 20)
 QUICK_PREFILL = PrefillSettings(**_TINY, context=256, rounds=2, num_threads=1)
+QUICK_GPU = GpuSettings(
+    device="cpu",
+    query_heads=4,
+    kv_heads=2,
+    head_dims=(64,),
+    batches=(1, 2),
+    contexts=(48,),
+    profiles=("fib4", "int8"),
+    tokens_per_page=16,
+    rounds=1,
+    flushed_bytes=1 << 10,
+)

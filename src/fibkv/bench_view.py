@@ -31,12 +31,14 @@ def render_kernels(result: KernelResult) -> RenderableType:
     tables = []
     for context in result.settings.contexts:
         rows = [row for row in result.rows if row.context == context]
-        tables.append(_table(f"One query token, {context} cached tokens", _KERNEL_HEADINGS, map(_kernel_cells, rows)))
+        tables.append(
+            plain_table(f"One query token, {context} cached tokens", _KERNEL_HEADINGS, map(_kernel_cells, rows))
+        )
     checks: dict[str, list[Checks]] = {}
     for row in result.rows:
         checks.setdefault(row.name, []).append(row.checks)
     outcomes = {name: Checks.worst(several) for name, several in checks.items()}
-    return Group(*tables, _checks(outcomes, "output"), *_notes(kernel_notes(result)))
+    return Group(*tables, checks_table(outcomes, "output"), *notes_lines(kernel_notes(result)))
 
 
 def render_models(result: StepResult | PrefillResult) -> RenderableType:
@@ -45,11 +47,11 @@ def render_models(result: StepResult | PrefillResult) -> RenderableType:
         title, headings, cells = "Decode steps", ("ms/token", "p10", "p90", "tok/s", "ratio"), _step_cells
     else:
         title, headings, cells = "Prefill", ("ms/prompt", "p10", "p90", "tok/s", "overhead"), _prefill_cells
-    table = _table(
+    table = plain_table(
         f"{title}, {result.settings.context} tokens", ("MiB", "of dense", *headings), map(cells, result.rows)
     )
     outcomes = {row.name: row.checks for row in result.rows if row.checks is not None}
-    return Group(table, _checks(outcomes, "logits"), *_notes(model_notes(result)))
+    return Group(table, checks_table(outcomes, "logits"), *notes_lines(model_notes(result)))
 
 
 def kernel_notes(result: KernelResult) -> list[str]:
@@ -70,7 +72,7 @@ def kernel_notes(result: KernelResult) -> list[str]:
         "Layouts that an implementation makes at the first sight of a page are made before the timing.",
         f"Checks: relative error to float64 attention on the dequantized values, over all calls, at most "
         f"{ATTENTION_LIMIT:.0%}; some keys are damaged in memory and restored. A row that fails has no figures.",
-        *_condition_notes(result.conditions, result.seconds),
+        *condition_notes(result.conditions, result.seconds),
     ]
 
 
@@ -103,7 +105,7 @@ def model_notes(result: StepResult | PrefillResult) -> list[str]:
         "Quantized stock caches are taken as they are."
     )
     notes += [f"Skipped: {name}: {reason}." for name, reason in result.skipped]
-    return [*notes, *_condition_notes(result.conditions, result.seconds)]
+    return [*notes, *condition_notes(result.conditions, result.seconds)]
 
 
 _KERNEL_HEADINGS = ("B/elem", "ms", "p10", "p90", "ns", "GB/s", "ratio", "read")
@@ -117,15 +119,15 @@ def _kernel_cells(row: KernelRow) -> list[str]:
     return [
         *cells,
         *_milliseconds(figures.timing),
-        _digits(figures.ns_per_token),
+        digits(figures.ns_per_token),
         f"{figures.gigabytes_per_second:.1f}",
-        _times(figures.speedup),
+        times(figures.speedup),
         f"{figures.of_read:.0%}",
     ]
 
 
 def _step_cells(row: CacheRow) -> list[str]:
-    return _cache_cells(row, MISSING if row.figures is None else _times(row.figures.speedup))
+    return _cache_cells(row, MISSING if row.figures is None else times(row.figures.speedup))
 
 
 def _prefill_cells(row: CacheRow) -> list[str]:
@@ -138,23 +140,25 @@ def _cache_cells(row: CacheRow, compared: str) -> list[str]:
     cells = [row.name, f"{row.nbytes / 2**20:.1f}", f"{row.of_dense:.3f}"]
     if figures is None:
         return cells + [MISSING] * 5
-    return [*cells, *_milliseconds(figures.timing), _digits(figures.tokens_per_second), compared]
+    return [*cells, *_milliseconds(figures.timing), digits(figures.tokens_per_second), compared]
 
 
 def _milliseconds(timing: Timing) -> list[str]:
-    return [_digits(1e3 * seconds) for seconds in (timing.median, timing.p10, timing.p90)]
+    return [digits(1e3 * seconds) for seconds in (timing.median, timing.p10, timing.p90)]
 
 
-def _digits(number: float) -> str:
+def digits(number: float) -> str:
     """Three significant digits, or all digits before the point."""
     return f"{number:.0f}" if number >= 100 else f"{number:#.3g}"
 
 
-def _times(speedup: float | None) -> str:
+def times(speedup: float | None) -> str:
+    """A ratio, or what stands for one that is missing."""
     return MISSING if speedup is None else f"{speedup:.2f}x"
 
 
-def _table(title: str, headings: Sequence[str], rows: Iterator[list[str]]) -> Table:
+def plain_table(title: str, headings: Sequence[str], rows: Iterator[list[str]]) -> Table:
+    """A table whose first column has no heading."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for heading in headings:
@@ -164,7 +168,8 @@ def _table(title: str, headings: Sequence[str], rows: Iterator[list[str]]) -> Ta
     return table
 
 
-def _checks(outcomes: Mapping[str, Checks], output: str) -> Table:
+def checks_table(outcomes: Mapping[str, Checks], output: str) -> Table:
+    """The outcomes of checks by contender; ``output`` is what damage to a page moves."""
     table = Table("checked", "error", "poison test", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name, checks in outcomes.items():
         too_large = "" if checks.error <= checks.limit else "FAILED: "
@@ -173,11 +178,13 @@ def _checks(outcomes: Mapping[str, Checks], output: str) -> Table:
     return table
 
 
-def _notes(lines: Sequence[str]) -> list[Text]:
+def notes_lines(lines: Sequence[str]) -> list[Text]:
+    """Notes as they stand under tables."""
     return [Text(f"· {line}", style="dim") for line in lines]
 
 
-def _condition_notes(conditions: Conditions, seconds: float) -> list[str]:
+def condition_notes(conditions: Conditions, seconds: float) -> list[str]:
+    """What has to be said of the machine and the run."""
     packages = ", ".join(f"{name} {version}" for name, version in conditions.packages)
     states = ", ".join(f"{name}: {state}" for name, state in conditions.kernels)
     load = "unknown" if conditions.load_average is None else " ".join(f"{load:.2f}" for load in conditions.load_average)

@@ -10,9 +10,11 @@ import typer
 from rich.console import Console, RenderableType
 
 from fibkv.bench_settings import (
+    QUICK_GPU,
     QUICK_KERNELS,
     QUICK_PREFILL,
     QUICK_STEPS,
+    GpuSettings,
     KernelSettings,
     PrefillSettings,
     StepSettings,
@@ -84,6 +86,41 @@ def kernels(
         seed=seed,
     )
     _run(run_kernels, settings, render_kernels, json, plot, plot_kernels)
+
+
+@app.command()
+def gpu(
+    query_heads: QueryHeads = None,
+    kv_heads: KVHeads = None,
+    head_dims: Annotated[str | None, typer.Option(help="Head dimensions, by comma.")] = None,
+    batches: Annotated[str | None, typer.Option(help="Rows, by comma.")] = None,
+    contexts: Annotated[str | None, typer.Option(help="Cached tokens of each row, by comma.")] = None,
+    profiles: Profiles = None,
+    most_tokens: Annotated[int | None, typer.Option(min=1, help="Of all rows together.")] = None,
+    rounds: NumRounds = None,
+    seed: Seed = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Tiny sizes on the CPU, in Triton's interpreter; the figures mean nothing.")
+    ] = False,
+    json: Json = None,
+) -> None:
+    """One decode step's attention on codes, on a GPU, against torch on dense bf16 and a plain copy."""
+    from fibkv.bench_gpu import run_gpu  # noqa: PLC0415
+    from fibkv.bench_gpu_view import render_gpu  # noqa: PLC0415
+
+    settings = _changed(
+        QUICK_GPU if quick else GpuSettings(),
+        query_heads=query_heads,
+        kv_heads=kv_heads,
+        head_dims=None if head_dims is None else _numbers(head_dims),
+        batches=None if batches is None else _numbers(batches),
+        contexts=None if contexts is None else _numbers(contexts),
+        profiles=_names(profiles),
+        most_tokens=most_tokens,
+        rounds=rounds,
+        seed=seed,
+    )
+    _run(run_gpu, settings, render_gpu, json)
 
 
 @app.command()
@@ -189,8 +226,8 @@ def _run(
     settings: Any,
     render: Callable[[Any], RenderableType],
     json: Path | None,
-    plot: Path | None,
-    save_plot: Callable[[Any, Path], None],
+    plot: Path | None = None,
+    save_plot: Callable[[Any, Path], None] | None = None,
 ) -> None:
     from fibkv.demo_view import progress_bar  # noqa: PLC0415
 
@@ -200,7 +237,7 @@ def _run(
     Console().print(render(result))
     if json is not None:
         write_text(json, result.to_json())
-    if plot is not None:
+    if plot is not None and save_plot is not None:
         save_plot(result, plot)
     if not result.passed:
         raise typer.Exit(1)

@@ -1,7 +1,13 @@
-"""Compiles the Triton kernels to machine code of NVIDIA devices, none of which need be here; prints what it made."""
+"""Compiles the Triton kernels to machine code of NVIDIA devices, none of which need be here; prints what it made.
+
+``python -m tests.codecs.compile_triton``; TRITON_INTERPRET must not be set.
+"""
 
 from __future__ import annotations
 
+import re
+import subprocess
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import triton
@@ -14,14 +20,15 @@ from fibkv.kernels.triton_sides import Side
 SIDES = {
     "fib4": Side("fib", "log8", 128, 128, 64, block=2),
     "fib3": Side("fib", "f16", 128, 128, 48, bits=6, window=6, block=2),
-    "fib2": Side("fib", "log8", 128, 128, 32, block=4, centered=True),
+    "fib2": Side("fib", "log8", 128, 128, 32, block=4),
+    "centered": Side("fib", "log8", 128, 128, 64, block=2, centered=True),
     "trellis": Side("fib", "log8", 128, 128, 32, bits=2, window=10),
     "channels": Side("fib", "log8", 128, 128, 64, block=2, channels=True, rotated_channels=True),
     "fp8": Side("fp8", "bf16", 128, 128, 128),
     "int8": Side("int8", "bf16", 128, 128, 128),
     "bf16": Side("bf16", "none", 128, 128, 256, "tf32"),
 }
-PAIRS = [("fib4", "fib4"), ("fib2", "fib2"), ("trellis", "trellis"), ("channels", "fp8"), ("int8", "fib3")]
+PAIRS = [("fib4", "fib4"), ("fib2", "centered"), ("trellis", "trellis"), ("channels", "fp8"), ("int8", "fib3")]
 
 
 def compiled(capability: int, kernel: Any, types: str, fused: bool = False, **constants: Any) -> None:
@@ -41,7 +48,23 @@ def compiled(capability: int, kernel: Any, types: str, fused: bool = False, **co
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, values, aligned)
     made = triton.compile(source, GPUTarget("cuda", capability, 32), {"enable_fp_fusion": fused})
-    print(capability, kernel.__name__, len(made.asm["cubin"]), "bytes,", made.metadata.shared, "shared")
+    registers, stack = _usage(made.asm["cubin"])
+    sides = [name for side in constants.values() for name, known in SIDES.items() if side == known]
+    print(
+        f"sm_{capability} {kernel.__name__} {' '.join(sides)}: {registers} registers, {stack} bytes spilled,",
+        f"{made.metadata.shared} of shared memory",
+    )
+
+
+def _usage(machine_code: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes that it spills or keeps on a stack."""
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(machine_code)
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        shown = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", shown).groups()
+    return int(registers), int(stack)
 
 
 def main() -> None:
