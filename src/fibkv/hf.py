@@ -32,6 +32,7 @@ from fibkv.hf_layer import CompressedLayer
 from fibkv.hf_model import LayerPlan, model_digest, plan_model
 from fibkv.hf_pool import Membership
 from fibkv.hf_prefix import plain_ids, why_not_stored
+from fibkv.hf_states import has_state, take_state
 from fibkv.hf_stock import holds_state, num_rows, report_of, why_not_cropped
 from fibkv.inventory import Inventory
 from fibkv.ladder import Choice
@@ -365,7 +366,8 @@ class Cache(StockCache):
         if why := why_not_stored(self.layers):
             raise ModelError(f"save: {why}")
         held = [layer.store for layer in self._compressed() if layer.store is not None]
-        return save_prefix(store, bind(self.settings, self.origin.identify(name)), held, plain_ids(token_ids))
+        states = [take_state(index, layer) for index, layer in enumerate(self.layers) if has_state(layer)]
+        return save_prefix(store, bind(self.settings, self.origin.identify(name)), held, plain_ids(token_ids), states)
 
     def corrupt_page(self, *, layer: int, row: int, page: int) -> AbstractContextManager[None]:
         """For poison tests: damages one page in memory while the context lasts, then restores it exactly.

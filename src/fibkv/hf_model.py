@@ -7,6 +7,7 @@ attention. The rest is of fixed size (windows, states), or a model reads it in a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
@@ -148,4 +149,6 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
+    if isinstance(value, float) and not isfinite(value):
+        return str(value)  # limits of time steps, which JSON has no numbers for
     return value if isinstance(value, str | int | float | bool) or value is None else str(value)

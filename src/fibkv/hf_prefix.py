@@ -10,19 +10,19 @@ import numpy.typing as npt
 from torch import Tensor
 
 from fibkv.errors import ContractError
-from fibkv.hf_hybrid import CompressedHybridLayer
 from fibkv.hf_layer import CompressedLayer
+from fibkv.hf_states import is_stored
 from fibkv.prefix import TokenIds
 
 
 def why_not_stored(layers: Sequence[Any]) -> str | None:
-    """Why a cache of these layers cannot be stored: windows and states are not; None if it can."""
+    """Why a cache of these layers cannot be stored; None if it can."""
     for index, layer in enumerate(layers):
         if isinstance(layer, CompressedLayer) and layer.settings.rungs:
             return f"layer {index}: a pool's ladder changes the codecs of its pages; give the cache bits or a profile"
-        if not isinstance(layer, CompressedLayer) or isinstance(layer, CompressedHybridLayer):
+        if not is_stored(layer):
             return f"layer {index}: what {type(layer).__name__} holds beside pages cannot be stored"
-    return None
+    return None if any(isinstance(layer, CompressedLayer) for layer in layers) else "no layer is kept in pages"
 
 
 def plain_ids(token_ids: TokenIds | Tensor) -> npt.NDArray[np.integer]:

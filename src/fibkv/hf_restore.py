@@ -9,11 +9,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fibkv.codecs.raw import TORCH_DTYPES
-from fibkv.errors import ModelError
+from fibkv.errors import FibkvError, ModelError
 from fibkv.hf import Cache
 from fibkv.hf_identity import bind, identify
 from fibkv.hf_layer import CompressedLayer
 from fibkv.hf_prefix import plain_ids, why_not_stored
+from fibkv.hf_states import has_state, put_state
 from fibkv.manifest import LayerForm, Root
 from fibkv.prefix import TokenIds
 from fibkv.prefix_load import PrefixLoader, Restored
@@ -63,17 +64,23 @@ def restore(
 
 def _fill(cache: Cache, loader: PrefixLoader, root: Root, device: torch.device) -> int:
     """Fills an empty cache with what the loader finds; returns the number of tokens."""
-    layers = [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
+    layers = {layer.index: layer for layer in cache.layers if isinstance(layer, CompressedLayer)}
+    stateful = {index: layer for index, layer in enumerate(cache.layers) if has_state(layer)}
     try:
-        settings = [_initialize(layer, form, device) for layer, form in zip(layers, root.layers, strict=True)]
-    except (ModelError, ValueError) as error:
-        loader.failures.append(f"stored by other profiles: {error}")
+        settings = [_initialize(layers[form.layer], form, device) for form in root.layers]
+        prefix = loader.load(settings, with_states=bool(stateful))
+        if prefix.length and [state.layer for state in prefix.states] != list(stateful):
+            raise ModelError(f"expected states of layers {list(stateful)}")
+        for state in prefix.states:
+            put_state(stateful[state.layer], state, device)
+    except (FibkvError, KeyError) as error:
+        loader.failures.append(f"stored by other profiles or layers: {error}")
         return 0
-    prefix = loader.load(settings)
-    for index, layer in enumerate(layers):
-        assert layer.store is not None
-        empty = layer.store.tail.keys, layer.store.tail.values
-        layer.store.adopt(prefix.pages[index], *(empty if prefix.tails is None else prefix.tails[index]))
+    for index, form in enumerate(root.layers):
+        store = layers[form.layer].store
+        assert store is not None
+        empty = store.tail.keys, store.tail.values
+        store.adopt(prefix.pages[index], *(empty if prefix.tails is None else prefix.tails[index]))
     return prefix.length
 
 

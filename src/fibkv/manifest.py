@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Literal, Self
 
-import torch
 from pydantic import StringConstraints, model_validator
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from fibkv.policy import Policy
 from fibkv.prefix import root
 from fibkv.sealing import LayerSettings
 from fibkv.shape import Dtype, KVShape
+from fibkv.states import LayerState, StateForm, raw_tensor, states_from_bytes
 from fibkv.wire import PageReader, StoredPage, load_pages, page_to_bytes
 
 Weights = Annotated[str, StringConstraints(pattern=r"^(blake3:[0-9a-f]{64}|name:[^\x00-\x1f]{1,200})$")]
@@ -127,6 +127,7 @@ class EndHeader(Contract):
         length: tokens in all.
         boundaries: where pages stop that are in no span, ascending; behind the last one (or ``start``) all is raw.
         pages: digests of these pages: for the first boundary layer by layer, then for the next.
+        states: what layers hold beside pages; such a prefix can be taken up at this length only.
     """
 
     name: Digest
@@ -135,6 +136,7 @@ class EndHeader(Contract):
     length: Total
     boundaries: tuple[Total, ...]
     pages: tuple[Digest, ...]
+    states: tuple[StateForm, ...]
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -151,10 +153,17 @@ class EndHeader(Contract):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class End:
-    """A loaded end: for each layer its further pages, and its raw keys and values ``[1, H, t, d]``."""
+    """A loaded end.
+
+    Attributes:
+        length: tokens in all.
+        layers: for each layer in pages its further ones, and its raw keys and values ``[1, H, t, d]``.
+        states: what layers hold beside pages.
+    """
 
     length: int
     layers: tuple[tuple[tuple[Page, ...], Tensor, Tensor], ...]
+    states: tuple[LayerState, ...]
 
 
 def root_to_bytes(root: Root) -> bytes:
@@ -213,15 +222,22 @@ def span_from_bytes(data: Bytes, place: tuple[str, str, int, int], readers: Sequ
     return tuple(load_pages([_open(section, digest, place[2:], reader) for reader, digest, section in pairs]))
 
 
-def end_to_bytes(header: EndHeader, pages: Sequence[Page], tails: Sequence[tuple[Tensor, Tensor]]) -> bytes:
+def end_to_bytes(
+    header: EndHeader,
+    pages: Sequence[Page],
+    tails: Sequence[tuple[Tensor, Tensor]],
+    states: Sequence[LayerState],
+) -> bytes:
     """The container of an end.
 
     Args:
-        header: with the pages' digests.
+        header: with the pages' digests and the states' forms.
         pages: as in the header.
         tails: for each layer raw keys and values ``[1, H, t, d]``.
+        states: as in the header.
     """
-    raw = [tensor_bytes(tensor) for pair in tails for tensor in pair]
+    held = [tensor for state in states for tensor in state.tensors.values()]
+    raw = [tensor_bytes(tensor) for tensor in (*(tensor for pair in tails for tensor in pair), *held)]
     return pack("end", header.to_json().encode(), [*(page_to_bytes(page) for page in pages), *raw])
 
 
@@ -242,19 +258,21 @@ def end_from_bytes(data: Bytes, place: tuple[str, str, int, int], readers: Seque
         raise PageError(f"end: expected (name, previous, start, length) {place}, got {header}")
     count = len(readers) * len(header.boundaries)
     _require_count("end", count, header.pages, container.sections[:count])
-    if len(container.sections) != count + 2 * len(readers):
-        raise PageError(f"end: expected {count + 2 * len(readers)} sections, got {len(container.sections)}")
+    behind = count + 2 * len(readers)
+    if len(container.sections) < behind:
+        raise PageError(f"end: expected at least {behind} sections, got {len(container.sections)}")
+    states = states_from_bytes(header.states, container.sections[behind:])
     spans = [(start, stop - start) for start, stop in pairwise((header.start, *header.boundaries))]
     places = [(span, reader) for span in spans for reader in readers]
     stored = zip(places, header.pages, container.sections[:count], strict=True)
     pages = load_pages([_open(section, digest, span, reader) for (span, reader), digest, section in stored])
     tokens = header.length - header.tail_start
-    raw = zip(readers, container.sections[count::2], container.sections[count + 1 :: 2], strict=True)
+    raw = zip(readers, container.sections[count:behind:2], container.sections[count + 1 : behind : 2], strict=True)
     layers = (
         (tuple(pages[layer :: len(readers)]), *_tails(reader.settings, keys, values, tokens))
         for layer, (reader, keys, values) in enumerate(raw)
     )
-    return End(header.length, tuple(layers))
+    return End(header.length, tuple(layers), states)
 
 
 def _open(data: memoryview, digest: str, span: tuple[int, int], reader: PageReader) -> StoredPage:
@@ -272,15 +290,10 @@ def _tails(settings: LayerSettings, keys: memoryview, values: memoryview, tokens
 
 def _tail(data: memoryview, shape: KVShape, tokens: int) -> Tensor:
     """Raw keys or values ``[1, H, t, d]`` from their bytes."""
-    dtype = TORCH_DTYPES[shape.dtype]
-    expected = shape.kv_heads * tokens * shape.head_dim * dtype.itemsize
+    expected = shape.kv_heads * tokens * shape.head_dim * TORCH_DTYPES[shape.dtype].itemsize
     if len(data) != expected:
         raise PageError(f"end, raw {shape.role}s: expected {expected} bytes, got {len(data)}")
-    full = (1, shape.kv_heads, tokens, shape.head_dim)
-    if not expected:
-        return torch.empty(full, dtype=dtype)
-    # bytearray: torch must own memory that it may write to.
-    return torch.frombuffer(bytearray(data), dtype=dtype).view(full)
+    return raw_tensor(data, shape.dtype, (1, shape.kv_heads, tokens, shape.head_dim))
 
 
 def _require_count(what: str, expected: int, digests: Sequence[str], sections: Sequence[memoryview]) -> None:

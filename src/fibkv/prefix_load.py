@@ -22,6 +22,7 @@ from fibkv.page import Page
 from fibkv.prefix import TokenIds, chain, chain_names
 from fibkv.prefix_places import end_place, ends_folder, root_key, span_key
 from fibkv.sealing import LayerSettings
+from fibkv.states import LayerState
 from fibkv.store.base import Store, set_aside
 from fibkv.wire import PageReader
 
@@ -29,6 +30,8 @@ Loaded = TypeVar("Loaded")
 
 # Spans that are read at the same time: what is far away comes as fast as the network can, not as it answers.
 AHEAD = 4
+# Spans behind which the end of a prefix with states is looked for, from the last that is stored on.
+MAX_BACK = 64
 
 
 class Restored(Contract):
@@ -56,11 +59,13 @@ class Prefix:
         length: tokens.
         pages: by layer, from token 0 on.
         tails: by layer, raw keys and values behind them ``[1, H, t, d]``; None = there are none.
+        states: what layers hold beside pages at this length.
     """
 
     length: int
     pages: tuple[tuple[Page, ...], ...]
     tails: tuple[tuple[Tensor, Tensor], ...] | None
+    states: tuple[LayerState, ...] = ()
 
 
 class PrefixLoader:
@@ -83,36 +88,51 @@ class PrefixLoader:
         """The root of the binding: which layers there are. None = nothing is stored for it."""
         return self._fetch(root_key(self.binding), root_from_bytes, self.binding)
 
-    def load(self, settings: Sequence[LayerSettings]) -> Prefix:
+    def load(self, settings: Sequence[LayerSettings], *, with_states: bool = False) -> Prefix:
         """The longest beginning that is stored whole.
 
         Args:
             settings: of the layers that the root speaks of.
+            with_states: only beginnings that end as one was saved, states included, and before the last token.
         """
         size = self.binding.tokens_per_page
         readers = [PageReader(layer) for layer in settings]
         names = chain_names(self.binding.name, self.token_ids, range(size, len(self.token_ids) + 1, size))
-        spans: list[tuple[Page, ...]] = []
-        previous, found = self.binding.name, self._num_stored(names)
-        with ThreadPoolExecutor(AHEAD) as reading:
-            coming = deque(reading.submit(self.store.get, span_key(name)) for name in names[: min(found, AHEAD)])
-            for name in names[:found]:
-                place = (name, previous, size * len(spans), size)
-                pages = self._checked(span_key(name), coming.popleft().result, span_from_bytes, place, readers)
-                if pages is None:
-                    break
-                if (ahead := len(spans) + AHEAD) < found:
-                    coming.append(reading.submit(self.store.get, span_key(names[ahead])))
-                spans.append(pages)
-                previous = name
-        end = self._end(previous, size * len(spans), readers)
-        columns = [tuple(span[layer] for span in spans) for layer in range(len(settings))]
+        count = self._num_stored(names)
+        starts = [self.binding.name, *names]
+        longest = len(self.token_ids) - with_states
+        if with_states:
+            back = range(count, max(-1, count - MAX_BACK), -1)
+            count = next((number for number in back if self._ends(starts[number], number * size, longest)), 0)
+        spans = self._spans(starts[: count + 1], readers)
+        end = self._end(starts[len(spans)], size * len(spans), longest, readers)
         # The beginning, which everything behind it needs, counts as used last.
         self._try(self.store.touch, [*map(span_key, names[: len(spans)][::-1]), root_key(self.binding)])
+        columns = [tuple(span[layer] for span in spans) for layer in range(len(settings))]
         if end is None:
-            return Prefix(size * len(spans), tuple(columns), None)
+            return (
+                Prefix(0, ((),) * len(settings), None)
+                if with_states
+                else Prefix(size * len(spans), tuple(columns), None)
+            )
         whole = tuple((*before, *behind) for before, (behind, _, _) in zip(columns, end.layers, strict=True))
-        return Prefix(end.length, whole, tuple((keys, values) for _, keys, values in end.layers))
+        return Prefix(end.length, whole, tuple((keys, values) for _, keys, values in end.layers), end.states)
+
+    def _spans(self, starts: Sequence[str], readers: Sequence[PageReader]) -> list[tuple[Page, ...]]:
+        """The pages of the spans between names, as many from the first on as are sound."""
+        size = self.binding.tokens_per_page
+        keys = [span_key(name) for name in starts[1:]]
+        spans: list[tuple[Page, ...]] = []
+        with ThreadPoolExecutor(AHEAD) as reading:
+            coming = deque(reading.submit(self.store.get, key) for key in keys[:AHEAD])
+            for index, key in enumerate(keys):
+                place = (starts[index + 1], starts[index], size * index, size)
+                pages = self._checked(key, coming.popleft().result, span_from_bytes, place, readers)
+                if pages is None:
+                    break
+                coming += [reading.submit(self.store.get, ahead) for ahead in keys[index + AHEAD : index + AHEAD + 1]]
+                spans.append(pages)
+        return spans
 
     def _num_stored(self, names: Sequence[str]) -> int:
         """How many of the spans there are, if none is missing between two: found by halving."""
@@ -125,17 +145,20 @@ class PrefixLoader:
                 high = middle - 1
         return low
 
-    def _end(self, previous: str, start: int, readers: Sequence[PageReader]) -> End | None:
-        """The longest end behind a span that the prompt goes on with."""
+    def _ends(self, previous: str, start: int, longest: int) -> list[tuple[int, str, str]]:
+        """Length, name and key of the ends behind a span that the prompt goes on with, the longest first."""
         listed = self._try(lambda: list(self.store.list(ends_folder(previous)))) or []
-        places = {end_place(entry): entry.key for entry in listed}
-        for length, name in sorted(places, reverse=True):
-            if start < length <= len(self.token_ids) and chain(previous, self.token_ids[start:length]) == name:
-                place = (name, previous, start, length)
-                end = self._fetch(places[length, name], end_from_bytes, place, readers)
-                if end is not None:
-                    self._try(self.store.touch, [places[length, name]])
-                    return end
+        places = sorted(((*end_place(entry), entry.key) for entry in listed), reverse=True)
+        within = (place for place in places if start < place[0] <= longest)
+        return [place for place in within if chain(previous, self.token_ids[start : place[0]]) == place[1]]
+
+    def _end(self, previous: str, start: int, longest: int, readers: Sequence[PageReader]) -> End | None:
+        """The longest sound end behind a span that the prompt goes on with."""
+        for length, name, key in self._ends(previous, start, longest):
+            end = self._fetch(key, end_from_bytes, (name, previous, start, length), readers)
+            if end is not None:
+                self._try(self.store.touch, [key])
+                return end
         return None
 
     def _fetch(self, key: str, parse: Callable[..., Loaded], *context: object) -> Loaded | None:

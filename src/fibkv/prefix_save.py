@@ -25,6 +25,7 @@ from fibkv.manifest import (
 from fibkv.page import Page
 from fibkv.prefix import TokenIds, chain, chain_names
 from fibkv.prefix_places import end_key, root_key, span_key
+from fibkv.states import LayerState
 from fibkv.store.base import Store
 
 
@@ -46,7 +47,13 @@ class Saved(Contract):
     failure: str | None = None
 
 
-def save_prefix(store: Store, binding: Binding, layers: Sequence[LayerCache], token_ids: TokenIds) -> Saved:
+def save_prefix(
+    store: Store,
+    binding: Binding,
+    layers: Sequence[LayerCache],
+    token_ids: TokenIds,
+    states: Sequence[LayerState] = (),
+) -> Saved:
     """Saves what layers hold, under the names of their tokens.
 
     Args:
@@ -54,6 +61,7 @@ def save_prefix(store: Store, binding: Binding, layers: Sequence[LayerCache], to
         binding: what the prefix is bound to.
         layers: of one row, all of one length L.
         token_ids: ``[t]``, t >= L: the tokens that the layers hold, and maybe some behind them.
+        states: what layers hold beside pages; the prefix can then be taken up at its whole length only.
 
     Raises:
         ContractError: fewer ids than tokens, layers of different lengths, or other than one row.
@@ -65,13 +73,19 @@ def save_prefix(store: Store, binding: Binding, layers: Sequence[LayerCache], to
     writer = _Writer(store)
     failure = None
     try:
-        _save(writer, binding, layers, token_ids[:length])
+        _save(writer, binding, layers, token_ids[:length], states)
     except StoreError as error:
         failure = str(error)
     return Saved(tokens=length, written=writer.written, shared=writer.shared, nbytes=writer.nbytes, failure=failure)
 
 
-def _save(writer: _Writer, binding: Binding, layers: Sequence[LayerCache], ids: TokenIds) -> None:
+def _save(
+    writer: _Writer,
+    binding: Binding,
+    layers: Sequence[LayerCache],
+    ids: TokenIds,
+    states: Sequence[LayerState],
+) -> None:
     root = Root(binding=binding, layers=tuple(LayerForm.of(layer.settings) for layer in layers))
     columns = list(zip(*(layer.rows[0] for layer in layers), strict=True))
     size = binding.tokens_per_page
@@ -91,10 +105,11 @@ def _save(writer: _Writer, binding: Binding, layers: Sequence[LayerCache], ids: 
             length=len(ids),
             boundaries=tuple(pages[0].start + pages[0].tokens for pages in columns[regular:]),
             pages=tuple(page.digest for page in rest),
+            states=tuple(state.form() for state in states),
         )
         raw = (layer.tail for layer in layers)
         tails = [(tail.keys[:, :, : tail.length], tail.values[:, :, : tail.length]) for tail in raw]
-        writer.put(end_key(header), end_to_bytes, header, rest, tails)
+        writer.put(end_key(header), end_to_bytes, header, rest, tails, states)
     writer.finish()
 
 

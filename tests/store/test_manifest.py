@@ -70,6 +70,10 @@ def put(name: str, value: object) -> Callable[[dict, list], object]:
     return lambda fields, _: fields.update({name: value})
 
 
+def with_state(state: dict) -> Callable[[dict, list], object]:
+    return lambda fields, _: fields["states"].append(state)
+
+
 def test_the_example_has_everything() -> None:
     end = fields_of(END)
     assert (PLACE[2:], end["start"], end["boundaries"], end["length"]) == ((0, 16), 16, [24, 40], 54)
@@ -79,6 +83,8 @@ def test_the_example_has_everything() -> None:
     assert loader.load(SETTINGS).length == 54
 
 
+STATE = {"layer": 5, "kind": "X", "numbers": [["n", 1]], "tensors": [{"name": "a", "dtype": "f32", "shape": [2, 3]}]}
+HUGE = {**STATE, "tensors": [{"name": "a", "dtype": "f32", "shape": [2**60, 2**60, 2**60]}]}
 OTHER = "blake3:" + "0" * 64
 
 
@@ -114,9 +120,12 @@ OTHER = "blake3:" + "0" * 64
         (read_end, forged(END, put("boundaries", [24])), "end: expected 2 pages, got 4 digests"),
         (read_end, forged(END, put("boundaries", list(range(17, 54)))), "end: expected 74 pages"),
         (read_end, forged(END, put("pages", [OTHER] * 4)), "digest mismatch"),
-        (read_end, forged(END, lambda _, sections: sections.pop()), "end: expected 8 sections, got 7"),
-        (read_end, forged(END, lambda _, sections: sections.append(b"")), "end: expected 8 sections, got 9"),
+        (read_end, forged(END, lambda _, sections: sections.pop()), "end: expected at least 8 sections, got 7"),
+        (read_end, forged(END, lambda _, sections: sections.append(b"")), r"states: expected sections of \[\] bytes"),
         (read_end, forged(END, lambda _, sections: sections.__setitem__(7, sections[7][:-4])), "raw values: expected"),
+        (read_end, forged(END, with_state(STATE)), r"states: expected sections of \[24\]"),
+        (read_end, forged(END, with_state({**STATE, "layer": -1})), "layer"),
+        (read_end, forged(END, with_state(HUGE)), r"states: expected sections of \[\d+\]"),
     ],
 )  # fmt: skip
 def test_what_is_not_what_it_must_be_is_refused(read: Callable[[bytes], object], data: bytes, message: str) -> None:

@@ -20,6 +20,7 @@ from fibkv.hf_identity import identify, weights_digest
 from fibkv.policy import Policy
 from fibkv.space import KeySpace
 from fibkv.store import DirectoryStore, MemoryStore
+from tests.hf.architectures import is_known, tiny
 from tests.store.prefixes import FailingStore
 
 
@@ -145,11 +146,13 @@ def test_what_cannot_be_stored_is_refused_and_not_found(model: PreTrainedModel, 
         num_key_value_heads=1, head_dim=32, sliding_window=16,
     )  # fmt: skip
     windowed, store = MistralForCausalLM(config).eval(), MemoryStore()
-    with pytest.raises(ModelError, match="layer 0: what DynamicSlidingWindowLayer holds beside pages cannot be stored"):
+    with pytest.raises(ModelError, match="save: no layer is kept in pages"):
         filled(windowed, ids).save(store, ids)
     cache = fibkv.restore(windowed, ids, store)
     assert cache.restored is not None
-    assert "cannot be stored" in cache.restored.failures[0]
+    assert "no layer is kept in pages" in cache.restored.failures[0]
+    with pytest.raises(ModelError, match="layer 0: what DynamicIndexedLayer holds beside pages cannot be stored"):
+        fibkv.Cache(tiny("DeepseekV32")).save(store, ids)
     with pytest.raises(ModelError, match="whose model is alive"):
         fibkv.Cache(AutoConfig.from_pretrained(embedded.model_dir())).save(store, ids)
     revived = pickle.loads(pickle.dumps(filled(model, ids)))
@@ -159,6 +162,47 @@ def test_what_cannot_be_stored_is_refused_and_not_found(model: PreTrainedModel, 
         fibkv.restore(model, ids.expand(2, -1), store)
     with pytest.raises(ContractError, match=r"token_ids: expected whole numbers"):
         fibkv.restore(model, ids.float(), store)
+
+
+STATEFUL = ("Gemma3Text", "GptOss", "Lfm2", "Qwen3Next", "FalconH1", "Bamba", "NemotronH", "Zamba2", "Gemma3nText")
+
+
+@pytest.mark.parametrize("name", [*STATEFUL, "DeepseekV3", "Llama4Text"])
+def test_windows_states_and_latents_come_back(name: str) -> None:
+    if not is_known(name):
+        pytest.skip("not in this release of transformers")
+    model, ids = tiny(name), torch.randint(2, 199, (1, 160), generator=torch.Generator().manual_seed(1))
+    store, cache = MemoryStore(), filled(model, ids[:, :150], tokens_per_page=16)
+    assert cache.save(store, ids[:, :150], name=name).failure is None
+    restored = fibkv.restore(model, ids, store, name=name, tokens_per_page=16)
+    assert restored.restored is not None
+    assert (restored.restored.tokens, restored.restored.failures) == (150, ())
+    for start in (150, 151):
+        rest = ids[:, start : start + (1 if start == 150 else 9)]
+        assert torch.equal(logits(model, rest, restored), logits(model, rest, cache))
+
+
+@pytest.mark.parametrize("name", ["GptOss", "FalconH1"])
+def test_states_are_taken_up_where_they_were_saved_and_nowhere_else(name: str) -> None:
+    model, ids = tiny(name), torch.randint(2, 199, (1, 160), generator=torch.Generator().manual_seed(1))
+    store, cache = MemoryStore(), filled(model, ids[:, :100], tokens_per_page=16)
+    for length in (100, 120):
+        if length > 100:
+            logits(model, ids[:, 100:length], cache)
+        cache.save(store, ids[:, :length], name=name)
+
+    def found(prompt: Tensor) -> int:
+        return fibkv.restore(model, prompt, store, name=name, tokens_per_page=16).get_seq_length()
+
+    assert [found(ids[:, :length]) for length in (99, 100, 101, 120, 121, 160)] == [0, 0, 100, 100, 120, 120]
+    # Another prompt that has the longer one's spans, and leaves it before its end.
+    assert found(torch.cat([ids[:, :118], ids[:, :20]], 1)) == 100
+    for entry in list(store.list("ends")):
+        store.put(entry.key, (store.get(entry.key) or b"")[:-1])
+    restored = fibkv.restore(model, ids, store, name=name, tokens_per_page=16)
+    assert restored.get_seq_length() == 0
+    assert "truncated" in restored.restored.failures[0]
+    assert torch.equal(logits(model, ids, restored), logits(model, ids, fibkv.Cache(model, tokens_per_page=16)))
 
 
 def test_another_process_goes_on(model: PreTrainedModel, ids: Tensor, tmp_path: Path) -> None:
