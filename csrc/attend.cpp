@@ -289,7 +289,7 @@ const uint8_t* Step::ahead(const Task& task, const Run& run, size_t at, int bloc
 void prefetch_norms(const Side& side, const Rectangle& rectangle, const uint8_t* page, int head) {
   __builtin_prefetch(page + rectangle.norm_offset + head * rectangle.norm_stride);
   if (head == 0) __builtin_prefetch(page + rectangle.range_offset);
-  if (side.channels) __builtin_prefetch(page + rectangle.channel_offset + 2 * static_cast<size_t>(head) * side.dim);
+  if (side.channels) __builtin_prefetch(page + rectangle.channel_offset + head * side.channel_bytes());
   const uint8_t* mean = page + rectangle.mean_offset + head * side.mean_bytes();
   for (size_t at = 0; at < side.mean_bytes(); at += 64) __builtin_prefetch(mean + at);
 }

@@ -115,6 +115,7 @@ void bind_attention(nb::module_& m) {
       .value("bf16", Form::bf16)
       .value("int8", Form::int8)
       .value("fp8", Form::fp8)
+      .value("affine", Form::affine)
       .value("fib", Form::fib);
   nb::class_<OwnedRotation>(m, "Rotation").def(
       "__init__", [](OwnedRotation* self, Array<const float, 2> matrix, Array<const float, 2> signs) {

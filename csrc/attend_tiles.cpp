@@ -161,6 +161,57 @@ void numbers(const Side& side, const uint8_t* code, float* row) {
       return widen_row<vb, from_e4m3>(code, side.dim, row);
     case Form::fib:
       return direction(side, code, row);
+    case Form::affine:
+      return;  // decode_affine
+  }
+}
+
+// The numbers of one vector, each `bits` wide, to `to` with room for 7 more than the dimension.
+void unpack_numbers(const Side& side, const uint8_t* code, uint8_t* to) {
+  if (side.bits == 4) {
+    for (int j = 0; j < side.code_bytes; ++j) {
+      to[2 * j] = code[j] & 15;
+      to[2 * j + 1] = code[j] >> 4;
+    }
+  } else if (side.bits == 2) {
+    for (int j = 0; j < side.code_bytes; ++j) {
+      for (int i = 0; i < 4; ++i) to[4 * j + i] = code[j] >> (2 * i) & 3;
+    }
+  } else {
+    for (int i = 0; i < side.dim; ++i) to[i] = static_cast<uint8_t>(index_at(code, side.code_bytes, i, side.bits));
+  }
+}
+
+// `count` elements from i on share the grid at `grid`.
+void spread_grid(const uint8_t* grid, int i, int count, float* lows, float* steps) {
+  const float low = half_at(grid), step = half_at(grid + 2);
+  for (int j = i; j < i + count; ++j) {
+    lows[j] = low;
+    steps[j] = step;
+  }
+}
+
+// Rows [tokens][padded_dim] of whole numbers on grids.
+void decode_affine(const Side& side, const Span& span, int first, int tokens, float* rows) {
+  float lows[padded_dim(4096)], steps[padded_dim(4096)];
+  uint8_t whole[padded_dim(4096) + 8];
+  const int width = padded_dim(side.dim);
+  for (int i = 0; i < width; ++i) lows[i] = steps[i] = whole[i] = 0;
+  if (side.channels) {
+    for (int i = 0; i < side.dim; ++i) spread_grid(span.channels + 4 * i, i, 1, lows, steps);
+  }
+  for (int t = 0; t < tokens; ++t) {
+    unpack_numbers(side, span.codes + static_cast<size_t>(first + t) * side.code_bytes, whole);
+    if (!side.channels) {
+      const uint8_t* grid = span.norms + static_cast<size_t>(first + t) * side.norm_bytes;
+      for (int i = 0; i < side.dim; i += side.block, grid += 4) {
+        spread_grid(grid, i, i + side.block < side.dim ? side.block : side.dim - i, lows, steps);
+      }
+    }
+    for (int i = 0; i < width; i += kLanes) {
+      const vf numbers = __builtin_convertvector(widen(load<vb>(whole + i)), vf);
+      store(rows + static_cast<size_t>(t) * width + i, load<vf>(lows + i) + load<vf>(steps + i) * numbers);
+    }
   }
 }
 
@@ -207,6 +258,7 @@ void mean_of(const Side& side, const Span& span, float* mean) {
 
 // Rows [tokens][padded_dim] in the space of the side.
 void decode(const Side& side, const Span& span, int first, int tokens, float* rows) {
+  if (side.form == Form::affine) return decode_affine(side, span, first, tokens, rows);
   float factors[kTile], mean[padded_dim(4096)];
   uint8_t room[4 * 4096];
   const int width = padded_dim(side.dim);

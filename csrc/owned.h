@@ -44,7 +44,7 @@ class OwnedSide {
   size_t nbytes(int heads, int tokens) const { return Rectangle::of(side_, heads, tokens).nbytes; }
 
   // A rectangle's parts in canonical order: codes [heads][tokens][code_bytes], norms [heads][tokens][norm_bytes],
-  // ranges [heads][4 or 0], channel scales [heads][2 * dim or 0], means [heads][1 + dim or 0].
+  // ranges [heads][4 or 0], channel scales or grids [heads][2 or 4 * dim, or 0], means [heads][1 + dim or 0].
   struct Canonical {
     uint8_t *codes, *norms, *ranges, *channels, *means;
   };

@@ -6,7 +6,7 @@
 
 namespace fibkv {
 
-enum class Form : int32_t { f32, f16, bf16, int8, fp8, fib };
+enum class Form : int32_t { f32, f16, bf16, int8, fp8, affine, fib };
 
 // In which order the code bytes of a span (T tokens of one head, B bytes a token) stand.
 //   rows         [T][B], the canonical order
@@ -42,13 +42,14 @@ struct Side {
   Order order;
   int dim;         // elements of a vector
   int code_bytes;  // bytes of one vector's code, without its norm or scale
-  int norm_bytes;  // of one vector's norm (fib) or scale (int8, fp8): 0, 1 or 2
+  int norm_bytes;  // of one vector's norm (fib), scale (int8, fp8) or grids (affine: two float16 for `block` channels)
   int block;       // fib: coordinates of a codeword
   int size;        // fib: codewords
   int bits;        // fib: width of an index
   int window;      // fib: bits that name a codeword, the index being the newest of them; of a trellis more than `bits`
   bool log_norms;  // fib: 8-bit logarithms with a range per head, else float16
-  bool channels;   // vectors were divided by bfloat16 scales per channel first; they are read in their original space
+  bool channels;   // vectors were divided by bfloat16 scales per channel first and are read in their original space; affine:
+                   // a grid is of one channel over all tokens of the span
   bool centered;   // fib: vectors are their code plus the mean of their head
   const float* codewords;    // fib: [size][block]
   const Rotation* rotation;  // or null; of a side with channels, the inner one
@@ -62,7 +63,8 @@ struct Side {
   const int32_t* words;
   float word_step;
 
-  // Of the mean of one head.
+  // Of one head: of what its channels have, and of its mean.
+  size_t channel_bytes() const { return channels ? static_cast<size_t>(dim) * (form == Form::affine ? 4 : 2) : 0; }
   size_t mean_bytes() const { return centered ? 1 + static_cast<size_t>(dim) : 0; }
   int padded(int tokens) const {
     return order == Order::rows ? tokens : (tokens + kTokenTile - 1) / kTokenTile * kTokenTile;
@@ -81,7 +83,7 @@ struct KeySpace {
 
 // Where the parts of a rectangle (heads x tokens) of codes stand behind its base pointer:
 // codes [heads][padded T * B], norms [heads][padded T], ranges [heads][2] float16, channel scales [heads][dim] bfloat16,
-// means [heads][1 + dim] int8: a power of two, and the numbers that it multiplies.
+// or two float16 (a grid) for each channel, means [heads][1 + dim] int8: a power of two, and the numbers that it multiplies.
 struct Rectangle {
   int tokens;
   size_t code_stride, norm_offset, norm_stride, range_offset, channel_offset, mean_offset, nbytes;
@@ -95,7 +97,7 @@ struct Rectangle {
     r.norm_stride = padded * side.norm_bytes;
     r.range_offset = r.norm_offset + heads * r.norm_stride;
     r.channel_offset = r.range_offset + (side.log_norms ? 4 * static_cast<size_t>(heads) : 0);
-    r.mean_offset = r.channel_offset + (side.channels ? 2 * static_cast<size_t>(heads) * side.dim : 0);
+    r.mean_offset = r.channel_offset + heads * side.channel_bytes();
     r.nbytes = r.mean_offset + heads * side.mean_bytes();
     return r;
   }
@@ -112,7 +114,7 @@ struct Span {
 
   static Span of(const Side& side, const Rectangle& r, const uint8_t* base, int head) {
     return {base + head * r.code_stride, base + r.norm_offset + head * r.norm_stride, base + r.range_offset + 4 * head,
-            base + r.channel_offset + 2 * static_cast<size_t>(head) * side.dim,
+            base + r.channel_offset + head * side.channel_bytes(),
             reinterpret_cast<const int8_t*>(base + r.mean_offset + head * side.mean_bytes()), side.padded(r.tokens)};
   }
 };

@@ -125,6 +125,31 @@ class ScaledCodes(Codes):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class AffineCodes(Codes):
+    """Whole numbers on grids, per token: element = lowest + number * step of its group of channels.
+
+    Attributes:
+        grid: ``[..., T, groups, 2]`` float16, (lowest, step >= 0).
+        values: ``[..., T, ceil(d * bits / 8)]`` uint8, little-endian bit stream of the numbers.
+    """
+
+    grid: Tensor
+    values: Tensor
+
+    @property
+    def axes(self) -> torch.Size:
+        """``[..., T]``."""
+        return self.values.shape[:-1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AffineChannelCodes(AffineCodes):
+    """The same per channel: ``grid [..., d, 2]``, of each channel over the tokens of the group."""
+
+    GROUP_FIELDS: ClassVar[frozenset[str]] = frozenset({"grid"})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class FibCodes(Codes):
     """FibQuant: packed codeword indices of the rotated unit vector, and its norm.
 

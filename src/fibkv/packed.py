@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fibkv.codes import ChannelCodes, Codes, FibCodes, RawCodes, ScaledCodes
+from fibkv.codes import AffineChannelCodes, AffineCodes, ChannelCodes, Codes, FibCodes, RawCodes, ScaledCodes
 from fibkv.packing import packed_nbytes
-from fibkv.tables import ChannelTables, FibTables, RawTables, ScaledTables, Tables
+from fibkv.tables import AffineTables, ChannelTables, FibTables, RawTables, ScaledTables, Tables
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,6 +83,11 @@ def empty_codes(tables: Tables, heads: int, tokens: int) -> Codes:
         case ScaledTables():
             scales = torch.empty(heads, tokens, dtype=torch.bfloat16)
             return ScaledCodes(scales, torch.empty(heads, tokens, tables.head_dim, dtype=tables.dtype))
+        case AffineTables():
+            values = torch.empty(heads, tokens, packed_nbytes(tables.head_dim, tables.bits), dtype=torch.uint8)
+            if tables.per_channel:
+                return AffineChannelCodes(torch.empty(heads, tables.head_dim, 2, dtype=torch.float16), values)
+            return AffineCodes(torch.empty(heads, tokens, tables.groups, 2, dtype=torch.float16), values)
         case FibTables():
             log8 = tables.norm_format == "log8"
             return FibCodes(
@@ -97,7 +102,9 @@ def empty_codes(tables: Tables, heads: int, tokens: int) -> Codes:
 
 
 def byte_parts(codes: Codes) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The bytes ``[n]`` uint8 of (codes, norms or scales, norm ranges, channel scales, means); absent ones are empty.
+    """The bytes ``[n]`` uint8 of (codes, norms, norm ranges, channel scales, means); absent ones are empty.
+
+    Scales of vectors, and grids, stand where norms do; grids of channels where scales of channels do.
 
     Contiguous codes are viewed, not copied.
     """
@@ -108,6 +115,10 @@ def byte_parts(codes: Codes) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             return payload, norms, ranges, _bytes(codes.channel_scales), means
         case FibCodes():
             return _bytes(codes.indices), _bytes(codes.norms), _bytes(codes.norm_range), none, _bytes(codes.mean)
+        case AffineChannelCodes():
+            return _bytes(codes.values), none, none, _bytes(codes.grid), none
+        case AffineCodes():
+            return _bytes(codes.values), _bytes(codes.grid), none, none, none
         case ScaledCodes():
             return _bytes(codes.values), _bytes(codes.scales), none, none, none
         case RawCodes():

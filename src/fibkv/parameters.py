@@ -64,6 +64,20 @@ class Fp8Parameters(_ScalarParameters):
     head_dim: Count
 
 
+class AffineParameters(_ScalarParameters):
+    """Whole numbers on a grid between the least and the largest of a group, KIVI's code (arXiv 2402.02750).
+
+    Per token a group is ``group`` channels of one vector, the last one perhaps fewer. Per channel it is the tokens of
+    one page, whose length decides, and ``group`` is not looked at.
+    """
+
+    schema_version: Literal["fibkv_affine_parameters_v1"] = "fibkv_affine_parameters_v1"
+    codec: Literal["affine"] = "affine"
+    head_dim: Annotated[int, Field(gt=0, le=4096)]
+    bits: Literal[2, 3, 4]
+    group: Count = 32
+
+
 class FibParameters(MarkedContract):
     """FibQuant: a norm, a rotation, and one codeword per block of ``block_dim`` coordinates.
 
@@ -244,7 +258,7 @@ class TrellisParameters(MarkedContract):
 
 
 CodecParameters = Annotated[
-    RawParameters | Int8Parameters | Fp8Parameters | FibParameters | TrellisParameters,
+    RawParameters | Int8Parameters | Fp8Parameters | AffineParameters | FibParameters | TrellisParameters,
     Field(discriminator="codec"),
 ]
 """Field type: the parameters of any codec, told apart by their field ``codec``."""
@@ -268,7 +282,10 @@ code of ``fib``, for keys centered, and at 3 and 4 bits with a scale search.
 TRELLIS_SETTINGS: Mapping[str, Literal[2, 3, 4]] = {"trellis4": 4, "trellis3": 3, "trellis2": 2}
 """Bits per coordinate by name."""
 
-PARAMETER_NAMES: tuple[str, ...] = ("raw", "int8", "fp8", *FIB_SETTINGS, *TRELLIS_SETTINGS)
+AFFINE_SETTINGS: Mapping[str, Literal[2, 3, 4]] = {"affine4": 4, "affine3": 3, "affine2": 2}
+"""The same of KIVI's code."""
+
+PARAMETER_NAMES: tuple[str, ...] = ("raw", "int8", "fp8", *FIB_SETTINGS, *TRELLIS_SETTINGS, *AFFINE_SETTINGS)
 """What :func:`named_parameters` knows."""
 
 
@@ -290,6 +307,8 @@ def named_parameters(name: str, head_dim: int, dtype: Dtype) -> CodecParameters:
             return Int8Parameters(head_dim=head_dim)
         case "fp8":
             return Fp8Parameters(head_dim=head_dim)
+    if name in AFFINE_SETTINGS:
+        return AffineParameters(head_dim=head_dim, bits=AFFINE_SETTINGS[name])
     if name in TRELLIS_SETTINGS:
         return TrellisParameters.of(head_dim, TRELLIS_SETTINGS[name])
     if name not in FIB_SETTINGS:

@@ -15,6 +15,7 @@ from fibkv.coder import RoleCoder, bind_coder
 from fibkv.errors import ContractError, DecisionError, ModelError
 from fibkv.ladder import Choice, Ladder, Rung
 from fibkv.parameters import (
+    AffineParameters,
     CodecParameters,
     FibParameters,
     Fp8Parameters,
@@ -318,7 +319,8 @@ def _pair(field: str, given: Any) -> tuple[Any, Any]:
 
 
 def _known(choice: Any) -> Choice:
-    if not isinstance(choice, str | RawParameters | Int8Parameters | Fp8Parameters | FibParameters | TrellisParameters):
+    eights = Int8Parameters | Fp8Parameters
+    if not isinstance(choice, str | RawParameters | eights | AffineParameters | FibParameters | TrellisParameters):
         raise ContractError("Cache.profile", "a name or codec parameters, or a pair", choice)
     # Any head_dim will do to refuse an unknown name before a token has been seen.
     _parameters(choice, 64, "f16")

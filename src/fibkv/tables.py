@@ -40,6 +40,24 @@ class ScaledTables:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class AffineTables:
+    """Of numbers of ``bits`` bits on a grid per group: ``group`` channels of a vector, or all tokens of a channel."""
+
+    head_dim: int
+    bits: int
+    group: int
+    per_channel: bool
+
+    tensors: ClassVar[tuple[Tensor, ...]] = ()
+    rotation: ClassVar[None] = None
+
+    @property
+    def groups(self) -> int:
+        """Groups of a vector."""
+        return -(-self.head_dim // self.group)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class FibTables:
     """Of FibQuant, and of its trellis form.
 
@@ -107,7 +125,7 @@ class ChannelTables:
         return self.inner.tensors
 
 
-Tables = RawTables | ScaledTables | FibTables | ChannelTables
+Tables = RawTables | ScaledTables | AffineTables | FibTables | ChannelTables
 
 
 def trellis_of(tables: Tables) -> Trellis | None:

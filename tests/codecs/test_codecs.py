@@ -13,7 +13,14 @@ from fibkv.codecs.fib import unit_distortion
 from fibkv.codes import ScaledCodes
 from fibkv.decision_table import decision_table
 from fibkv.errors import EncodingError, PageError
-from fibkv.parameters import FibParameters, Fp8Parameters, Int8Parameters, RawParameters, TrellisParameters
+from fibkv.parameters import (
+    AffineParameters,
+    FibParameters,
+    Fp8Parameters,
+    Int8Parameters,
+    RawParameters,
+    TrellisParameters,
+)
 from tests.codecs.conformance import CodecConformance, gaussian, relative_mse, write_golden
 
 
@@ -50,6 +57,30 @@ class TestInt8PerChannel(CodecConformance):
     name, parameters, axis = "int8_per_channel", Int8Parameters(head_dim=64), "per_channel"
     distortion, hard_distortion = 3.6e-5, 5e-4
     vector_nbytes, group_nbytes = 66, 128
+
+
+class TestAffine4(CodecConformance):
+    name, parameters = "affine4", AffineParameters(head_dim=64, bits=4)
+    distortion, hard_distortion = 0.0062, 0.015  # one large channel sets the grid of 31 others
+    vector_nbytes, group_nbytes = 32 + 2 * 4, 0
+
+
+class TestAffine3(CodecConformance):
+    """A last group of 16 channels."""
+
+    name, parameters = "affine3", AffineParameters(head_dim=80, bits=3)
+    distortion, hard_distortion = 0.027, 0.03
+    vector_nbytes, group_nbytes = 30 + 3 * 4, 0
+
+
+class TestAffine2PerChannel(CodecConformance):
+    name, parameters, axis = "affine2_per_channel", AffineParameters(head_dim=64, bits=2), "per_channel"
+    distortion, hard_distortion = 0.21, 0.2
+    vector_nbytes, group_nbytes = 16, 64 * 4
+
+    # The grid of a channel runs between its ends in all tokens: zero need not be on it.
+    test_zero_vectors_decode_to_zero = None
+    test_tiny_vectors_stay_finite_and_tiny = None
 
 
 class TestFib4(CodecConformance):
@@ -188,6 +219,11 @@ def test_half_norm_overflow_is_refused_and_log_norm_holds_it() -> None:
 def test_norms_beyond_float32_are_refused() -> None:
     with pytest.raises(EncodingError, match="finite in float32"):
         codec_for(FibParameters.of(64, 2, 256)).encode(torch.full((1, 1, 64), 3e38))
+
+
+def test_grids_beyond_float16_are_refused() -> None:
+    with pytest.raises(EncodingError, match=r"at most 65504 for grids in float16, got 1e\+06"):
+        codec_for(AffineParameters(head_dim=64, bits=4)).encode(torch.full((1, 2, 64), 1e6))
 
 
 def test_raw_overflow_is_refused() -> None:
@@ -344,6 +380,15 @@ class TestRefusedCodes:
         codes = codec.encode(gaussian(1, 2, 64))
         codes.mean[0, place] = number
         self.refuse(codec, codes, f"'mean': expected .*{match}")
+
+    @pytest.mark.parametrize("axis", ["per_token", "per_channel"])
+    def test_affine(self, axis: str) -> None:
+        codec = codec_for(AffineParameters(head_dim=33, bits=2), axis)
+        codes = codec.encode(gaussian(1, 2, 33))
+        self.refuse(codec, replace(codes, grid=codes.grid * torch.nan), "'grid': expected finite numbers")
+        self.refuse(codec, replace(codes, grid=-codes.grid.abs()), "'grid': expected steps >= 0")
+        codes.values[0, 1, -1] |= 0x80
+        self.refuse(codec, codes, "zero bits behind the last number")
 
     def test_stray_bits(self) -> None:
         codec = codec_for(FibParameters.of(20, 2, 64))  # 10 indices of 6 bits: 4 filling bits

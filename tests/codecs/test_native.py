@@ -41,6 +41,8 @@ PAIRS = [
     ("fib1", "fib3"),
     ("centered4", "fib4"),
     ("centered2", "centered2"),
+    ("affine4", "affine4"),
+    ("affine3", "fib4"),
     ("int8", "int8"),
     ("int8", "fib4"),
     ("fp8", "fp8"),

@@ -1,7 +1,14 @@
 """One valid instance of every contract of rank 0, and what the tests share."""
 
 from fibkv.contract import Contract
-from fibkv.parameters import FibParameters, Fp8Parameters, Int8Parameters, RawParameters, TrellisParameters
+from fibkv.parameters import (
+    AffineParameters,
+    FibParameters,
+    Fp8Parameters,
+    Int8Parameters,
+    RawParameters,
+    TrellisParameters,
+)
 from fibkv.policy import Decision, Plan, Policy, Run
 from fibkv.pressure import PressureConfig, PressureState
 from fibkv.profile import Profile
@@ -82,6 +89,7 @@ EXAMPLES: list[Contract] = [
     RawParameters(head_dim=64, dtype="bf16"),
     Int8Parameters(head_dim=64),
     Fp8Parameters(head_dim=64),
+    AffineParameters(head_dim=64, bits=3, group=16),
     FIB,
     TrellisParameters.of(64, 2),
     TrainingSettings(head_dim=64),

@@ -4,6 +4,7 @@ from pydantic import TypeAdapter
 from fibkv.errors import ContractError
 from fibkv.parameters import (
     PARAMETER_NAMES,
+    AffineParameters,
     CodecParameters,
     FibParameters,
     Fp8Parameters,
@@ -147,6 +148,7 @@ def test_training_refusals(fields: dict[str, object], message: str) -> None:
         ("key1", FibParameters.of(128, 8, 256, centered=True)),
         ("value4", FibParameters.of(128, 2, 256, scale_search=True)),
         ("value3", FibParameters.of(128, 2, 64, scale_search=True)),
+        ("affine3", AffineParameters(head_dim=128, bits=3)),
         ("scalar4", FibParameters.of(128, 1, 16)),
         ("scalar3", FibParameters.of(128, 1, 8)),
         ("scalar2", FibParameters.of(128, 1, 4)),
@@ -164,7 +166,7 @@ def test_named_settings(name: str, expected: CodecParameters) -> None:
 
 def test_every_known_name_is_served() -> None:
     digests = {named_parameters(name, 64, "f16").digest() for name in PARAMETER_NAMES}
-    assert len(digests) == len(PARAMETER_NAMES) == 19
+    assert len(digests) == len(PARAMETER_NAMES) == 22
 
 
 def test_unknown_name_is_refused_with_the_known_ones() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from transformers import LlamaConfig
 
 from fibkv.errors import ContractError, DigestMismatch
 from fibkv.eval_caches import eval_variants, fibkv_variant
@@ -17,6 +18,7 @@ from fibkv.evaluate import run_eval
 from fibkv.hf import Cache
 from fibkv.hf_model import model_digest
 from fibkv.hf_observe import observe
+from fibkv.policy import Policy
 from fibkv.regions import ProtectedRegions
 from fibkv.simulated import Kivi, SimulatedCache, affine
 
@@ -40,6 +42,25 @@ def result(loaded: tuple[Any, Any], text: str) -> EvalResult:
         caveats=(),
         progress=lambda *_: None,
     )
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_the_simulated_kivi_is_the_affine_codec_along_its_axes(bits: int) -> None:
+    """The same numbers from a real cache, with pages of one group."""
+    policy = Policy.role_aware_baseline().model_copy(update={"protected": ProtectedRegions()})
+    config = LlamaConfig(hidden_size=256, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1)
+    real = Cache(config, profile=f"affine{bits}", policy=policy, tokens_per_page=32, read_through=True)
+    simulated = SimulatedCache(1, Kivi(bits), ProtectedRegions(), read_through=True)
+    generator = torch.Generator().manual_seed(bits)
+    keys, values = (torch.randn(1, 2, 200, 64, generator=generator) + 3 for _ in range(2))
+    for chunk in (slice(0, 128), slice(128, 200)):
+        expected = simulated.update(keys[:, :, chunk], values[:, :, chunk], 0)
+        real.update(keys[:, :, chunk], values[:, :, chunk], 0)
+    found = real.layers[0].store.view().decode(torch.float32)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    page = next(iter(real.layers[0].store.pages()))
+    assert sum(segment.codes.nbytes for segment in (*page.keys, *page.values)) == 2 * 2 * 32 * 64 * (bits + 1) / 8
 
 
 def test_every_figure_falls_with_the_bits(result: EvalResult) -> None:

@@ -8,13 +8,14 @@ from typing import Any, Literal
 
 import torch
 
+from fibkv.codecs.affine import AffineCodec
 from fibkv.codecs.base import Codec
 from fibkv.codecs.channel import ChannelCodec
 from fibkv.codecs.fib import FibCodec
 from fibkv.codecs.raw import RawCodec
 from fibkv.codecs.scaled import Fp8Codec, Int8Codec
 from fibkv.codecs.trellis import TrellisCodec
-from fibkv.parameters import CodecParameters
+from fibkv.parameters import AffineParameters, CodecParameters
 
 __all__ = ["CODECS", "Codec", "codec_for"]
 
@@ -22,6 +23,7 @@ CODECS: dict[str, Callable[[Any], Codec]] = {
     "raw": RawCodec,
     "int8": Int8Codec,
     "fp8": Fp8Codec,
+    "affine": AffineCodec,
     "fib": FibCodec,
     "trellis": TrellisCodec,
 }
@@ -38,5 +40,7 @@ def codec_for(parameters: CodecParameters, axis: Literal["raw", "per_token", "pe
     """
     # Shared by the whole process: its tables must not become inference tensors of the caller's mode.
     with torch.inference_mode(False):
+        if isinstance(parameters, AffineParameters):
+            return AffineCodec(parameters, axis)
         codec = CODECS[parameters.codec](parameters)
     return ChannelCodec(codec) if axis == "per_channel" else codec

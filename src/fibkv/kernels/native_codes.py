@@ -22,7 +22,7 @@ from fibkv.kernels.refusals import mismatch, require_finite, require_norms
 from fibkv.means import encode_means, means_in_place
 from fibkv.packing import packed_nbytes
 from fibkv.rotation import hadamard_signs
-from fibkv.tables import ChannelTables, FibTables, RawTables, ScaledTables, Tables
+from fibkv.tables import AffineTables, ChannelTables, FibTables, RawTables, ScaledTables, Tables
 
 Isa = Any
 """An instruction set: ``fibkv.kernels._native.Isa``."""
@@ -46,8 +46,8 @@ def encode(rows: Tensor, tables: Tables, *, isa: Isa | None = None) -> Codes:
         EncodingError: a vector is not finite, or its norm or scale is out of the format's range.
         KernelError: rows are not on the CPU.
     """
-    if isinstance(tables, RawTables):
-        # A copy: torch makes it at the speed of memory.
+    if isinstance(tables, RawTables | AffineTables):
+        # Copies, ends of groups and roundings: torch makes them at the speed of memory.
         return reference.encode(rows, tables)
     _require_cpu(rows, "rows")
     rows = (rows if rows.dtype in ELEMENTS else rows.to(torch.float32)).contiguous()
@@ -78,6 +78,8 @@ def decode(codes: Codes, tables: Tables, *, out: Tensor | None = None, isa: Isa 
     """
     for name, tensor in codes.named():
         _require_cpu(tensor, name)
+    if isinstance(tables, AffineTables):
+        return reference.decode(codes, tables, out=out)
     codes = codes.map(torch.Tensor.contiguous)
     shape = _decoded_shape(codes, tables)
     if out is not None and out.shape != shape:

@@ -15,7 +15,7 @@ from fibkv.packing import packed_nbytes
 from fibkv.rotation import Rotation, hadamard_signs
 from fibkv.shape import Role
 from fibkv.space import KeySpace
-from fibkv.tables import ChannelTables, FibTables, RawTables, ScaledTables, Tables
+from fibkv.tables import AffineTables, ChannelTables, FibTables, RawTables, ScaledTables, Tables
 
 # Beyond, the float32 matrix of a Hadamard rotation is not the transform itself, and the matrix is what counts.
 MAX_EXACT_HADAMARD = 256
@@ -49,7 +49,7 @@ def _side(tables: Tables, role: Role, isa: Any, rotated: bool) -> Any:
         "is_key": role == "key",
         "tiled": isa != extension.Isa.portable,
         "dim": tables.head_dim,
-        "channels": isinstance(tables, ChannelTables),
+        "channels": isinstance(tables, ChannelTables) or (isinstance(tables, AffineTables) and tables.per_channel),
         "centered": isinstance(inner, FibTables) and inner.centered,
         # A space per group needs the inner rotation in any case.
         "rotation": _rotation(inner.rotation) if inner.rotation and (rotated or tables is not inner) else None,
@@ -64,6 +64,15 @@ def _side(tables: Tables, role: Role, isa: Any, rotated: bool) -> Any:
         case ScaledTables():
             form = forms.int8 if inner.dtype == torch.int8 else forms.fp8
             coding = {"form": form, "code_bytes": inner.head_dim, "norm_bytes": 2, **nothing}
+        case AffineTables():
+            coding = {
+                **nothing,
+                "form": forms.affine,
+                "code_bytes": packed_nbytes(inner.head_dim, inner.bits),
+                "norm_bytes": 0 if inner.per_channel else 4 * inner.groups,
+                "block": inner.group,
+                "bits": inner.bits,
+            }
         case FibTables():
             log8 = inner.norm_format == "log8"
             coding = {

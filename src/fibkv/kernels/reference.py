@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from fibkv.codes import ChannelCodes, Codes, FibCodes, RawCodes, ScaledCodes
+from fibkv.codes import AffineChannelCodes, AffineCodes, ChannelCodes, Codes, FibCodes, RawCodes, ScaledCodes
 from fibkv.errors import EncodingError
 from fibkv.kernels import reference_trellis
 from fibkv.kernels.refusals import FLOAT16_MAX, mismatch, require_finite, require_norms
 from fibkv.means import decode_means, subtract_means
 from fibkv.packing import pack, unpack
-from fibkv.tables import ChannelTables, FibTables, RawTables, ScaledTables, Tables
+from fibkv.tables import AffineTables, ChannelTables, FibTables, RawTables, ScaledTables, Tables
 
 # Distances computed at a time by the codeword search: 2**21 float32 stay inside the second-level cache.
 SEARCH_TILE = 1 << 21
@@ -46,6 +46,8 @@ def encode(rows: Tensor, tables: Tables) -> Codes:
             return _encode_raw(rows, tables)
         case ScaledTables():
             return _encode_scaled(rows, tables)
+        case AffineTables():
+            return _encode_affine(rows, tables)
         case FibTables():
             return _encode_fib(rows, tables)
         case ChannelTables():
@@ -190,6 +192,9 @@ def _vectors(codes: Codes, tables: Tables) -> Tensor:
             return codes.values.to(torch.float32)
         case ScaledCodes(), ScaledTables():
             return codes.values.to(torch.float32) * codes.scales.to(torch.float32).unsqueeze(-1)
+        case AffineCodes(), AffineTables():
+            low, step = _grids(codes.grid, tables).unbind(-1)
+            return low + step * unpack(codes.values, tables.head_dim, tables.bits)
         case FibCodes(), FibTables():
             indices = unpack(codes.indices, tables.num_blocks, tables.bits)
             vectors = _directions(indices, tables) * decode_norms(codes.norms, codes.norm_range).unsqueeze(-1)
@@ -223,6 +228,36 @@ def _round_up_bfloat16(positive: Tensor) -> Tensor:
     bits = positive.view(torch.int32)
     raised = ((bits + 0xFFFF) >> 16).clamp(max=0x7F7F)
     return raised.to(torch.int16).view(torch.bfloat16)
+
+
+def _encode_affine(rows: Tensor, tables: AffineTables) -> AffineCodes:
+    rows = rows.to(torch.float32)
+    require_finite(rows)
+    peak = float(rows.abs().max())
+    if peak > FLOAT16_MAX:
+        raise EncodingError(f"numbers must be at most {FLOAT16_MAX:g} for grids in float16, got {peak:.6g}")
+    most = 2**tables.bits - 1
+    if tables.per_channel:
+        low, high = rows.amin(-2), rows.amax(-2)
+    else:
+        parts = rows.split(tables.group, -1)
+        low, high = (torch.stack([end(part, -1) for part in parts], -1) for end in (torch.amin, torch.amax))
+    low = low.to(torch.float16)
+    step = ((high - low.to(torch.float32)) / most).to(torch.float16)
+    grid = torch.stack([low, step], -1)
+    lows, steps = _grids(grid, tables).unbind(-1)
+    # A group of equal elements has step 0: its lowest says it all.
+    numbers = ((rows - lows) / steps.masked_fill(steps == 0, 1.0)).round().clamp(0, most)
+    kind = AffineChannelCodes if tables.per_channel else AffineCodes
+    return kind(grid=grid, values=pack(numbers.to(torch.int32), tables.bits))
+
+
+def _grids(grid: Tensor, tables: AffineTables) -> Tensor:
+    """Grids for each element, ``[..., T or 1, d, 2]`` float32."""
+    wide = grid.to(torch.float32)
+    if tables.per_channel:
+        return wide.unsqueeze(-3)
+    return wide.repeat_interleave(tables.group, -2)[..., : tables.head_dim, :]
 
 
 def _encode_fib(rows: Tensor, tables: FibTables) -> FibCodes:

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fibkv.codes import Codes, FibCodes, RawCodes, ScaledCodes
+from fibkv.errors import KernelError
 from fibkv.kernels.refusals import mismatch
 from fibkv.packing import packed_nbytes
-from fibkv.tables import ChannelTables, FibTables, RawTables, ScaledTables, Tables
+from fibkv.tables import AffineTables, ChannelTables, FibTables, RawTables, ScaledTables, Tables
 
 Form = Literal["f32", "f16", "bf16", "int8", "fp8", "fib"]
 FORMS: dict[torch.dtype, Form] = {
@@ -67,6 +68,8 @@ class Side(NamedTuple):
                 return cls(FORMS[tables.dtype], "none", dim, width, dim * tables.dtype.itemsize, operand)
             case ScaledTables():
                 return cls(FORMS[tables.dtype], "bf16", dim, width, dim)
+            case AffineTables():
+                raise _no_grids()
             case FibTables():
                 nbytes = packed_nbytes(tables.num_blocks, tables.bits)
                 block = tables.codewords.shape[1]
@@ -132,7 +135,7 @@ def on_device(tables: Tables, device: torch.device) -> DeviceTables:
     )
 
 
-def arrays(codes: Codes, tables: RawTables | ScaledTables | FibTables) -> tuple[Tensor, Tensor, Tensor]:
+def arrays(codes: Codes, tables: RawTables | ScaledTables | AffineTables | FibTables) -> tuple[Tensor, Tensor, Tensor]:
     """(codes, norms or scales, norm ranges) as kernels read them: contiguous; the codes stand for absent ones.
 
     Raises:
@@ -148,8 +151,14 @@ def arrays(codes: Codes, tables: RawTables | ScaledTables | FibTables) -> tuple[
             indices = codes.indices.contiguous()
             ranges = codes.norm_range.contiguous() if tables.norm_format == "log8" else indices
             return indices, codes.norms.contiguous(), ranges
+        case _, AffineTables():
+            raise _no_grids()
         case _:
             raise mismatch(codes, tables)
+
+
+def _no_grids() -> KernelError:
+    return KernelError("triton kernels do not attend to affine codes: expected implementation='reference'")
 
 
 def octets(tensor: Tensor) -> Tensor:
