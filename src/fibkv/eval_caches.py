@@ -28,14 +28,17 @@ from fibkv.simulated import Kivi, PerToken, Quantizer, SimulatedCache
 PROFILES: tuple[tuple[str, str], ...] = (
     ("int8", "int8"),
     ("fp8", "fp8 e4m3"),
+    ("trellis4", "trellis 4"),
     ("fib4", "FibQuant 4"),
     ("scalar4", "scalar (TurboQuant) 4"),
+    ("trellis3", "trellis 3"),
     ("fib3", "FibQuant 3"),
     ("scalar3", "scalar (TurboQuant) 3"),
+    ("trellis2", "trellis 2"),
     ("fib2", "FibQuant 2"),
     ("scalar2", "scalar (TurboQuant) 2"),
 )
-"""Plain codecs by name. The scalar codes have the same norms and gains as FibQuant, hence the same bits."""
+"""Plain codecs by name. Scalar and trellis codes have the same norms and gains as FibQuant, hence the same bits."""
 
 WHOLE_BITS = (4, 3, 2)
 DEFAULT_BITS = (4, 3.5, 3, 2.5, 2)

@@ -191,9 +191,9 @@ class FibParameters(MarkedContract):
 class TrellisParameters(MarkedContract):
     """A trellis code (`fibkv.trellis`): norm and rotation as in `FibParameters`, and ``bits`` per coordinate.
 
-    The last two fields are the encoder's alone, and the decoder need not know them. ``path_search`` says how many
-    coordinates on both sides of the place where the vector closes to a ring are searched for what to have there:
-    ``full`` 64 (or all), ``fast`` 8. ``scale_search`` is that of `FibParameters`.
+    ``path_search`` and ``scale_search`` are the encoder's alone, and the decoder need not know them. ``path_search``
+    says how many coordinates on both sides of the place where the vector closes to a ring are searched for what to
+    have there: ``full`` 64 (or all), ``fast`` 8. ``scale_search`` and ``centered`` are those of `FibParameters`.
 
     Raises:
         ContractError: on construction, for a broken bound.
@@ -210,6 +210,7 @@ class TrellisParameters(MarkedContract):
     gain_corrected: bool
     path_search: PathSearch
     scale_search: bool
+    centered: bool
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -238,6 +239,7 @@ class TrellisParameters(MarkedContract):
         gain_corrected: bool = True,
         path_search: PathSearch = "full",
         scale_search: bool = False,
+        centered: bool = False,
     ) -> TrellisParameters:
         """Parameters of the code that fibkv ships for ``bits``; arguments as in `FibParameters.of`.
 
@@ -254,6 +256,7 @@ class TrellisParameters(MarkedContract):
             gain_corrected=gain_corrected,
             path_search=path_search,
             scale_search=scale_search,
+            centered=centered,
         )
 
 

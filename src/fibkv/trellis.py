@@ -87,7 +87,7 @@ class Trellis:
 
     Attributes:
         code: its meaning.
-        labels: ``[2^L]`` int64, of each window.
+        labels: ``[2^L]`` uint8, of each window.
         levels: ``[2^m]`` int32, of each label, in steps of the grid.
         steps: steps of the grid in 1, the length of a unit vector: sqrt(d) * GRID.
         overlap: coordinates on both sides of the vector's ends that the encoder looks at to close it to a ring.
@@ -103,7 +103,7 @@ class Trellis:
     def of(cls, code: TrellisCode, head_dim: int, overlap: int) -> Trellis:
         """The code for vectors of ``head_dim`` coordinates; an overlap is at most half of them."""
         levels = torch.tensor(code.levels, dtype=torch.int32)
-        return cls(code, code.labels(), levels, sqrt(head_dim) * GRID, min(overlap, head_dim // 2))
+        return cls(code, code.labels().to(torch.uint8), levels, sqrt(head_dim) * GRID, min(overlap, head_dim // 2))
 
     @property
     def most(self) -> int:
@@ -143,7 +143,7 @@ class Trellis:
     @property
     def codewords(self) -> Tensor:
         """Levels ``[2^L, 1]`` float32 of all windows, in units of a vector of norm 1."""
-        return (self.levels[self.labels].to(torch.float64) / self.steps).to(torch.float32).unsqueeze(-1)
+        return (self.levels[self.labels.to(torch.int64)].to(torch.float64) / self.steps).to(torch.float32).unsqueeze(-1)
 
 
 @lru_cache(maxsize=8)

@@ -85,7 +85,7 @@ PARAMETERS: dict[str, CodecParameters] = {
     "scalar4_scales": fib(64, 1, 16, scale_search=True),
     "hadamard_8": fib(8, 2, 16, rotation="hadamard"),
     "trellis2": TrellisParameters.of(64, 2),
-    "trellis2_fast_scales": TrellisParameters.of(32, 2, path_search="fast", scale_search=True),
+    "trellis2_fast_scales": TrellisParameters.of(32, 2, path_search="fast", scale_search=True, centered=True),
     "trellis3_haar": TrellisParameters.of(24, 3),
     "trellis4": TrellisParameters.of(64, 4, path_search="fast", norm_format="f16"),
 }

@@ -53,7 +53,7 @@ class Pair:
         expected = self.dense.update(*new)
         for actual, dense in zip(seen, expected, strict=True):
             # FibQuant's last bit depends on how many vectors are rotated back at once.
-            close = 1e-5 if self.dense.profile.startswith("fib") else 0
+            close = 1e-5 if self.dense.profile.startswith(("fib", "trellis")) else 0
             torch.testing.assert_close(actual + 0, dense, rtol=close, atol=close)
         assert self.layer.get_seq_length() == self.dense.get_seq_length()
 
@@ -113,7 +113,7 @@ def test_any_sequence_of_operations(record: bool, steps: list[tuple[str, int]]) 
     pair.append(1)
 
 
-@pytest.mark.parametrize("profile", ["raw", "fp8", "fib4", "fib2"])
+@pytest.mark.parametrize("profile", ["raw", "fp8", "fib4", "fib2", "trellis3"])
 @pytest.mark.parametrize("record", [False, True])
 def test_with_other_codecs(profile: str, record: bool) -> None:
     pair = Pair(profile, record=record)

@@ -61,7 +61,10 @@ def test_the_other_architectures(name: str) -> None:
 CENTERED = FibParameters.of(16, 2, 64, centered=True)
 
 
-@pytest.mark.parametrize("profile", ["raw", "int8", "fp8", "fib4", "fib3", "fib2", ("fib4", "raw"), (CENTERED, "fib3")])
+PROFILES = ("raw", "int8", "fp8", "fib4", "fib3", "fib2", "trellis2", ("fib4", "raw"), (CENTERED, "fib3"))
+
+
+@pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("implementation", ["auto", "reference"])
 def test_every_level(profile: object, implementation: str) -> None:
     model = tiny("Llama", torch.bfloat16)

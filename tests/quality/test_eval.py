@@ -23,7 +23,7 @@ from fibkv.regions import ProtectedRegions
 from fibkv.simulated import Kivi, SimulatedCache, affine
 
 PROTECTED = ProtectedRegions(first_tokens_raw=4, last_tokens_raw=16)
-NAMES = ("int8", "fib4", "fib2", "kivi2", "tf-fp8")
+NAMES = ("int8", "fib4", "fib2", "trellis2", "kivi2", "tf-fp8")
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,15 @@ def test_every_figure_falls_with_the_bits(result: EvalResult) -> None:
         assert values == sorted(values), name
     assert [(one.layer, one.head) for one in fib4.heads] == [(layer, head) for layer in range(4) for head in range(2)]
     assert rows["kivi2"].codec_bits == pytest.approx(3.0, abs=0.2)  # its last groups are short
+
+
+def test_a_trellis_is_better_than_a_book_at_the_same_bits(result: EvalResult) -> None:
+    rows = {row.name: row for row in result.rows}
+    trellis2, fib2 = rows["trellis2"], rows["fib2"]
+    # Beside the codes, which are as long, there are tables.
+    assert trellis2.codec_bits == pytest.approx(fib2.codec_bits, abs=0.1)
+    assert trellis2.quality.kl_mean < 0.9 * fib2.quality.kl_mean
+    assert trellis2.mean_errors.value_aggregation_mse < 0.85 * fib2.mean_errors.value_aggregation_mse
 
 
 def test_every_cache_keeps_the_same_tokens_raw(result: EvalResult) -> None:

@@ -41,6 +41,7 @@ class TrellisCodec(FibCodec):
             norm_format=parameters.norm_format,
             gain_corrected=parameters.gain_corrected,
             scales=SCALES if parameters.scale_search else (1.0,),
+            centered=parameters.centered,
             trellis=paths,
         )
         self.codebook_digest = code.digest()

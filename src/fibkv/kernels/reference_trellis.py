@@ -69,7 +69,7 @@ def _search(points: Tensor, cost: Tensor, trellis: Trellis) -> tuple[Tensor, lis
         which state of its group each state was reached best, ``[256, V]`` uint8.
     """
     n = 1 << trellis.code.bits
-    labels = trellis.labels.to(points.device)
+    labels = trellis.labels.to(points.device, torch.int64)
     own = torch.arange(STATES, dtype=torch.int32, device=points.device).unsqueeze(1) % n
     choices, plain = [], cost - own
     for row in points:
