@@ -300,12 +300,18 @@ class Cache(StockCache):
             with self._room_for_tails(repeats):
                 self.reorder_cache(torch.arange(rows).repeat_interleave(repeats))  # type: ignore[arg-type]
 
+    def room_for(self, nbytes: int) -> AbstractContextManager[None]:
+        """Sets bytes of the pool aside while the context lasts; without a budget it does nothing.
+
+        Raises:
+            BudgetError: they do not fit. Raised on entering.
+        """
+        return nullcontext() if self._membership is None else self._membership.room(nbytes)
+
     def _room_for_tails(self, copies: int) -> AbstractContextManager[None]:
         """Room in the pool for copies of the raw tails."""
-        if self._membership is None:
-            return nullcontext()
         tails = sum(layer.store.tail.nbytes for layer in self._compressed() if layer.store is not None)
-        return self._membership.room(copies * tails)
+        return self.room_for(copies * tails)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the rows that ``indices [rows]`` (or a boolean mask) name."""

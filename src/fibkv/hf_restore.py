@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fibkv.codecs.raw import TORCH_DTYPES
-from fibkv.errors import FibkvError, ModelError
+from fibkv.errors import BudgetError, FibkvError, ModelError
 from fibkv.hf import Cache
 from fibkv.hf_identity import bind, identify
 from fibkv.hf_layer import CompressedLayer
@@ -17,8 +18,9 @@ from fibkv.hf_prefix import plain_ids, why_not_stored
 from fibkv.hf_states import has_state, put_state
 from fibkv.manifest import LayerForm, Root
 from fibkv.prefix import TokenIds
-from fibkv.prefix_load import PrefixLoader, Restored
+from fibkv.prefix_load import Prefix, PrefixLoader, Restored
 from fibkv.sealing import LayerSettings
+from fibkv.shape import KVShape
 from fibkv.store.base import Store
 
 
@@ -76,12 +78,33 @@ def _fill(cache: Cache, loader: PrefixLoader, root: Root, device: torch.device) 
     except (FibkvError, KeyError) as error:
         loader.failures.append(f"stored by other profiles or layers: {error}")
         return 0
-    for index, form in enumerate(root.layers):
-        store = layers[form.layer].store
-        assert store is not None
-        empty = store.tail.keys, store.tail.values
-        store.adopt(prefix.pages[index], *(empty if prefix.tails is None else prefix.tails[index]))
+    try:
+        with cache.room_for(_most(prefix, settings)):
+            for index, form in enumerate(root.layers):
+                store = layers[form.layer].store
+                assert store is not None
+                empty = store.tail.keys, store.tail.values
+                store.adopt(prefix.pages[index], *(empty if prefix.tails is None else prefix.tails[index]))
+    except BudgetError as error:
+        loader.failures.append(str(error))
+        return 0
     return prefix.length
+
+
+def _most(prefix: Prefix, settings: Sequence[LayerSettings]) -> int:
+    """Bytes that a prefix may take in memory: its codes, a quarter more for the order of kernels, and full tails."""
+    pages = sum(page.nbytes for column in prefix.pages for page in column)
+    tails = (
+        (layer.tokens_per_page + layer.last_tokens_raw)
+        * (_row_nbytes(layer.key_shape) + _row_nbytes(layer.value_shape))
+        for layer in settings
+    )
+    return pages * 5 // 4 + sum(tails)
+
+
+def _row_nbytes(shape: KVShape) -> int:
+    """Bytes of one token of a layer, raw."""
+    return shape.kv_heads * shape.head_dim * TORCH_DTYPES[shape.dtype].itemsize
 
 
 def _initialize(layer: CompressedLayer, form: LayerForm, device: torch.device) -> LayerSettings:
