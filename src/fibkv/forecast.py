@@ -62,6 +62,9 @@ class Growth:
     passing: int
 
 
+NO_GROWTH = Growth(0, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class _Pages:
     """Consecutive pages of one row that are alike: how many, and of one its bytes, its block, what of it is raw."""
@@ -123,12 +126,15 @@ def forecast_append(store: LayerCache, settings: LayerSettings, tokens: int, hol
         hold_back: as for `LayerCache.append`.
     """
     tail = store.tail
+    length = store.length + tokens
+    recent = tail.length + tokens
+    if not hold_back and recent < tail.keys.shape[2] and not full_spans(settings, recent, length):
+        return NO_GROWTH  # nearly every step of a decoder
     per_token = sum(t.shape[0] * t.shape[1] * t.shape[3] * t.element_size() for t in (tail.keys, tail.values))
     # What was held back comes first, then what the new tokens fill.
     due = full_spans(settings, tail.length, store.length)
     done = due[-1][1] if due else 0
-    length = store.length + tokens
-    recent = tail.length - done + tokens
+    recent -= done
     more = full_spans(settings, recent - (0 if settings.read_through else hold_back), length)
     left = recent - (more[-1][1] if more else 0)
     start = store.length - tail.length
@@ -136,7 +142,7 @@ def forecast_append(store: LayerCache, settings: LayerSettings, tokens: int, hol
     held = tail.keys.shape[2]
     in_place = not due and recent <= held
     if in_place and not more and recent < held:
-        return Growth(0, 0)
+        return NO_GROWTH
     capacity = max(settings.tokens_per_page + settings.last_tokens_raw, left + 1) if left else 0
     pages = store.batch * _sealed_nbytes(settings, length, spans)
     # The old tail, the working copy, pages and the new tail exist beside each other for a moment.

@@ -30,8 +30,9 @@ class Membership:
         # Tokens of the step that was reserved last and has not begun.
         self._reserved: int | None = None
         self._rung: Rung = governor.level
-        # By index of the layer, what layers still have to take in this step.
+        # By index of the layer, what layers still have to take in this step; in the first one, what they may have to.
         self._due: dict[int, Growth] = {}
+        self._is_guess = False
 
     @classmethod
     def of(cls, pool: Pool | None) -> Membership | None:
@@ -60,14 +61,13 @@ class Membership:
             BudgetError: it does not fit.
         """
         like = next(layer for layer in layers if layer.store is not None)
-        by_rung = {
-            rung: {one.index: (one if one.store else like).growth(tokens, rung) for one in layers}
-            for rung in self._governor.rungs_from_level()
-        }
-        # A level below the one that pressure calls for, only where nothing else makes the step fit.
-        fitting = (rung for rung, growths in by_rung.items() if self._claim.may_fit(_nbytes(growths.values())))
-        rung = next(fitting, self._governor.rungs[-1])
-        self._set_aside(by_rung[rung])
+        for rung in self._governor.rungs_from_level():
+            growths = {one.index: (one if one.store else like).growth(tokens, rung) for one in layers}
+            # A rung below the level only where nothing else makes the step fit.
+            if self._claim.may_fit(_nbytes(growths.values())):
+                break
+        self._set_aside(growths)
+        self._is_guess = any(one.store is None for one in layers)
         # With the claim in place, so that the pressure is that of the step. The claim stands for the rung, or for one
         # that is more compact.
         self._rung = max(rung, self._governor.step(), key=RUNGS.index)
@@ -84,7 +84,7 @@ class Membership:
         if layer is layers[0]:
             if self._reserved != tokens or len(self._due) < len(layers):
                 self.reserve(layers, tokens)
-        else:
+        elif self._is_guess:
             growth = layer.growth(tokens, self._rung)
             if growth.kept > self._due.get(layer.index, Growth(0, 0)).kept:
                 self._set_aside({**self._due, layer.index: growth})
@@ -108,7 +108,8 @@ class Membership:
     def after(self, layer: CompressedLayer) -> None:
         """The layer has taken what it had to take."""
         self._due.pop(layer.index, None)
-        self._claim.set(_nbytes(self._due.values()))
+        if self._claim.nbytes:
+            self._claim.set(_nbytes(self._due.values()))
 
     def _set_aside(self, growths: dict[int, Growth]) -> None:
         try:

@@ -18,6 +18,7 @@ from fibkv.page import METADATA_NBYTES
 from fibkv.pool import Pool, budget_nbytes
 from fibkv.pressure import PressureConfig
 from fibkv.recode import recode
+from fibkv.store.memory import MemoryStore
 from tests.hf.models import build, prompt
 from tests.pages.helpers import gaussian
 from tests.pool.layers import bytes_held, layer_in, rung_of, rungs, tokens
@@ -313,3 +314,24 @@ def test_caches_of_a_pool_can_be_copied_and_sent() -> None:
         assert sent.pool.stats().budget == 8 << 20
         expected = model(step, past_key_values=cache).logits
         assert torch.equal(model(step, past_key_values=sent).logits, expected)
+
+
+def test_a_stored_prefix_is_restored_into_a_pool_if_it_fits() -> None:
+    model = build("llama")
+    ids = prompt(tokens=400)[0]
+    saved = fibkv.Cache(model, bits=4)
+    store = MemoryStore()
+    with torch.no_grad():
+        model(ids[None], past_key_values=saved)
+        saved.save(store, ids)
+        pool = Pool("4MiB")
+        caches = [fibkv.restore(model, ids, store, bits=4, pool=pool) for _ in range(3)]
+        assert [cache.restored.tokens for cache in caches] == [399] * 3
+        # Five of the six pages are those that are there already; the crop to 399 tokens touched none of them.
+        assert pool.stats().shared_pages > 0
+        assert len({id(page) for cache in caches for page in cache.layers[0].store.pages()}) == 5
+        small = Pool("100KiB")
+        missed = fibkv.restore(model, ids, store, bits=4, pool=small)
+        assert missed.restored.tokens == 0
+        assert "memory budget" in missed.restored.failures[0]
+        assert small.stats().allocated <= 100 << 10
