@@ -23,9 +23,10 @@ pytestmark = pytest.mark.skipif(triton.why_not("cpu") != "yes", reason=f"triton:
 
 
 def _suites() -> list[type[CodecConformance]]:
-    """Of every codec but affine, which is refused, and those that search scales: the interpreter is too slow for these,
-    and their codes are compared below."""
-    suites = [suite for suite in CodecConformance.__subclasses__() if suite.parameters.codec != "affine"]
+    """Of every codec but affine, which is refused, and those that search scales or paths: the interpreter is too slow
+    for them, and their codes are compared below."""
+    left = ("affine", "trellis")
+    suites = [suite for suite in CodecConformance.__subclasses__() if suite.parameters.codec not in left]
     return [suite for suite in suites if not getattr(suite.parameters, "scale_search", False)]
 
 
@@ -37,7 +38,10 @@ for _suite in _suites():
     )
 del _suite, _name, _error
 
-SETTINGS = {**PARAMETERS, "fib4_table": FibParameters.of(64, 2, 256, codeword_search="table", scale_search=True)}
+SETTINGS = {
+    **PARAMETERS,
+    "fib4_table": FibParameters.of(64, 2, 256, codeword_search="table", scale_search=True),
+}
 
 
 @pytest.mark.parametrize("axis", ["per_token", "per_channel"])
@@ -67,14 +71,27 @@ def test_every_e4m3_code_and_every_border_between_two() -> None:
     assert torch.equal(codec.decode(coded, implementation="triton"), codec.decode(coded, implementation="reference"))
 
 
-def test_the_kernels_compile_for_devices() -> None:
-    """Without a device and without the interpreter, in a process of its own."""
+def as_on_a_device(module: str) -> list[str]:
+    """The lines that a module prints in a process of its own, without the interpreter; no device is needed."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "error", "-m", "tests.codecs.compile_triton"]
+    command = [sys.executable, "-W", "error", "-m", f"tests.codecs.{module}"]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "sm_90 attend_splits fib4 fib4: " in done.stdout
+    return done.stdout.splitlines()
+
+
+def test_the_kernels_compile_for_devices() -> None:
+    made = as_on_a_device("compile_triton")
+    assert any(line.startswith("sm_90 attend_splits fib4 fib4: ") for line in made)
+
+
+def test_a_growing_layer_makes_no_new_kernels() -> None:
+    steps = as_on_a_device("launch_triton")
+    assert steps[0].startswith("91 tokens, 0 pages more")
+    assert steps[-1].startswith("110 tokens, 1 pages more")
+    assert {step.split(": ")[1] for step in steps} == {steps[0].split(": ")[1]}
+    assert "0 kernels" not in steps[0]
 
 
 def test_without_the_interpreter_the_cpu_is_refused() -> None:

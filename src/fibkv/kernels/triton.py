@@ -7,6 +7,7 @@ it is chosen by ``TRITON_INTERPRET=1`` in the environment of the process, Triton
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,11 @@ def _interpreted() -> bool:
     return triton_load.INTERPRETED
 
 
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a device the one that Triton launches on: the current one, wherever the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 class Triton:
     """Triton kernels on devices of one type."""
 
@@ -53,11 +59,13 @@ class Triton:
 
     def encode(self, rows: Tensor, tables: Tables) -> Codes:
         """Encodes ``rows [..., T, d]``; see `fibkv.kernels.reference.encode`."""
-        return self._codes.encode(rows, tables)
+        with _current(rows.device):
+            return self._codes.encode(rows, tables)
 
     def decode(self, codes: Codes, tables: Tables, *, out: Tensor | None = None) -> Tensor:
         """Decodes to ``[..., T, d]``; see `fibkv.kernels.reference.decode`."""
-        return self._codes.decode(codes, tables, out=out)
+        with _current(codes.device):
+            return self._codes.decode(codes, tables, out=out)
 
     def plan(self, runs: Sequence[Run]) -> tuple[Group, ...]:
         """Makes runs ready to be attended to; see `fibkv.kernels.runs.InPlace`.
@@ -89,7 +97,7 @@ class Triton:
         if tokens:
             groups.append(self._plan.Group.of_tail(keys.detach(), values.detach(), tokens, length))
         # float32 means float32, also inside an autocast region.
-        with torch.autocast(query.device.type, enabled=False):
+        with _current(query.device), torch.autocast(query.device.type, enabled=False):
             grouped = query.detach().to(torch.float32).reshape(batch, keys.shape[1], -1, dim)
             step = self._step.Step(grouped, queries, length - queries, masking, scale, softcap)
             out, lse = step.attend(groups)
