@@ -45,19 +45,81 @@ struct Table {
   }
 };
 
+__mmask64 bit7_of(__m512i codes) { return _mm512_movepi8_mask(codes); }
+__mmask64 bit6_of(__m512i codes) { return _mm512_movepi8_mask(_mm512_add_epi8(codes, codes)); }
+
 // Looks up both planes of a pair.
 struct Pair {
   Table even, odd;
   __m512i x, y;
 
-  Pair(const int8_t* tables, int8_t flip) : even(tables, flip), odd(tables + 256, flip) {}
+  Pair(const Side& side, int pair, int8_t flip)
+      : even(side.tables + 512 * pair, flip), odd(side.tables + 512 * pair + 256, flip) {}
 
-  void look_up(__m512i codes) {
-    const __mmask64 bit7 = _mm512_movepi8_mask(codes), bit6 = _mm512_movepi8_mask(_mm512_add_epi8(codes, codes));
+  void look_up(__m512i codes, __m512i /*before*/) {
+    const __mmask64 bit7 = bit7_of(codes), bit6 = bit6_of(codes);
     x = even(codes, bit6, bit7);
     y = odd(codes, bit6, bit7);
   }
 };
+
+// The levels of 64 or of 256 labels.
+struct SmallLevels {
+  __m512i table;
+
+  SmallLevels(const int8_t* levels, int8_t flip)
+      : table(_mm512_xor_si512(_mm512_loadu_si512(levels), _mm512_set1_epi8(flip))) {}
+
+  __m512i operator()(__m512i labels) const { return _mm512_permutexvar_epi8(labels, table); }
+};
+
+struct LargeLevels {
+  Table table;
+
+  LargeLevels(const int8_t* levels, int8_t flip) : table(levels, flip) {}
+
+  __m512i operator()(__m512i labels) const { return table(labels, bit6_of(labels), bit7_of(labels)); }
+};
+
+// Both planes of a pair of a trellis: the label of a window from the code bytes that it lies in, and its level.
+template <typename Levels>
+struct PathPair {
+  Levels levels;
+  __m512i now[2], earlier[2];
+  __m512i x, y;
+
+  PathPair(const Side& side, int pair, int8_t flip) : levels(side.tables, flip) {
+    for (int i = 0; i < 2; ++i) {
+      now[i] = _mm512_set1_epi64(side.matrices[4 * pair + 2 * i]);
+      earlier[i] = _mm512_set1_epi64(side.matrices[4 * pair + 2 * i + 1]);
+    }
+  }
+
+  __m512i labels(int plane, __m512i codes, __m512i before) const {
+    return _mm512_xor_si512(_mm512_gf2p8affine_epi64_epi8(codes, now[plane], 0),
+                            _mm512_gf2p8affine_epi64_epi8(before, earlier[plane], 0));
+  }
+
+  void look_up(__m512i codes, __m512i before) {
+    x = levels(labels(0, codes, before));
+    y = levels(labels(1, codes, before));
+  }
+};
+
+template <typename T>
+struct Kind {
+  using Tables = T;
+};
+
+// Calls visit(Kind<Tables>) with what looks up the planes of a side.
+template <typename Visit>
+void with_tables(const Side& side, Visit visit) {
+  switch (side.label_bits) {
+    case 0: return visit(Kind<Pair>{});
+    case 8: return visit(Kind<PathPair<LargeLevels>>{});
+    default: return visit(Kind<PathPair<SmallLevels>>{});
+  }
+}
 
 // Queries of a side, quantized to bytes: for each block of at most eight queries
 //   float step[8]; int32 start[8]; int32 bytes[planes][code_bytes / 4][queries of the block]
@@ -135,10 +197,10 @@ inline void add_products(__m512i (&sums)[n], __m512i keys, const int32_t* querie
 }
 
 // Integer sums [groups][n] of 16 tokens each over two planes of a table.
-template <int n>
+template <typename Tables, int n>
 void score_pair(const Side& side, const uint8_t* codes, int groups, int pair, const Prepared& block, __m512i* sums,
                 const uint8_t* ahead) {
-  Pair tables(side.tables + 512 * pair, int8_t(-128));
+  Tables tables(side, pair, int8_t(-128));
   const int steps = side.code_bytes / 4;
   const int32_t* queries = block.bytes + static_cast<size_t>(2 * pair) * steps * n;
   for (int group = 0; group < groups; ++group) {
@@ -148,10 +210,14 @@ void score_pair(const Side& side, const uint8_t* codes, int groups, int pair, co
       even[q] = pair ? sums[group * n + q] : _mm512_set1_epi32(block.start[q]);
       odd[q] = _mm512_setzero_si512();
     }
+    // The code is a ring: before its first bytes are its last.
+    __m512i last = _mm512_loadu_si512(codes + (static_cast<size_t>(group) * steps + steps - 1) * 64);
     for (int j = 0; j < steps; ++j) {
       const size_t at = (static_cast<size_t>(group) * steps + j) * 64;
       if (pair == 0) _mm_prefetch(ahead + at, _MM_HINT_T1);
-      tables.look_up(_mm512_loadu_si512(codes + at));
+      const __m512i bytes = _mm512_loadu_si512(codes + at);
+      tables.look_up(bytes, _mm512_shldi_epi32(bytes, last, 8));
+      last = bytes;
       add_products<n>(even, tables.x, queries + j * n);
       add_products<n>(odd, tables.y, queries + (steps + j) * n);
     }
@@ -159,11 +225,11 @@ void score_pair(const Side& side, const uint8_t* codes, int groups, int pair, co
   }
 }
 
-template <int n>
+template <typename Tables, int n>
 void score_table(const Side& side, const uint8_t* codes, int groups, const Prepared& block, const float* norms,
                  float* logits, const uint8_t* ahead) {
   __m512i sums[kTile / kLanes * n];
-  for (int pair = 0; pair < side.planes / 2; ++pair) score_pair<n>(side, codes, groups, pair, block, sums, ahead);
+  for (int pair = 0; pair < side.planes / 2; ++pair) score_pair<Tables, n>(side, codes, groups, pair, block, sums, ahead);
   for (int group = 0; group < groups; ++group) {
     const __m512 norm = _mm512_loadu_ps(norms + group * kLanes);
     for (int q = 0; q < n; ++q) {
@@ -206,11 +272,10 @@ void score_int8(const Side& side, const uint8_t* codes, int groups, const Prepar
 template <int n>
 void score_block(const Side& side, const uint8_t* codes, int groups, const Prepared& block, const float* norms,
                  float* logits, const uint8_t* ahead) {
-  if (side.form == Form::int8) {
-    score_int8<n>(side, codes, groups, block, norms, logits, ahead);
-  } else {
-    score_table<n>(side, codes, groups, block, norms, logits, ahead);
-  }
+  if (side.form == Form::int8) return score_int8<n>(side, codes, groups, block, norms, logits, ahead);
+  with_tables(side, [&](auto kind) {
+    score_table<typename decltype(kind)::Tables, n>(side, codes, groups, block, norms, logits, ahead);
+  });
 }
 
 // ---- Values --------------------------------------------------------------------------------------------------------
@@ -254,16 +319,20 @@ inline void add_scaled(float* out, __m512i sums, float step) {
   _mm512_storeu_ps(out, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), _mm512_set1_ps(step), _mm512_loadu_ps(out)));
 }
 
-template <int n>
+template <typename Tables, int n>
 void mix_pair(const Side& side, const uint8_t* codes, size_t pitch, int quads, int pair, const Weights& weights,
               float* out, int width, const uint8_t* ahead) {
-  Pair tables(side.tables + 512 * pair, 0);
-  for (int slice = 0; slice < side.code_bytes / kValueSlice; ++slice) {
+  Tables tables(side, pair, 0);
+  const int slices = side.code_bytes / kValueSlice;
+  for (int slice = 0; slice < slices; ++slice) {
+    const uint8_t* previous = codes + (slice ? slice - 1 : slices - 1) * pitch;
     __m512i first[n], second[n];
     for (int q = 0; q < n; ++q) first[q] = second[q] = _mm512_setzero_si512();
     for (int quad = 0; quad < quads; ++quad) {
       if (pair == 0) _mm_prefetch(ahead + (slice * quads + quad) * 64, _MM_HINT_T1);
-      tables.look_up(_mm512_loadu_si512(codes + slice * pitch + static_cast<size_t>(quad) * 64));
+      const __m512i bytes = _mm512_loadu_si512(codes + slice * pitch + static_cast<size_t>(quad) * 64);
+      const __m512i last = _mm512_loadu_si512(previous + static_cast<size_t>(quad) * 64);
+      tables.look_up(bytes, _mm512_alignr_epi32(bytes, last, 15));
       for (int q = 0; q < n; ++q) {
         const __m512i weight = four_weights(weights.low[q] + 4 * quad);
         add_products(first[q], weight, tables.x);
@@ -306,9 +375,11 @@ void mix_block(const Side& side, const uint8_t* codes, size_t pitch, int quads, 
   Weights bytes;
   for (int q = 0; q < n; ++q) quantize_weights(weights + q * kTile, norms, side.form == Form::int8, q, bytes);
   if (side.form == Form::int8) return mix_int8<n>(side, codes, pitch, quads, bytes, out, width, ahead);
-  for (int pair = 0; pair < side.planes / 2; ++pair) {
-    mix_pair<n>(side, codes, pitch, quads, pair, bytes, out, width, ahead);
-  }
+  with_tables(side, [&](auto kind) {
+    for (int pair = 0; pair < side.planes / 2; ++pair) {
+      mix_pair<typename decltype(kind)::Tables, n>(side, codes, pitch, quads, pair, bytes, out, width, ahead);
+    }
+  });
 }
 
 }  // namespace

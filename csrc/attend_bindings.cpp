@@ -23,10 +23,12 @@ using Bytes = Array<uint8_t, 1>;
 std::shared_ptr<OwnedSide> make_side(Form form, bool is_key, bool tiled, int dim, int code_bytes, int norm_bytes,
                                      int block, int size, int bits, int window, bool log_norms, bool channels,
                                      bool centered, std::optional<Array<float, 2>> codewords,
+                                     std::optional<Bytes> labels,
                                      std::shared_ptr<OwnedRotation> rotation) {
   const SideSettings settings{form, is_key,  tiled,  dim,       code_bytes, norm_bytes, block,
                               size, bits,    window, log_norms, channels,   centered};
-  return std::make_shared<OwnedSide>(settings, codewords ? codewords->data() : nullptr, std::move(rotation));
+  return std::make_shared<OwnedSide>(settings, codewords ? codewords->data() : nullptr,
+                                     labels ? labels->data() : nullptr, std::move(rotation));
 }
 
 OwnedSide::Canonical canonical(const Bytes& codes, const Bytes& norms, const Bytes& ranges, const Bytes& channels,
@@ -132,7 +134,7 @@ void bind_attention(nb::module_& m) {
   nb::class_<OwnedSide>(m, "Side")
       .def(nb::new_(&make_side), nb::kw_only(), "form"_a, "is_key"_a, "tiled"_a, "dim"_a, "code_bytes"_a,
            "norm_bytes"_a, "block"_a, "size"_a, "bits"_a, "window"_a, "log_norms"_a, "channels"_a, "centered"_a,
-           "codewords"_a.none(), "rotation"_a.none())
+           "codewords"_a.none(), "labels"_a.none(), "rotation"_a.none())
       .def("nbytes", &OwnedSide::nbytes, "heads"_a, "tokens"_a)
       .def_prop_ro("on_integers", [](const OwnedSide& self) { return self.side().planes > 0; })
       .def("pack",

@@ -84,25 +84,32 @@ OwnedKeySpace::OwnedKeySpace(const float* means, const float* matrices, int head
   space = {dim, mean.data(), matrices ? queries.data() : nullptr};
 }
 
-OwnedSide::OwnedSide(const SideSettings& s, const float* codewords, std::shared_ptr<OwnedRotation> rotation)
+OwnedSide::OwnedSide(const SideSettings& s, const float* codewords, const uint8_t* labels,
+                     std::shared_ptr<OwnedRotation> rotation)
     : rotation_(std::move(rotation)) {
   side_ = Side{s.form, Order::rows, s.dim, s.code_bytes, s.norm_bytes, s.block, s.size, s.bits, s.window,
-               s.log_norms, s.channels, s.centered, nullptr, rotation_ ? &rotation_->rotation : nullptr, 0, nullptr, 1.0f, nullptr, 1.0f};
+               s.log_norms, s.channels, s.centered, nullptr, rotation_ ? &rotation_->rotation : nullptr, 0, 0, nullptr,
+               nullptr, 1.0f, nullptr, 1.0f};
   if (s.form == Form::fib) {
     // Room for every index of the width, so that no damaged code can read outside the book.
     codewords_.assign((size_t{1} << s.window) * s.block, 0.0f);
     std::copy(codewords, codewords + static_cast<size_t>(s.size) * s.block, codewords_.begin());
     side_.codewords = codewords_.data();
   }
-  // Integer kernels take two planes at a time, or whole int8 numbers.
-  const int planes = s.form == Form::int8 ? 1 : s.form == Form::fib && s.window == s.bits && 8 % s.bits == 0 ? 8 / s.bits * s.block : 0;
+  // Integer kernels take two planes at a time, or whole int8 numbers. Windows of a trellis lie in two bytes where symbols
+  // do not cross bytes.
+  const int planes = s.form == Form::int8 ? 1 : s.form == Form::fib && 8 % s.bits == 0 ? 8 / s.bits * s.block : 0;
   const bool fits = s.dim <= kMostTiledDim && s.dim % (s.is_key ? 4 : kValueSlice) == 0 && s.code_bytes % (s.is_key ? 4 : kValueSlice) == 0 &&
                     s.code_bytes * planes == s.dim && (s.form == Form::int8 || planes % 2 == 0);
   // Means are added to logits, not to outputs: centered values are decoded.
   if (!s.tiled || s.channels || (s.centered && !s.is_key) || planes == 0 || !fits) return;
   side_.order = s.is_key ? Order::key_tiles : Order::value_tiles;
   side_.planes = planes;
-  if (s.form == Form::fib) build_tables();
+  if (labels) {
+    build_labels(labels);
+  } else if (s.form == Form::fib) {
+    build_tables();
+  }
 }
 
 // Coordinate `plane` of what a code byte stands for.
@@ -149,6 +156,32 @@ void OwnedSide::build_tables() {
   }
   side_.tables = tables_.data();
   side_.words = words_.data();
+}
+
+void OwnedSide::build_labels(const uint8_t* labels) {
+  const int window = side_.window, bits = side_.bits;
+  while (*std::max_element(labels, labels + codewords_.size()) >> side_.label_bits) ++side_.label_bits;
+  std::vector<double> levels(size_t{1} << side_.label_bits);
+  for (size_t w = 0; w < codewords_.size(); ++w) levels[labels[w]] = codewords_[w];
+  double top = 0;
+  for (double level : levels) top = std::max(top, std::fabs(level));
+  side_.plane_step = static_cast<float>(top / 126);
+  for (double& level : levels) level /= top / 126;
+  // Labels occur about equally often.
+  const std::vector<int> whole = round_unbiased(levels, std::vector<double>(levels.size(), 1.0 / levels.size()));
+  tables_.assign(whole.begin(), whole.end());
+  matrices_.resize(2 * static_cast<size_t>(side_.planes));
+  for (int plane = 0; plane < side_.planes; ++plane) {
+    for (int w = 0; w < window; ++w) {
+      const int at = bits * (plane + 1) - window + w;  // in the byte, or in the one before it
+      uint64_t& matrix = matrices_[2 * static_cast<size_t>(plane) + (at < 0)];
+      for (int i = 0; i < side_.label_bits; ++i) {
+        if (labels[size_t{1} << w] >> i & 1) matrix |= uint64_t{1} << (8 * (7 - i) + (at & 7));
+      }
+    }
+  }
+  side_.tables = tables_.data();
+  side_.matrices = matrices_.data();
 }
 
 void OwnedSide::pack(int heads, int tokens, const Canonical& from, uint8_t* to) const {

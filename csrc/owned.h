@@ -36,8 +36,9 @@ struct SideSettings {
 
 class OwnedSide {
  public:
-  // `codewords` [size][block], null unless fib; `rotation` may be null.
-  OwnedSide(const SideSettings& settings, const float* codewords, std::shared_ptr<OwnedRotation> rotation);
+  // `codewords` [size][block], null unless fib; `labels` [size], null unless a trellis; `rotation` may be null.
+  OwnedSide(const SideSettings& settings, const float* codewords, const uint8_t* labels,
+            std::shared_ptr<OwnedRotation> rotation);
 
   const Side& side() const { return side_; }
   // Bytes of a rectangle of codes.
@@ -55,10 +56,12 @@ class OwnedSide {
   float coordinate(int byte, int plane) const;
   std::vector<double> frequencies() const;
   void build_tables();
+  void build_labels(const uint8_t* labels);
   Side side_{};
   std::vector<float> codewords_;
   std::vector<int8_t> tables_;
   std::vector<int32_t> words_;
+  std::vector<uint64_t> matrices_;
   std::shared_ptr<OwnedRotation> rotation_;
 };
 

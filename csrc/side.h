@@ -56,7 +56,11 @@ struct Side {
 
   // For integer kernels: what one code byte stands for, as `planes` coordinates in int8 times `plane_step`.
   // tables [planes][256]; int8 has one plane and no table. 0 planes: only float kernels can read this side.
+  // Of a trellis a code byte and the one before it stand for the planes: `tables` has one entry per label, and labels
+  // are products over GF(2): matrices [planes][2] of the byte and of the one before it, in the form of gf2p8affineqb.
   int planes;
+  int label_bits;  // 0 but for a trellis
+  const uint64_t* matrices;
   const int8_t* tables;
   float plane_step;
   // The same in int16, for products of pairs: words [planes / 2][256], plane 2 * pair in the low half, times word_step.

@@ -45,9 +45,11 @@ def attend_error(implementation: str, *codecs: str) -> float:
         return FLOATS
     if implementation == "triton":
         return FLOATS if set(codecs) == {"raw"} else HALVES
-    if any(name.startswith(("fib", "scalar", "centered")) for name in codecs):
+    if any(name.startswith(("fib", "scalar", "centered", "trellis")) for name in codecs):
         best = kernels.resolve("native-avx512") if kernels.available()["native-avx512"] == "yes" else None
-        return BYTES if best is not None and kernels.resolve(implementation).isa == best.isa else WORDS
+        if best is not None and kernels.resolve(implementation).isa == best.isa:
+            return BYTES
+        return FLOATS if all(name.startswith("trellis") for name in codecs) else WORDS
     return 2e-3 if "int8" in codecs else FLOATS
 
 

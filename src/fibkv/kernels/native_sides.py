@@ -15,7 +15,7 @@ from fibkv.packing import packed_nbytes
 from fibkv.rotation import Rotation, hadamard_signs
 from fibkv.shape import Role
 from fibkv.space import KeySpace
-from fibkv.tables import AffineTables, ChannelTables, FibTables, RawTables, ScaledTables, Tables
+from fibkv.tables import AffineTables, ChannelTables, FibTables, RawTables, ScaledTables, Tables, trellis_of
 
 # Beyond, the float32 matrix of a Hadamard rotation is not the transform itself, and the matrix is what counts.
 MAX_EXACT_HADAMARD = 256
@@ -47,7 +47,7 @@ def _side(tables: Tables, role: Role, isa: Any, rotated: bool) -> Any:
     inner = tables.inner if isinstance(tables, ChannelTables) else tables
     settings: dict[str, Any] = {
         "is_key": role == "key",
-        "tiled": isa != extension.Isa.portable,
+        "tiled": isa in _tiling_isas(inner),
         "dim": tables.head_dim,
         "channels": isinstance(tables, ChannelTables) or (isinstance(tables, AffineTables) and tables.per_channel),
         "centered": isinstance(inner, FibTables) and inner.centered,
@@ -56,7 +56,15 @@ def _side(tables: Tables, role: Role, isa: Any, rotated: bool) -> Any:
     }
     forms = extension.Form
     coding: dict[str, Any]
-    nothing: dict[str, Any] = {"block": 0, "size": 0, "bits": 0, "window": 0, "log_norms": False, "codewords": None}
+    nothing: dict[str, Any] = {
+        "block": 0,
+        "size": 0,
+        "bits": 0,
+        "window": 0,
+        "log_norms": False,
+        "codewords": None,
+        "labels": None,
+    }
     match inner:
         case RawTables():
             form = {torch.float32: forms.f32, torch.float16: forms.f16, torch.bfloat16: forms.bf16}[inner.dtype]
@@ -85,8 +93,15 @@ def _side(tables: Tables, role: Role, isa: Any, rotated: bool) -> Any:
                 "window": inner.window,
                 "log_norms": log8,
                 "codewords": inner.codewords.contiguous(),
+                "labels": None if inner.trellis is None else inner.trellis.labels.contiguous(),
             }
     return extension.Side(**settings, **coding)
+
+
+def _tiling_isas(tables: Tables) -> tuple[Any, ...]:
+    """Instruction sets that attend to codes in integers, where the code allows it."""
+    isas = extension.Isa
+    return (isas.avx512,) if trellis_of(tables) else (isas.avx512, isas.avx2)
 
 
 @lru_cache(maxsize=64)
