@@ -29,6 +29,15 @@ class AttentionErrors(Contract):
     topk_agreement: float
     value_aggregation_mse: float
 
+    def by_bound(self) -> dict[str, float]:
+        """What each bound of a `fibkv.QualityBudget` is compared with."""
+        return {
+            "max_logit_mse": self.logit_mse,
+            "max_attention_tv": self.attention_tv,
+            "max_topk_disagreement": 1 - self.topk_agreement,
+            "max_value_aggregation_mse": self.value_aggregation_mse,
+        }
+
 
 def attention_errors(
     query: Tensor,

@@ -1,16 +1,17 @@
-"""Quality budgets, enforced before a cache is used: each layer's codec against what a calibration measured of it."""
+"""Quality budgets, enforced before a cache is used: each layer's codec against what a calibration measured of it; and
+while it runs, against pages (`fibkv.sampling`)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
 
-from fibkv.attention_errors import AttentionErrors
 from fibkv.calibration_file import Calibration
 from fibkv.errors import ContractError
 from fibkv.ladder import Choice
 from fibkv.regions import QualityBudget
 from fibkv.report import BudgetViolation
+from fibkv.sampling import PageSampler
 from fibkv.settings import CacheSettings
 from fibkv.shape import Role
 
@@ -55,6 +56,38 @@ def enforce_budget(
     return replace(settings, layer_profiles=profiles), tuple(violations)
 
 
+def sampled(
+    settings: CacheSettings,
+    budget: QualityBudget,
+    calibration: Calibration | None,
+    every: int | None,
+    found: list[BudgetViolation],
+) -> CacheSettings:
+    """Settings whose layers measure the page of every so many when it is sealed; None = none of them.
+
+    Args:
+        settings: of a cache.
+        budget: what is measured against.
+        calibration: of the model, which knows its queries.
+        every: 1 = all pages.
+        found: where broken bounds are noted.
+
+    Raises:
+        ContractError: not a positive number, or nothing to measure against.
+    """
+    if every is None:
+        return settings
+    if type(every) is not int or every < 1:
+        raise ContractError("Cache.sample_pages", "a positive number", every)
+    if not budget.has_any_metric or calibration is None:
+        raise ContractError("Cache.sample_pages", "a quality budget and a calibration beside it", every)
+    samplers = {
+        layer: PageSampler.of(layer, budget, every, statistics, found)
+        for layer, statistics in calibration.statistics.items()
+    }
+    return replace(settings, samplers=samplers)
+
+
 def _violations(
     calibration: Calibration, layer: int, role: Role, profile: str, budget: QualityBudget
 ) -> Iterator[BudgetViolation]:
@@ -67,19 +100,9 @@ def _violations(
         known = sorted({one.profile for one in calibration.info.sensitivities})
         raise ContractError("Cache.quality_budget", f"codecs that were measured ({', '.join(known)})", profile)
     for head, errors in enumerate(measured[0].heads):
-        for bound, value in _by_bound(errors).items():
+        for bound, value in errors.by_bound().items():
             allowed = getattr(budget, bound)
             if allowed is not None and value > allowed:
                 yield BudgetViolation(
                     layer=layer, head=head, role=role, profile=profile, bound=bound, allowed=allowed, measured=value
                 )
-
-
-def _by_bound(errors: AttentionErrors) -> dict[str, float]:
-    """What each bound of a budget is compared with."""
-    return {
-        "max_logit_mse": errors.logit_mse,
-        "max_attention_tv": errors.attention_tv,
-        "max_topk_disagreement": 1 - errors.topk_agreement,
-        "max_value_aggregation_mse": errors.value_aggregation_mse,
-    }

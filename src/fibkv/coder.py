@@ -12,7 +12,7 @@ from torch import Tensor
 from fibkv.codecs import Codec, codec_for
 from fibkv.codes import Codes
 from fibkv.errors import ContractError, DecisionError, EncodingError, PageError
-from fibkv.page import NOT_ENCODABLE, Segment, SegmentHeader
+from fibkv.page import FALLBACKS, NOT_ENCODABLE, OVER_BUDGET, Segment, SegmentHeader
 from fibkv.parameters import CodecParameters, RawParameters, named_parameters
 from fibkv.policy import Decision, Plan, Policy, Run, decide, plan, role_aware_axis
 from fibkv.profile import Profile
@@ -93,7 +93,7 @@ class RoleCoder:
 
     def codec_of_segment(self, header: SegmentHeader, decision: Decision) -> Codec:
         """The codec of a stored segment: the decision's, or the raw one where the header says that it fell back."""
-        return self.raw if NOT_ENCODABLE in header.reasons else self.codec_of(decision)
+        return self.raw if FALLBACKS.intersection(header.reasons) else self.codec_of(decision)
 
     def check_segment(self, where: str, header: SegmentHeader, run: Run) -> None:
         """Checks a stored segment's header against the policy's run.
@@ -103,7 +103,7 @@ class RoleCoder:
         """
         reasons: tuple[str, ...] = run.decision.reasons
         may_fall_back = run.decision.action == "compress" and self._may_fall_back
-        if may_fall_back and header.reasons == (*reasons, NOT_ENCODABLE):
+        if may_fall_back and header.reasons in {(*reasons, fallback) for fallback in FALLBACKS}:
             reasons = header.reasons
         codec = self.codec_of_segment(header, run.decision)
         groups, tokens = run.heads[1] - run.heads[0], run.tokens[1] - run.tokens[0]
@@ -141,6 +141,21 @@ class RoleCoder:
         columns = [self._seal_run(values, run) for run in runs]
         return [tuple(segments) for segments in zip(*columns, strict=True)]
 
+    def seal_raw(self, values: Tensor, runs: Sequence[Run]) -> tuple[Segment, ...]:
+        """One page ``[heads, T, d]`` that broke the quality budget: what would be compressed is kept raw.
+
+        Raises:
+            EncodingError: the profile forbids it.
+        """
+        if not self._may_fall_back:
+            raise EncodingError(f"profile {self.profile.profile_id!r}: quality budget; raw fallback is not allowed")
+        one = values.unsqueeze(0)
+        sealed = [
+            self._kept_raw(one, run, OVER_BUDGET) if run.decision.action == "compress" else self._seal_run(one, run)
+            for run in runs
+        ]
+        return tuple(segments[0] for segments in sealed)
+
     def _seal_run(self, values: Tensor, run: Run) -> list[Segment]:
         block = values[:, run.heads[0] : run.heads[1], run.tokens[0] : run.tokens[1]]
         codec = self.codec_of(run.decision)
@@ -160,9 +175,12 @@ class RoleCoder:
             raise EncodingError(f"profile {self.profile.profile_id!r}, raw in {self.raw_dtype}: {error}") from error
         if not self._may_fall_back:
             raise EncodingError(f"profile {self.profile.profile_id!r}: {error}; raw fallback is not allowed") from error
+        return self._kept_raw(values, run, NOT_ENCODABLE)
+
+    def _kept_raw(self, values: Tensor, run: Run, reason: str) -> list[Segment]:
         block = values[:, run.heads[0] : run.heads[1], run.tokens[0] : run.tokens[1]]
         codes = self.raw.encode(block, implementation=self.implementation)
-        return _segments(run, (*run.decision.reasons, NOT_ENCODABLE), self.raw, codes, 1)
+        return _segments(run, (*run.decision.reasons, reason), self.raw, codes, len(values))
 
 
 def _segments(

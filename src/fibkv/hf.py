@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache as StockCache
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAttentionLayer
 
-from fibkv.budget import enforce_budget
+from fibkv.budget import enforce_budget, sampled
 from fibkv.calibration_file import Calibration
 from fibkv.errors import BudgetError, ContractError, ModelError
 from fibkv.handle import outside_graphs
@@ -43,7 +43,7 @@ from fibkv.prefix_load import Restored
 from fibkv.prefix_save import Saved, save_prefix
 from fibkv.quarantine import Quarantine
 from fibkv.regions import QualityBudget
-from fibkv.report import CacheReport
+from fibkv.report import BudgetViolation, CacheReport
 from fibkv.settings import CacheSettings, calibrated
 from fibkv.space import KeySpace
 from fibkv.store.base import Store
@@ -78,6 +78,8 @@ class Cache(StockCache):
         budget: instead of a pool: a pool for this cache alone, see `fibkv.Pool`.
         quality_budget: bounds that each layer's codecs must keep by the calibration's measurements; a role of a layer
             that breaks one is kept raw, or the cache is refused, by the budget's fallback.
+        sample_pages: beside both, the page of every so many that is also measured when it is sealed (1 = all): of one
+            that breaks a bound the role stays raw, or the append is refused. Not with the codecs of a pool's ladder.
 
     Raises:
         ModelError: the model cannot be served: what it is, and what to do instead.
@@ -99,6 +101,7 @@ class Cache(StockCache):
         layer_profiles: Mapping[int, tuple[Choice, Choice]] | None = None,
         calibration: Calibration | Path | str | None = None,
         quality_budget: QualityBudget | None = None,
+        sample_pages: int | None = None,
         pool: Pool | None = None,
         budget: int | str | None = None,
     ) -> None:
@@ -126,9 +129,10 @@ class Cache(StockCache):
             key_spaces=key_spaces,
             layer_profiles=layer_profiles,
         )
-        self.settings, self.budget_violations = enforce_budget(
-            self.settings, quality_budget or QualityBudget.unavailable(), calibration
-        )
+        bounds = quality_budget or QualityBudget.unavailable()
+        self.settings, self.budget_violations = enforce_budget(self.settings, bounds, calibration)
+        self._sampled_violations: list[BudgetViolation] = []
+        self.settings = sampled(self.settings, bounds, calibration, sample_pages, self._sampled_violations)
         if calibration is not None and key_spaces is None:
             self.settings = calibrated(self.settings, calibration)
         self.settings.check_head_dims(self.plan.head_dims)
@@ -342,7 +346,7 @@ class Cache(StockCache):
             ),
             tables_nbytes=sum(shared.values()),
             slack_nbytes=self.inventory.slabs.slack_nbytes,
-            budget_violations=self.budget_violations,
+            budget_violations=(*self.budget_violations, *self._sampled_violations),
         )
 
     def verify(self) -> tuple[Any, ...]:

@@ -27,6 +27,9 @@ from fibkv.space import KeySpace
 PAGE_DOMAIN = "fib_quant_kv_page_v1"
 # Reason of a raw segment that the policy wanted compressed and the codec refused.
 NOT_ENCODABLE = "not_encodable"
+# Reason of one that was measured and broke the quality budget.
+OVER_BUDGET = "quality_budget"
+FALLBACKS = frozenset({NOT_ENCODABLE, OVER_BUDGET})
 # What a sealed page holds beside its codes: its digest (32 bytes), three counts and a page-table entry (8 each).
 METADATA_NBYTES = 32 + 4 * 8
 
@@ -50,8 +53,8 @@ class SegmentHeader(Contract):
     @property
     def raw_reason(self) -> str | None:
         """Why the vectors are stored raw, by decision or fallback; None if they are compressed."""
-        if NOT_ENCODABLE in self.reasons:
-            return NOT_ENCODABLE
+        if fell_back := FALLBACKS.intersection(self.reasons):
+            return min(fell_back)
         return None if self.action == "compress" else self.reasons[0]
 
 

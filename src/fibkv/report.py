@@ -44,7 +44,7 @@ class LayerReport(Contract):
 
 
 class BudgetViolation(Contract):
-    """A bound of the quality budget that a codec broke when it was measured; the role of that layer is kept raw.
+    """A bound of the quality budget that a codec broke when it was measured; the role of the layer or page is kept raw.
 
     Attributes:
         layer: its index.
@@ -54,6 +54,7 @@ class BudgetViolation(Contract):
         bound: field of `fibkv.QualityBudget`.
         allowed: its value.
         measured: what came.
+        start: first token of the page that was measured when it was sealed; None = the calibration measured the layer.
     """
 
     layer: Total
@@ -63,6 +64,14 @@ class BudgetViolation(Contract):
     bound: str
     allowed: float
     measured: float
+    start: Total | None = None
+
+    def __str__(self) -> str:
+        where = "" if self.start is None else f" at token {self.start}"
+        return (
+            f"layer {self.layer} {self.role}s{where}: head {self.head} in {self.profile} has {self.bound} "
+            f"{self.measured:.3g}, allowed {self.allowed:g}"
+        )
 
 
 class CacheReport(Contract):
@@ -72,7 +81,7 @@ class CacheReport(Contract):
         layers: layer by layer.
         tables_nbytes: codebooks and rotations, counted once although all caches of a process share them.
         slack_nbytes: memory allocated for pages and used by none, shared with forks of the cache.
-        budget_violations: why roles of layers are raw although a codec was chosen for them.
+        budget_violations: why roles of layers or pages are raw although a codec was chosen for them.
     """
 
     layers: tuple[LayerReport, ...]
@@ -124,9 +133,5 @@ class CacheReport(Contract):
             + "".join(f", {count} raw vectors: {reason}" for reason, count in layer.raw_vectors)
             for layer in self.layers
         ]
-        lines += [
-            f"  layer {one.layer} {one.role}s raw, for the budget: head {one.head} in {one.profile} has {one.bound} "
-            f"{one.measured:.3g}, allowed {one.allowed:g}"
-            for one in self.budget_violations
-        ]
+        lines += [f"  raw for the budget: {one}" for one in self.budget_violations]
         return "\n".join(lines)

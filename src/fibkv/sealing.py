@@ -15,8 +15,9 @@ from fibkv.codes import Codes
 from fibkv.kernels.native import Native
 from fibkv.ladder import Rung
 from fibkv.packed import Packed
-from fibkv.page import Page
+from fibkv.page import Page, Segment
 from fibkv.policy import Run
+from fibkv.sampling import PageSampler
 from fibkv.shape import KVShape, Role
 from fibkv.slabs import Slabs
 from fibkv.space import KeySpace
@@ -39,6 +40,7 @@ class LayerSettings:
         tokens_per_page: tokens of a full page.
         read_through: attention reads even the newest tokens through the codec (for evaluation): every append is
             sealed at once, in a short page if need be.
+        sampler: measures pages when they are sealed; None = none is.
         rung: of a pool's ladder that these settings stand for; None = pages stay as they are sealed.
     """
 
@@ -50,6 +52,7 @@ class LayerSettings:
     tokens_per_page: int
     read_through: bool = False
     rung: Rung | None = None
+    sampler: PageSampler | None = None
 
     @property
     def last_tokens_raw(self) -> int:
@@ -116,9 +119,29 @@ def seal(
         # `_pages_of` puts the pages of row 0 first, then those of row 1, and so on.
         for index, (key, value) in enumerate(zip(keys, values, strict=True)):
             first, stop = same[index % len(same)]
-            page = Page.seal(settings.layer, (start + first, start + stop), key, value, profiles)
-            rows[index // len(same)].append(page)
+            row = index // len(same)
+            exact = (tail.keys[row, :, first:stop], tail.values[row, :, first:stop])
+            sides = _within_budget(settings, start + first, exact, (key, value), (key_runs, value_runs))
+            rows[row].append(Page.seal(settings.layer, (start + first, start + stop), *sides, profiles))
     return rows
+
+
+def _within_budget(
+    settings: LayerSettings,
+    start: int,
+    exact: tuple[Tensor, Tensor],
+    sealed: tuple[tuple[Segment, ...], tuple[Segment, ...]],
+    runs: tuple[Sequence[Run], Sequence[Run]],
+) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
+    """The segments of a page; raw ones for a role that was measured and broke the quality budget."""
+    if settings.sampler is None:
+        return sealed
+    broken = settings.sampler.broken(start // settings.tokens_per_page, start, exact, sealed)
+    keys, values = sealed
+    return (
+        settings.keys.seal_raw(exact[0], runs[0]) if "key" in broken else keys,
+        settings.values.seal_raw(exact[1], runs[1]) if "value" in broken else values,
+    )
 
 
 def resident(pages: Sequence[Page], implementation: str, slabs: Slabs) -> list[Page]:

@@ -27,6 +27,7 @@ from fibkv.parameters import (
 )
 from fibkv.policy import Policy, carries
 from fibkv.regions import ProtectedRegions
+from fibkv.sampling import PageSampler
 from fibkv.sealing import LayerSettings
 from fibkv.shape import AttentionKind, Dtype, KVShape, Role
 from fibkv.space import KeySpace
@@ -63,6 +64,7 @@ class CacheSettings:
         query_heads: query heads of the model.
         key_spaces: by layer, what its keys go through before they are coded.
         layer_profiles: by layer, codecs of keys and values in place of the above.
+        samplers: by layer, what measures its pages when they are sealed.
         rungs: of a pool's ladder, the codecs of keys and values at each rung, in place of the above; empty = none.
     """
 
@@ -78,6 +80,7 @@ class CacheSettings:
     key_spaces: Mapping[int, KeySpace]
     layer_profiles: Mapping[int, tuple[Choice, Choice]]
     rungs: Mapping[Rung, tuple[Choice, Choice]] = field(default_factory=dict)
+    samplers: Mapping[int, PageSampler] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -193,6 +196,8 @@ class CacheSettings:
             values=value_coder,
             tokens_per_page=self.tokens_per_page,
             read_through=self.read_through,
+            # Latents are neither keys nor values that a query meets.
+            sampler=None if is_latent else self.samplers.get(layer),
         )
 
     def on_ladder(self, ladder: Ladder, rungs: Sequence[Rung]) -> Self:

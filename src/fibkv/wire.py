@@ -20,7 +20,7 @@ from fibkv.container import Bytes, Container, canonical, pack
 from fibkv.contract import Contract
 from fibkv.digest import canonical_json, require_digest
 from fibkv.errors import ContractError, PageError
-from fibkv.page import NOT_ENCODABLE, Page, PageHeader, Segment, SegmentHeader
+from fibkv.page import FALLBACKS, Page, PageHeader, Segment, SegmentHeader
 from fibkv.policy import Decision, Run
 from fibkv.sealing import LayerSettings
 from fibkv.shape import Role
@@ -260,8 +260,8 @@ def _form(coder: RoleCoder, page: PageHeader, header: SegmentHeader) -> SegmentF
     """The form of a segment whose header is one that the coder would give it, were the decision taken again."""
     if header.action not in ("compress", "keep_raw"):
         raise PageError(f"{_place(page)}: expected a segment that is compressed or raw, got {header.action!r}")
-    fell_back = NOT_ENCODABLE in header.reasons
-    reasons = tuple(reason for reason in header.reasons if reason != NOT_ENCODABLE)
+    fell_back = bool(FALLBACKS.intersection(header.reasons))
+    reasons = tuple(reason for reason in header.reasons if reason not in FALLBACKS)
     decision = Decision.model_validate({"action": header.action, "axis": header.axis, "reasons": reasons})
     run = Run(layers=(page.layer, page.layer + 1), heads=header.heads, tokens=header.tokens, decision=decision)
     coder.check_segment(_place(page), header, run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from fibkv import embedded
 from fibkv.attention_errors import AttentionErrors
 from fibkv.calibrate import CalibrateSettings, allocate_rungs, run_calibrate
 from fibkv.calibration_file import Calibration, Sensitivity
-from fibkv.errors import ContractError, DigestMismatch
+from fibkv.errors import ContractError, DigestMismatch, EncodingError
 from fibkv.hf import Cache
 from fibkv.hf_attention import attention
 from fibkv.hf_observe import observe
@@ -124,7 +125,7 @@ def test_a_budget_keeps_raw_what_breaks_it(loaded: tuple[Any, Any], path: Path) 
     violations = cache.report().budget_violations
     assert {one.layer for one in violations} == {layer for layer, value in worst.items() if value > bound}
     assert all(one.measured > one.allowed == bound for one in violations)
-    assert "keys raw, for the budget" in str(cache.report())
+    assert re.search(r"raw for the budget: layer \d keys: head \d in key2 has max_attention_tv", str(cache.report()))
     with attention(loaded[0]), torch.no_grad():
         loaded[0](input_ids=torch.arange(200)[None], past_key_values=cache)
     raw = {layer.layer for layer in cache.report().layers if "raw_strategy" in dict(layer.raw_vectors)}
@@ -140,6 +141,43 @@ def test_budgets_that_cannot_be_kept_are_refused(loaded: tuple[Any, Any], path: 
     with pytest.raises(ContractError, match=r"measured \(fib2, key2, key3, key4, value3, value4\), got 'int8'"):
         Cache(loaded[0], profile="int8", calibration=path, quality_budget=closed)
     assert Cache(loaded[0], profile=("raw", "raw"), calibration=path, quality_budget=closed).budget_violations == ()
+
+
+def test_pages_are_measured_when_they_are_sealed(loaded: tuple[Any, Any], path: Path) -> None:
+    """A budget that the calibration's errors keep, and one page whose values are a hundred times as large."""
+    info = Calibration.load(path).info
+    measured = [one for one in info.sensitivities if (one.role, one.profile) == ("value", "fib2")]
+    budget = QualityBudget(
+        max_value_aggregation_mse=3 * max(h.value_aggregation_mse for o in measured for h in o.heads)
+    )
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(2, 2, 320, 64, generator=generator)
+    values = 0.01 * torch.randn(2, 2, 320, 64, generator=generator)
+    values[1, :, 128:192] *= 1e4
+
+    def fill(**options: Any) -> Cache:
+        cache = Cache(loaded[0], bits=2, calibration=path, quality_budget=budget, **options)
+        assert cache.budget_violations == ()
+        cache.update(keys, values, 0)
+        return cache
+
+    cache = fill(sample_pages=1)
+    assert dict(cache.report().layers[0].raw_vectors)["quality_budget"] == 2 * 64
+    found = cache.report().budget_violations
+    assert {(one.layer, one.role, one.profile, one.start) for one in found} == {(0, "value", "fib", 128)}
+    assert "raw for the budget: layer 0 values at token 128: head 0 in fib has max_value" in str(cache.report())
+    decoded = cache.layers[0].store.view().decode(torch.float32)[1]
+    assert torch.equal(decoded[1, :, 128:192], values[1, :, 128:192])
+    assert not torch.equal(decoded[0, :, 128:192], values[0, :, 128:192])
+    assert not fill(sample_pages=3).report().budget_violations, "page 2 is not among pages 0 and 3"
+    assert not fill().report().budget_violations
+    budget = budget.model_copy(update={"fallback_on_violation": "fail_closed"})
+    with pytest.raises(EncodingError, match="quality budget, layer 0 values at token 128: head 0 in fib"):
+        fill(sample_pages=2)
+    with pytest.raises(ContractError, match=r"Cache\.sample_pages: expected a positive number, got 0"):
+        fill(sample_pages=0)
+    with pytest.raises(ContractError, match="a quality budget and a calibration beside it"):
+        Cache(loaded[0], sample_pages=1)
 
 
 def test_another_model_is_refused(path: Path) -> None:
