@@ -118,4 +118,6 @@ def _random(field: Field, axes: tuple[int, ...], generator: torch.Generator) -> 
     if field.name in ("norms", "scales"):
         top = 23.0 if field.name == "norms" else 1 / 64
         return (torch.rand(shape, device=device, generator=generator) * top).to(field.dtype)
-    return torch.randn(shape, device=device, generator=generator).to(field.dtype)
+    numbers = torch.randn(shape, device=device, generator=generator)
+    # Steps of a grid are not negative.
+    return (numbers.abs() if field.name == "grid" else numbers).to(field.dtype)

@@ -125,7 +125,8 @@ class ChannelTables:
         return self.inner.tensors
 
 
-Tables = RawTables | ScaledTables | AffineTables | FibTables | ChannelTables
+PlainTables = RawTables | ScaledTables | AffineTables | FibTables
+Tables = PlainTables | ChannelTables
 
 
 def trellis_of(tables: Tables) -> Trellis | None:

@@ -10,11 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fibkv import kernels
 from fibkv.codecs import codec_for
-from fibkv.errors import KernelError
 from fibkv.kernels import reference, triton
-from fibkv.parameters import AffineParameters, FibParameters
+from fibkv.parameters import FibParameters
 from tests.codecs import test_codecs  # noqa: F401 - defines the suites
 from tests.codecs.conformance import CodecConformance, attend_error, equal, gaussian
 from tests.codecs.test_native_codes import PARAMETERS
@@ -23,10 +21,9 @@ pytestmark = pytest.mark.skipif(triton.why_not("cpu") != "yes", reason=f"triton:
 
 
 def _suites() -> list[type[CodecConformance]]:
-    """Of every codec but affine, which is refused, and those that search scales or paths: the interpreter is too slow
-    for them, and their codes are compared below."""
-    left = ("affine", "trellis")
-    suites = [suite for suite in CodecConformance.__subclasses__() if suite.parameters.codec not in left]
+    """Of every codec but those that search scales or paths: the interpreter is too slow for them, and their codes are
+    compared below."""
+    suites = [suite for suite in CodecConformance.__subclasses__() if suite.parameters.codec != "trellis"]
     return [suite for suite in suites if not getattr(suite.parameters, "scale_search", False)]
 
 
@@ -105,13 +102,3 @@ def test_without_the_interpreter_the_cpu_is_refused() -> None:
     )
     assert "tensors on the CPU need TRITON_INTERPRET=1" in done.stdout
     assert "KernelError: triton kernels: tensors on the CPU need TRITON_INTERPRET=1" in done.stderr
-
-
-def test_affine_codes_are_coded_but_not_attended_to() -> None:
-    codec = codec_for(AffineParameters(head_dim=64, bits=4))
-    rows = gaussian(1, 8, 64)
-    codes = codec.encode(rows, implementation="triton")
-    assert equal(codes, codec.encode(rows, implementation="reference"))
-    assert torch.equal(codec.decode(codes, implementation="triton"), codec.decode(codes))
-    with pytest.raises(KernelError, match="expected implementation='reference'"):
-        kernels.attend(rows, codes, codec.tables, codes, codec.tables, scale=1.0, implementation="triton")

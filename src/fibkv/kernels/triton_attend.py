@@ -70,13 +70,14 @@ def _load_rotation(rotation, SIDE: tl.constexpr):
 def _load_tile(entry, start, codewords, head, vectors, inside, SIDE: tl.constexpr, PAGED: tl.constexpr):
     """Directions ``[T, D]`` and norms ``[T]`` of a tile: of a page, or of a tail that starts at ``start``."""
     codes = tl.multiple_of(_address(entry, CODES), PAGED) if PAGED else start
-    directions = load_directions(codes, codewords, vectors, inside, SIDE)
     norms, ranges = start, start
-    if SIDE.norm != "none":
+    if SIDE.norm != "none" or SIDE.form == "affine":
         norms = _address(entry, NORMS)
     if SIDE.norm == "log8":
         ranges = _address(entry, RANGES)
-    return directions, load_norms(norms, ranges, vectors, tl.zeros_like(vectors) + head, inside, SIDE)
+    groups = tl.zeros_like(vectors) + head
+    directions = load_directions(codes, norms, codewords, vectors, groups, inside, SIDE)
+    return directions, load_norms(norms, ranges, vectors, groups, inside, SIDE)
 
 
 @triton.jit

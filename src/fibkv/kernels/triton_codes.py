@@ -60,8 +60,6 @@ def _decode(codes: Codes, tables: Tables) -> Tensor:
         if not isinstance(codes, ChannelCodes):
             raise mismatch(codes, tables)
         return _decode(codes.inner, tables.inner) * codes.channel_scales.unsqueeze(-2).to(torch.float32)
-    if isinstance(tables, AffineTables):
-        return reference.decode(codes, tables)
     device_tables = on_device(tables, codes.device)
     vectors = decode_vectors(codes, tables, device_tables)
     if isinstance(codes, FibCodes) and codes.mean.numel():

@@ -10,7 +10,7 @@ from torch import Tensor
 from fibkv.codes import Codes
 from fibkv.kernels.triton_load import INTERPRETED, load_directions, load_norms
 from fibkv.kernels.triton_sides import DeviceTables, Side, arrays, octets, per_program
-from fibkv.tables import FibTables, RawTables, ScaledTables
+from fibkv.tables import PlainTables
 
 # Numbers that one program decodes; the interpreter pays per program.
 TILE = 1 << 20 if INTERPRETED else 1 << 12
@@ -31,13 +31,14 @@ def _decode(
     """``out [count, d]`` float32 in the codes' space; ``tokens`` vectors share a norm range."""
     vectors = tl.program_id(0).to(tl.int64) * VECTORS + tl.arange(0, VECTORS)
     mask = vectors < count
-    directions = load_directions(codes, codewords, vectors, mask, SIDE)
-    scaled = directions.to(tl.float32) * load_norms(norms, ranges, vectors, vectors // tokens, mask, SIDE)[:, None]
+    groups = vectors // tokens
+    directions = load_directions(codes, norms, codewords, vectors, groups, mask, SIDE)
+    scaled = directions.to(tl.float32) * load_norms(norms, ranges, vectors, groups, mask, SIDE)[:, None]
     axis = tl.arange(0, SIDE.width)
     tl.store(out + vectors[:, None] * SIDE.dim + axis[None, :], scaled, mask[:, None] & (axis < SIDE.dim)[None, :])
 
 
-def decode_vectors(codes: Codes, tables: RawTables | ScaledTables | FibTables, device_tables: DeviceTables) -> Tensor:
+def decode_vectors(codes: Codes, tables: PlainTables, device_tables: DeviceTables) -> Tensor:
     """Decodes to ``[..., T, d]`` float32 in the codes' own space.
 
     Raises:

@@ -84,13 +84,15 @@ def _look_up(codewords, indices, k: tl.constexpr, SIDE: tl.constexpr):
 
 
 @triton.jit
-def load_directions(start, codewords, vectors, mask, SIDE: tl.constexpr):
+def load_directions(start, grids, codewords, vectors, groups, mask, SIDE: tl.constexpr):
     """Coded vectors before their norms or scales, ``[T, D]``, in the codes' space.
 
     Args:
         start: address of the codes.
+        grids: address of ``[vectors or groups, .., 2]`` float16, (lowest, step) (``affine``).
         codewords: ``[N, k]`` of the codebook, whose dtype the result has (``fib``); in float16, N is a power of two.
         vectors: ``[T]``, which.
+        groups: ``[T]``, the group of each (``affine``).
         mask: ``[T]``; vectors outside it are 0, and so are coordinates from ``d`` upwards.
         SIDE: how they lie.
     """
@@ -113,6 +115,17 @@ def load_directions(start, codewords, vectors, mask, SIDE: tl.constexpr):
                 entries = codewords + indices[:, :, None] * k + tl.arange(0, k)[None, None, :]
                 found = tl.load(entries, inside[:, :, None], other=0.0)
             directions = tl.reshape(found, [vectors.shape[0], SIDE.width])
+    elif SIDE.form == "affine":
+        inside = mask[:, None] & (axis < SIDE.dim)[None, :]
+        if SIDE.group:
+            places = vectors[:, None] * ((SIDE.dim + SIDE.group - 1) // SIDE.group) + (axis // SIDE.group)[None, :]
+        else:
+            places = groups[:, None] * SIDE.dim + axis[None, :]
+        pairs = grids.to(tl.pointer_type(tl.float16)) + places * 2
+        lowest = tl.load(pairs, inside, other=0.0).to(tl.float32)
+        step = tl.load(pairs + 1, inside, other=0.0).to(tl.float32)
+        numbers = load_indices(start, vectors[:, None], axis[None, :], inside, SIDE)
+        directions = lowest + numbers.to(tl.float32) * step
     else:
         inside = mask[:, None] & (axis < SIDE.dim)[None, :]
         offsets = vectors[:, None] * SIDE.dim + axis[None, :]

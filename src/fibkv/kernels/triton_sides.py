@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fibkv.codes import Codes, FibCodes, RawCodes, ScaledCodes
-from fibkv.errors import KernelError
+from fibkv.codes import AffineCodes, Codes, FibCodes, RawCodes, ScaledCodes
 from fibkv.kernels.refusals import mismatch
 from fibkv.packing import packed_nbytes
-from fibkv.tables import AffineTables, ChannelTables, FibTables, RawTables, ScaledTables, Tables
+from fibkv.tables import AffineTables, ChannelTables, FibTables, PlainTables, RawTables, ScaledTables, Tables
 
-Form = Literal["f32", "f16", "bf16", "int8", "fp8", "fib"]
+Form = Literal["f32", "f16", "bf16", "int8", "fp8", "affine", "fib"]
 FORMS: dict[torch.dtype, Form] = {
     torch.float32: "f32",
     torch.float16: "f16",
@@ -35,13 +34,14 @@ class Side(NamedTuple):
         dim: head_dim.
         width: ``D``, the head_dim as a power of two of at least 16, the least that a matrix unit takes.
         nbytes: bytes of a vector's codes.
-        operand: in which products with the codes are computed: those of 8 bits or fewer as float16.
-        bits: width of an index (fib), else 8.
-        window: bits that name a codeword, the index being the newest of them (fib), else 8.
+        operand: in which products with the codes are computed: those of 8 bits or fewer, if not affine, as float16.
+        bits: width of an index (fib) or number (affine), else 8.
+        window: bits that name a codeword, the index being the newest of them (fib), else as bits.
         block: k, coordinates of a codeword (fib), else 1.
         centered: whether a group has a mean (fib).
         channels: whether a group has channel scales.
         rotated_channels: whether the codes behind them are rotated.
+        group: channels of a vector that share a grid (affine); 0 = all tokens of a channel share one.
     """
 
     form: Form
@@ -56,6 +56,7 @@ class Side(NamedTuple):
     centered: bool = False
     channels: bool = False
     rotated_channels: bool = False
+    group: int = 0
 
     @classmethod
     def of(cls, tables: Tables) -> Side:
@@ -69,21 +70,20 @@ class Side(NamedTuple):
             case ScaledTables():
                 return cls(FORMS[tables.dtype], "bf16", dim, width, dim)
             case AffineTables():
-                raise _no_grids()
+                bits, group = tables.bits, 0 if tables.per_channel else tables.group
+                nbytes = packed_nbytes(dim, bits)
+                return cls("affine", "none", dim, width, nbytes, "tf32", bits=bits, window=bits, group=group)
             case FibTables():
-                nbytes = packed_nbytes(tables.num_blocks, tables.bits)
-                block = tables.codewords.shape[1]
                 return cls(
-                    "fib",
-                    tables.norm_format,
-                    dim,
-                    width,
-                    nbytes,
-                    "f16",
-                    tables.bits,
-                    tables.window,
-                    block,
-                    tables.centered,
+                    form="fib",
+                    norm=tables.norm_format,
+                    dim=dim,
+                    width=width,
+                    nbytes=packed_nbytes(tables.num_blocks, tables.bits),
+                    bits=tables.bits,
+                    window=tables.window,
+                    block=tables.codewords.shape[1],
+                    centered=tables.centered,
                 )
             case ChannelTables():
                 rotated = isinstance(tables.inner, FibTables)
@@ -135,8 +135,8 @@ def on_device(tables: Tables, device: torch.device) -> DeviceTables:
     )
 
 
-def arrays(codes: Codes, tables: RawTables | ScaledTables | AffineTables | FibTables) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes, norms or scales, norm ranges) as kernels read them: contiguous; the codes stand for absent ones.
+def arrays(codes: Codes, tables: PlainTables) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes, norms, scales or grids, norm ranges) as kernels read them: contiguous; the codes stand for absent ones.
 
     Raises:
         KernelError: codes of another codec.
@@ -151,14 +151,11 @@ def arrays(codes: Codes, tables: RawTables | ScaledTables | AffineTables | FibTa
             indices = codes.indices.contiguous()
             ranges = codes.norm_range.contiguous() if tables.norm_format == "log8" else indices
             return indices, codes.norms.contiguous(), ranges
-        case _, AffineTables():
-            raise _no_grids()
+        case AffineCodes(), AffineTables():
+            values = codes.values.contiguous()
+            return values, codes.grid.contiguous(), values
         case _:
             raise mismatch(codes, tables)
-
-
-def _no_grids() -> KernelError:
-    return KernelError("triton kernels do not attend to affine codes: expected implementation='reference'")
 
 
 def octets(tensor: Tensor) -> Tensor:
