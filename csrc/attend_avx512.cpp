@@ -1,12 +1,9 @@
 // Scoring and mixing on the codes with AVX-512: byte tables in registers, four-way byte products.
-//
-// A 256-entry byte table is four registers: four one-register permutes, merged by the two top bits of the codes, look
-// up 64 codes at once. (Two two-register permutes take as long on Intel, where each is three micro-operations.) In tile
-// order the result needs no unpacking: each 32-bit lane holds four terms of one sum.
 #include <immintrin.h>
 
 #include <cstring>
 
+#include "byte_tables.h"
 #include "integer_blocks.h"
 #include "integer_kernels.h"
 
@@ -24,101 +21,6 @@ inline void add_products(__m512i& sums, __m512i unsigned_bytes, __m512i signed_b
 
 inline void add_products(__m512i& sums, __m512i unsigned_bytes, const int32_t& four_signed_bytes) {
   asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(unsigned_bytes), "m"(four_signed_bytes));
-}
-
-// One plane of a 256-entry table.
-struct Table {
-  __m512i part[4];
-
-  Table(const int8_t* table, int8_t flip) {
-    for (int i = 0; i < 4; ++i) {
-      part[i] = _mm512_xor_si512(_mm512_loadu_si512(table + 64 * i), _mm512_set1_epi8(flip));
-    }
-  }
-
-  __m512i operator()(__m512i codes, __mmask64 bit6, __mmask64 bit7) const {
-    const __m512i low =
-        _mm512_mask_permutexvar_epi8(_mm512_permutexvar_epi8(codes, part[0]), bit6, codes, part[1]);
-    const __m512i high =
-        _mm512_mask_permutexvar_epi8(_mm512_permutexvar_epi8(codes, part[2]), bit6, codes, part[3]);
-    return _mm512_mask_mov_epi8(low, bit7, high);
-  }
-};
-
-__mmask64 bit7_of(__m512i codes) { return _mm512_movepi8_mask(codes); }
-__mmask64 bit6_of(__m512i codes) { return _mm512_movepi8_mask(_mm512_add_epi8(codes, codes)); }
-
-// Looks up both planes of a pair.
-struct Pair {
-  Table even, odd;
-  __m512i x, y;
-
-  Pair(const Side& side, int pair, int8_t flip)
-      : even(side.tables + 512 * pair, flip), odd(side.tables + 512 * pair + 256, flip) {}
-
-  void look_up(__m512i codes, __m512i /*before*/) {
-    const __mmask64 bit7 = bit7_of(codes), bit6 = bit6_of(codes);
-    x = even(codes, bit6, bit7);
-    y = odd(codes, bit6, bit7);
-  }
-};
-
-// The levels of 64 or of 256 labels.
-struct SmallLevels {
-  __m512i table;
-
-  SmallLevels(const int8_t* levels, int8_t flip)
-      : table(_mm512_xor_si512(_mm512_loadu_si512(levels), _mm512_set1_epi8(flip))) {}
-
-  __m512i operator()(__m512i labels) const { return _mm512_permutexvar_epi8(labels, table); }
-};
-
-struct LargeLevels {
-  Table table;
-
-  LargeLevels(const int8_t* levels, int8_t flip) : table(levels, flip) {}
-
-  __m512i operator()(__m512i labels) const { return table(labels, bit6_of(labels), bit7_of(labels)); }
-};
-
-// Both planes of a pair of a trellis: the label of a window from the code bytes that it lies in, and its level.
-template <typename Levels>
-struct PathPair {
-  Levels levels;
-  __m512i now[2], earlier[2];
-  __m512i x, y;
-
-  PathPair(const Side& side, int pair, int8_t flip) : levels(side.tables, flip) {
-    for (int i = 0; i < 2; ++i) {
-      now[i] = _mm512_set1_epi64(side.matrices[4 * pair + 2 * i]);
-      earlier[i] = _mm512_set1_epi64(side.matrices[4 * pair + 2 * i + 1]);
-    }
-  }
-
-  __m512i labels(int plane, __m512i codes, __m512i before) const {
-    return _mm512_xor_si512(_mm512_gf2p8affine_epi64_epi8(codes, now[plane], 0),
-                            _mm512_gf2p8affine_epi64_epi8(before, earlier[plane], 0));
-  }
-
-  void look_up(__m512i codes, __m512i before) {
-    x = levels(labels(0, codes, before));
-    y = levels(labels(1, codes, before));
-  }
-};
-
-template <typename T>
-struct Kind {
-  using Tables = T;
-};
-
-// Calls visit(Kind<Tables>) with what looks up the planes of a side.
-template <typename Visit>
-void with_tables(const Side& side, Visit visit) {
-  switch (side.label_bits) {
-    case 0: return visit(Kind<Pair>{});
-    case 8: return visit(Kind<PathPair<LargeLevels>>{});
-    default: return visit(Kind<PathPair<SmallLevels>>{});
-  }
 }
 
 // Queries of a side, quantized to bytes: for each block of at most eight queries
@@ -229,7 +131,9 @@ template <typename Tables, int n>
 void score_table(const Side& side, const uint8_t* codes, int groups, const Prepared& block, const float* norms,
                  float* logits, const uint8_t* ahead) {
   __m512i sums[kTile / kLanes * n];
-  for (int pair = 0; pair < side.planes / 2; ++pair) score_pair<Tables, n>(side, codes, groups, pair, block, sums, ahead);
+  for (int pair = 0; pair < side.planes / 2; ++pair) {
+    score_pair<Tables, n>(side, codes, groups, pair, block, sums, ahead);
+  }
   for (int group = 0; group < groups; ++group) {
     const __m512 norm = _mm512_loadu_ps(norms + group * kLanes);
     for (int q = 0; q < n; ++q) {

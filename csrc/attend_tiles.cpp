@@ -111,11 +111,20 @@ void walk_trellis(const Side& side, const uint8_t* code, float* row) {
   uint8_t ring[before + 4096 / 2 + behind];
   std::memcpy(ring, code + side.code_bytes - before, before);
   std::memcpy(ring + before, code, side.code_bytes);
-  const uint32_t mask = (1u << side.window) - 1;
-  for (int m = 0, bit = 8 * before + side.bits - side.window; m < side.dim; ++m, bit += side.bits) {
-    uint32_t bits;
-    std::memcpy(&bits, ring + bit / 8, sizeof bits);
-    row[m] = side.codewords[bits >> (bit % 8) & mask];
+  const int mask = (1 << side.window) - 1, start = 8 * before + side.bits - side.window;
+  vi places{};
+  for (int i = 0; i < kLanes; ++i) places[i] = start + i * side.bits;
+  int m = 0;
+  for (; m + kLanes <= side.dim; m += kLanes) {
+    const vi bit = places + splat(m * side.bits);
+    const vu bytes = (vu)gather_bytes(ring, bit >> 3);
+    store(row + m, as_float(gather(side.codewords, (vi)(bytes >> (vu)(bit & splat(7))) & splat(mask))));
+  }
+  for (; m < side.dim; ++m) {
+    const int bit = start + m * side.bits;
+    uint32_t bytes;
+    std::memcpy(&bytes, ring + bit / 8, sizeof bytes);
+    row[m] = side.codewords[bytes >> (bit % 8) & mask];
   }
 }
 

@@ -1,5 +1,5 @@
 // What encoding does with the registers of an instruction set, beside what vector.h has: float64 lanes, half as many to
-// a register, gathers and transpositions.
+// a register, gathers of pairs and transpositions.
 #pragma once
 
 #include "vector.h"
@@ -90,13 +90,8 @@ static inline bool any(vi mask) { return !_mm256_testz_si256((__m256i)mask, (__m
 static inline bool any(vi mask) { return (mask[0] | mask[1] | mask[2] | mask[3]) != 0; }
 #endif
 
-// table[index] of each lane.
+// Pairs of neighbours, table[2 index] and table[2 index + 1] of each lane.
 #if defined(__AVX512F__)
-static inline vi gather(const void* table, vi index) { return (vi)_mm512_i32gather_epi32((__m512i)index, table, 4); }
-// Four bytes from a byte address each.
-static inline vi gather_bytes(const void* table, vi index) {
-  return (vi)_mm512_i32gather_epi32((__m512i)index, table, 1);
-}
 static inline void gather_pairs(const float* table, vi index, vf& first, vf& second) {
   const __m512i i = (__m512i)index;
   const __m512 low = _mm512_castpd_ps(_mm512_i32gather_pd(_mm512_castsi512_si256(i), table, 8));
@@ -106,12 +101,6 @@ static inline void gather_pairs(const float* table, vi index, vf& first, vf& sec
   second = (vf)_mm512_permutex2var_ps(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high);
 }
 #elif defined(__AVX2__)
-static inline vi gather(const void* table, vi index) {
-  return (vi)_mm256_i32gather_epi32((const int*)table, (__m256i)index, 4);
-}
-static inline vi gather_bytes(const void* table, vi index) {
-  return (vi)_mm256_i32gather_epi32((const int*)table, (__m256i)index, 1);
-}
 static inline void gather_pairs(const float* table, vi index, vf& first, vf& second) {
   const __m256i i = (__m256i)index;
   const double* pairs = (const double*)table;
@@ -123,16 +112,6 @@ static inline void gather_pairs(const float* table, vi index, vf& first, vf& sec
   second = (vf)_mm256_permute4x64_pd(y, 0xD8);
 }
 #else
-static inline vi gather(const void* table, vi index) {
-  vi found{};
-  for (int i = 0; i < kLanes; ++i) std::memcpy((char*)&found + 4 * i, (const char*)table + 4 * (int64_t)index[i], 4);
-  return found;
-}
-static inline vi gather_bytes(const void* table, vi index) {
-  vi found{};
-  for (int i = 0; i < kLanes; ++i) std::memcpy((char*)&found + 4 * i, (const char*)table + index[i], 4);
-  return found;
-}
 static inline void gather_pairs(const float* table, vi index, vf& first, vf& second) {
   for (int i = 0; i < kLanes; ++i) {
     first[i] = table[2 * index[i]];

@@ -96,8 +96,8 @@ OwnedSide::OwnedSide(const SideSettings& s, const float* codewords, const uint8_
     std::copy(codewords, codewords + static_cast<size_t>(s.size) * s.block, codewords_.begin());
     side_.codewords = codewords_.data();
   }
-  // Integer kernels take two planes at a time, or whole int8 numbers. Windows of a trellis lie in two bytes where symbols
-  // do not cross bytes.
+  // Integer kernels take two planes at a time, or whole int8 numbers. Windows of a trellis lie in two bytes where
+  // symbols do not cross bytes.
   const int planes = s.form == Form::int8 ? 1 : s.form == Form::fib && 8 % s.bits == 0 ? 8 / s.bits * s.block : 0;
   const bool fits = s.dim <= kMostTiledDim && s.dim % (s.is_key ? 4 : kValueSlice) == 0 && s.code_bytes % (s.is_key ? 4 : kValueSlice) == 0 &&
                     s.code_bytes * planes == s.dim && (s.form == Form::int8 || planes % 2 == 0);

@@ -163,5 +163,32 @@ static inline vf from_f16(vh halves) {
 
 static inline vf from_e4m3(vb codes) { return from_small<4, 3>(widen(codes)); }
 
+// table[index] of each lane, elements of four bytes.
+#if defined(__AVX512F__)
+static inline vi gather(const void* table, vi index) { return (vi)_mm512_i32gather_epi32((__m512i)index, table, 4); }
+// Four bytes from a byte address each.
+static inline vi gather_bytes(const void* table, vi index) {
+  return (vi)_mm512_i32gather_epi32((__m512i)index, table, 1);
+}
+#elif defined(__AVX2__)
+static inline vi gather(const void* table, vi index) {
+  return (vi)_mm256_i32gather_epi32((const int*)table, (__m256i)index, 4);
+}
+static inline vi gather_bytes(const void* table, vi index) {
+  return (vi)_mm256_i32gather_epi32((const int*)table, (__m256i)index, 1);
+}
+#else
+static inline vi gather(const void* table, vi index) {
+  vi found{};
+  for (int i = 0; i < kLanes; ++i) std::memcpy((char*)&found + 4 * i, (const char*)table + 4 * (int64_t)index[i], 4);
+  return found;
+}
+static inline vi gather_bytes(const void* table, vi index) {
+  vi found{};
+  for (int i = 0; i < kLanes; ++i) std::memcpy((char*)&found + 4 * i, (const char*)table + index[i], 4);
+  return found;
+}
+#endif
+
 }  // namespace FIBKV_ISA
 }  // namespace fibkv

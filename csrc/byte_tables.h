@@ -1,0 +1,111 @@
+// What code bytes stand for, 64 at a time: tables of bytes in AVX-512 registers.
+//
+// A 256-entry byte table is four registers: four one-register permutes, merged by the two top bits of the codes, look
+// up 64 codes at once. (Two two-register permutes take as long on Intel, where each is three micro-operations.) In tile
+// order the result needs no unpacking: each 32-bit lane holds four terms of one sum.
+#pragma once
+
+#include <immintrin.h>
+
+#include "side.h"
+
+namespace fibkv {
+namespace FIBKV_ISA {
+
+// One plane of a 256-entry table.
+struct Table {
+  __m512i part[4];
+
+  Table(const int8_t* table, int8_t flip) {
+    for (int i = 0; i < 4; ++i) {
+      part[i] = _mm512_xor_si512(_mm512_loadu_si512(table + 64 * i), _mm512_set1_epi8(flip));
+    }
+  }
+
+  __m512i operator()(__m512i codes, __mmask64 bit6, __mmask64 bit7) const {
+    const __m512i low =
+        _mm512_mask_permutexvar_epi8(_mm512_permutexvar_epi8(codes, part[0]), bit6, codes, part[1]);
+    const __m512i high =
+        _mm512_mask_permutexvar_epi8(_mm512_permutexvar_epi8(codes, part[2]), bit6, codes, part[3]);
+    return _mm512_mask_mov_epi8(low, bit7, high);
+  }
+};
+
+inline __mmask64 bit7_of(__m512i codes) { return _mm512_movepi8_mask(codes); }
+inline __mmask64 bit6_of(__m512i codes) { return _mm512_movepi8_mask(_mm512_add_epi8(codes, codes)); }
+
+// Looks up both planes of a pair.
+struct Pair {
+  Table even, odd;
+  __m512i x, y;
+
+  Pair(const Side& side, int pair, int8_t flip)
+      : even(side.tables + 512 * pair, flip), odd(side.tables + 512 * pair + 256, flip) {}
+
+  void look_up(__m512i codes, __m512i /*before*/) {
+    const __mmask64 bit7 = bit7_of(codes), bit6 = bit6_of(codes);
+    x = even(codes, bit6, bit7);
+    y = odd(codes, bit6, bit7);
+  }
+};
+
+// The levels of 64 or of 256 labels.
+struct SmallLevels {
+  __m512i table;
+
+  SmallLevels(const int8_t* levels, int8_t flip)
+      : table(_mm512_xor_si512(_mm512_loadu_si512(levels), _mm512_set1_epi8(flip))) {}
+
+  __m512i operator()(__m512i labels) const { return _mm512_permutexvar_epi8(labels, table); }
+};
+
+struct LargeLevels {
+  Table table;
+
+  LargeLevels(const int8_t* levels, int8_t flip) : table(levels, flip) {}
+
+  __m512i operator()(__m512i labels) const { return table(labels, bit6_of(labels), bit7_of(labels)); }
+};
+
+// Both planes of a pair of a trellis: the label of a window from the code bytes that it lies in, and its level.
+template <typename Levels>
+struct PathPair {
+  Levels levels;
+  __m512i now[2], earlier[2];
+  __m512i x, y;
+
+  PathPair(const Side& side, int pair, int8_t flip) : levels(side.tables, flip) {
+    for (int i = 0; i < 2; ++i) {
+      now[i] = _mm512_set1_epi64(side.matrices[4 * pair + 2 * i]);
+      earlier[i] = _mm512_set1_epi64(side.matrices[4 * pair + 2 * i + 1]);
+    }
+  }
+
+  __m512i labels(int plane, __m512i codes, __m512i before) const {
+    return _mm512_xor_si512(_mm512_gf2p8affine_epi64_epi8(codes, now[plane], 0),
+                            _mm512_gf2p8affine_epi64_epi8(before, earlier[plane], 0));
+  }
+
+  void look_up(__m512i codes, __m512i before) {
+    x = levels(labels(0, codes, before));
+    y = levels(labels(1, codes, before));
+  }
+};
+
+template <typename T>
+struct Kind {
+  using Tables = T;
+};
+
+// Calls visit(Kind<Tables>) with what looks up the planes of a side.
+template <typename Visit>
+inline void with_tables(const Side& side, Visit visit) {
+  switch (side.label_bits) {
+    case 0: return visit(Kind<Pair>{});
+    case 8: return visit(Kind<PathPair<LargeLevels>>{});
+    default: return visit(Kind<PathPair<SmallLevels>>{});
+  }
+}
+
+}  // namespace FIBKV_ISA
+}  // namespace fibkv
