@@ -203,13 +203,6 @@ class LayerCache:
         entries = sum(len(row) for row in self._rows) - len(pages)
         return sum(page.nbytes for page in pages) + 8 * entries + self._tail.nbytes
 
-    @property
-    def tail_nbytes(self) -> int:
-        """Bytes of a tail with room to fill a page."""
-        return self._capacity * sum(
-            t.shape[0] * t.shape[1] * t.shape[3] * t.element_size() for t in (self._tail.keys, self._tail.values)
-        )
-
     def raw_parts(self) -> tuple[int, int]:
         """Elements that are kept raw, row by row, and bytes behind them (shared pages once), the tail included."""
         tail = self._tail

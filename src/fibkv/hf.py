@@ -304,17 +304,18 @@ class Cache(StockCache):
             with self._room_for_tails(repeats):
                 self.reorder_cache(torch.arange(rows).repeat_interleave(repeats))  # type: ignore[arg-type]
 
-    def _room_for_tails(self, copies: int) -> AbstractContextManager[None]:
-        tails = (layer.store.tail.nbytes for layer in self._compressed() if layer.store is not None)
-        return self.room(copies * sum(tails))
-
-    def room(self, nbytes: int) -> AbstractContextManager[None]:
-        """Sets bytes aside in the pool for what is made while the context lasts; without a budget it does nothing.
+    def room_for(self, nbytes: int) -> AbstractContextManager[None]:
+        """Sets bytes of the pool aside while the context lasts; without a budget it does nothing.
 
         Raises:
-            BudgetError: they do not fit, on entering.
+            BudgetError: they do not fit. Raised on entering.
         """
         return nullcontext() if self._membership is None else self._membership.room(nbytes)
+
+    def _room_for_tails(self, copies: int) -> AbstractContextManager[None]:
+        """Room in the pool for copies of the raw tails."""
+        tails = sum(layer.store.tail.nbytes for layer in self._compressed() if layer.store is not None)
+        return self.room_for(copies * tails)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the rows that ``indices [rows]`` (or a boolean mask) name."""

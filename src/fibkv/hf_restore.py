@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from fibkv.manifest import LayerForm, Root
 from fibkv.prefix import TokenIds
 from fibkv.prefix_load import Prefix, PrefixLoader, Restored
 from fibkv.sealing import LayerSettings
+from fibkv.shape import KVShape
 from fibkv.store.base import Store
 
 
@@ -78,7 +79,7 @@ def _fill(cache: Cache, loader: PrefixLoader, root: Root, device: torch.device) 
         loader.failures.append(f"stored by other profiles or layers: {error}")
         return 0
     try:
-        with cache.room(_held_nbytes(layers.values(), prefix)):
+        with cache.room_for(_most(prefix, settings)):
             for index, form in enumerate(root.layers):
                 store = layers[form.layer].store
                 assert store is not None
@@ -90,10 +91,20 @@ def _fill(cache: Cache, loader: PrefixLoader, root: Root, device: torch.device) 
     return prefix.length
 
 
-def _held_nbytes(layers: Iterable[CompressedLayer], prefix: Prefix) -> int:
-    """Bytes of a prefix in a cache, at most."""
-    tails = sum(layer.store.tail_nbytes for layer in layers if layer.store is not None)
-    return tails + sum(page.nbytes for pages in prefix.pages for page in pages)
+def _most(prefix: Prefix, settings: Sequence[LayerSettings]) -> int:
+    """Bytes that a prefix may take in memory: its codes, a quarter more for the order of kernels, and full tails."""
+    pages = sum(page.nbytes for column in prefix.pages for page in column)
+    tails = (
+        (layer.tokens_per_page + layer.last_tokens_raw)
+        * (_row_nbytes(layer.key_shape) + _row_nbytes(layer.value_shape))
+        for layer in settings
+    )
+    return pages * 5 // 4 + sum(tails)
+
+
+def _row_nbytes(shape: KVShape) -> int:
+    """Bytes of one token of a layer, raw."""
+    return shape.kv_heads * shape.head_dim * TORCH_DTYPES[shape.dtype].itemsize
 
 
 def _initialize(layer: CompressedLayer, form: LayerForm, device: torch.device) -> LayerSettings:

@@ -205,6 +205,25 @@ def test_states_are_taken_up_where_they_were_saved_and_nowhere_else(name: str) -
     assert torch.equal(logits(model, ids, restored), logits(model, ids, fibkv.Cache(model, tokens_per_page=16)))
 
 
+def test_a_pool_without_room_is_not_filled(model: PreTrainedModel, ids: Tensor) -> None:
+    store, cache = MemoryStore(), filled(model, ids, bits=4)
+    cache.save(store, ids)
+    nbytes = cache.report().nbytes
+    pool = fibkv.Pool(nbytes // 2)
+    restored = fibkv.restore(model, ids, store, bits=4, pool=pool)
+    assert restored.get_seq_length() == 0
+    assert "budget" in restored.restored.failures[0]
+    assert pool.inventory.meter.peak <= nbytes // 2
+    pool = fibkv.Pool(nbytes * 2)
+    restored = fibkv.restore(model, ids, store, bits=4, pool=pool)
+    assert (restored.get_seq_length(), restored.restored.failures) == (299, ())
+    assert pool.inventory.meter.peak <= nbytes * 2
+    on_ladder = fibkv.restore(model, ids, store, pool=pool)
+    assert "ladder" in on_ladder.restored.failures[0]
+    with pytest.raises(ModelError, match="ladder"):
+        on_ladder.save(store, ids)
+
+
 def test_another_process_goes_on(model: PreTrainedModel, ids: Tensor, tmp_path: Path) -> None:
     cache = filled(model, ids)
     assert cache.save(DirectoryStore(tmp_path), ids).failure is None
