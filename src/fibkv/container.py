@@ -17,7 +17,7 @@ from fibkv.digest import digest_bytes, require_digest
 from fibkv.errors import PageError
 from fibkv.page import PAGE_DOMAIN
 
-Kind = Literal["page", "root", "span", "end"]
+Kind = Literal["page", "root", "span", "end", "chunk"]
 Bytes = bytes | memoryview
 Parsed = TypeVar("Parsed", bound=Contract)
 
@@ -33,6 +33,7 @@ _DOMAINS: dict[Kind, str] = {
     "root": "fibkv_root_v1",
     "span": "fibkv_span_v1",
     "end": "fibkv_end_v1",
+    "chunk": "fibkv_chunk_v1",
 }
 # Its sections are pages: containers with digests of their own, which its header names.
 _SELF_VERIFYING: frozenset[Kind] = frozenset({"span"})
@@ -122,13 +123,18 @@ def pack(kind: Kind, header: bytes, sections: Sequence[Bytes]) -> bytes:
         raise PageError(f"{kind} header: expected at most {MAX_HEADER_NBYTES} bytes, got {len(header)}")
     sizes = [memoryview(section).nbytes for section in sections]
     body = ALIGNMENT + 8 * len(sizes) + len(header)
-    nbytes = aligned(body) + sum(aligned(size) for size in sizes)
+    nbytes = packed_nbytes(len(header), sizes)
     stated = bytes.fromhex(_digest(kind, header, sections).removeprefix("blake3:"))
     head = _HEAD.pack(MAGIC, VERSION, _KINDS[kind], len(sizes), len(header), nbytes, stated)
     parts: list[Bytes] = [head, struct.pack(f"<{len(sizes)}Q", *sizes), header, bytes(aligned(body) - body)]
     for section, size in zip(sections, sizes, strict=True):
         parts += [section, bytes(aligned(size) - size)]
     return b"".join(parts)
+
+
+def packed_nbytes(header_nbytes: int, sizes: Sequence[int]) -> int:
+    """Bytes of a container with a header of so many bytes and sections of these sizes."""
+    return aligned(ALIGNMENT + 8 * len(sizes) + header_nbytes) + sum(aligned(size) for size in sizes)
 
 
 def canonical(container: Container, contract: type[Parsed]) -> Parsed:
