@@ -19,12 +19,14 @@ from torch import Tensor
 from fibkv import kernels
 from fibkv.bench_contenders import BASELINES, exact
 from fibkv.bench_forms import DenseForm
+from fibkv.bench_gpu_clock import Clock
 from fibkv.bench_gpu_forms import CodedLayer
 from fibkv.bench_gpu_result import GpuFigures, GpuResult, GpuRow
+from fibkv.bench_gpu_tune import tuned
 from fibkv.bench_result import ATTENTION_LIMIT, Checks
 from fibkv.bench_settings import GpuSettings
-from fibkv.kernels.runs import InPlace, Masking
-from fibkv.kernels.triton import Triton
+from fibkv.kernels.runs import InPlace
+from fibkv.kernels.triton import Triton, device_name
 from fibkv.machine import Conditions
 from fibkv.metrics import relative_error
 from fibkv.progress import ProgressCallback, StepCounter
@@ -50,12 +52,17 @@ def run_gpu(settings: GpuSettings, progress: ProgressCallback) -> GpuResult:
     triton = kernels.resolve("triton", device)
     assert isinstance(triton, Triton)
     conditions = Conditions.now(torch.get_num_threads())
-    step = StepCounter(progress, len(settings.sizes()))
-    clock = _Clock(device, settings.flushed_bytes)
+    clock = Clock(device, settings.flushed_bytes)
+    sizes = settings.sizes()
+    step = StepCounter(progress, len(sizes) + (len(settings.profiles) if settings.tune else 0))
+    if settings.tune:
+        tunings = tuned(settings, clock, step)
+        tunings.save()
+        triton = Triton(device.type, tunings)
     rows: list[GpuRow] = []
     first_calls: dict[str, float] = {}
     with torch.inference_mode():
-        for head_dim, batch, context in settings.sizes():
+        for head_dim, batch, context in sizes:
             step(f"head_dim {head_dim}, batch {batch}, {context} tokens")
             size = _Size(settings, triton, clock, head_dim, batch, context)
             rows += size.rows()
@@ -64,7 +71,8 @@ def run_gpu(settings: GpuSettings, progress: ProgressCallback) -> GpuResult:
     return GpuResult(
         settings=settings,
         conditions=conditions,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"{conditions.cpu}, interpreted",
+        device=device_name(device),
+        tunings=triton.tunings(device),
         first_calls=tuple(first_calls.items()),
         rows=tuple(rows),
         seconds=perf_counter() - started,
@@ -112,42 +120,11 @@ class _Contender:
         self.checks = Checks(error=relative_error(intact, self.expected), limit=ATTENTION_LIMIT, poison=outcome)
 
 
-class _Clock:
-    """Times calls on a device, with its caches flushed."""
-
-    def __init__(self, device: torch.device, flushed_bytes: int) -> None:
-        self.device = device
-        self._flush = torch.empty(flushed_bytes, dtype=torch.uint8, device=device)
-
-    def seconds(self, call: Callable[[], object]) -> float:
-        """Seconds of one call."""
-        self._flush.zero_()
-        if self.device.type != "cuda":
-            started = perf_counter()
-            call()
-            return perf_counter() - started
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) / 1e3
-
-    def captured(self, call: Callable[[], Tensor]) -> Callable[[], object] | None:
-        """The call as a CUDA graph, of which a replay launches everything at once; None on a CPU."""
-        if self.device.type != "cuda":
-            return None
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        return graph.replay
-
-
 class _Size:
     """All contenders at one size."""
 
     def __init__(
-        self, settings: GpuSettings, triton: InPlace, clock: _Clock, head_dim: int, batch: int, context: int
+        self, settings: GpuSettings, triton: InPlace, clock: Clock, head_dim: int, batch: int, context: int
     ) -> None:
         self._settings, self._triton, self._clock = settings, triton, clock
         self._head_dim, self._batch, self._context = head_dim, batch, context
@@ -201,21 +178,11 @@ class _Size:
             tokens_per_page=self._settings.tokens_per_page,
             generator=self._generator,
         )
-        plan = self._triton.plan([layer.run()])
-        nothing = self._normal(self._settings.kv_heads, 0)
-        scale = self._head_dim**-0.5
-
-        def call() -> Tensor:
-            masking = Masking(None, causal=True)
-            tail = (nothing, nothing, 0)
-            return self._triton.attend_plan(
-                self._query, plan, tail, masking, length=self._context, scale=scale, softcap=None
-            )[0]
-
+        call = layer.attention(self._triton, self._query)
         started = perf_counter()
         call()
         self.first_calls[profile] = perf_counter() - started
-        expected = exact(self._query.float(), *layer.decoded(), scale)
+        expected = exact(self._query.float(), *layer.decoded(), self._head_dim**-0.5)
         return _Contender(profile, "fibkv", layer.nbytes, layer.elements, call, expected, layer.damaged)
 
     def _row(

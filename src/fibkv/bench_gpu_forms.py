@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 from fibkv.codecs import Codec, codec_for
 from fibkv.codecs.base import Field
 from fibkv.codes import Codes
-from fibkv.kernels.runs import Run
+from fibkv.kernels.runs import InPlace, Masking, Run
+from fibkv.kernels.triton_sides import Side
 from fibkv.parameters import named_parameters
 
 # e4m3 has no infinity, and one code of each sign that is no number.
@@ -56,6 +57,11 @@ class CodedLayer:
         self.nbytes = sum(codes.nbytes for codes in self._codes)
         self.elements = 2 * batch * heads * context * head_dim
 
+    @property
+    def kind(self) -> str:
+        """What a tuning for these keys is kept for."""
+        return Side.of(self._codecs[0].tables).kind
+
     def run(self) -> Run:
         """The pages as kernels are told of them."""
         (key, value), (keys, values) = self._codecs, self._codes
@@ -70,6 +76,20 @@ class CodedLayer:
             value_tables=value.tables,
             values=[[_at(values, row, span) for span in range(spans)] for row in range(batch)],
         )
+
+    def attention(self, kernels: InPlace, query: Tensor) -> Callable[[], Tensor]:
+        """One decode step's attention of ``query [B, Hq, 1, d]`` on the layer, with its plan made."""
+        plan = kernels.plan([self.run()])
+        batch, spans, heads = self._codes[0].axes[:3]
+        context, dim = spans * self._tokens_per_page, query.shape[-1]
+        nothing = query.new_empty(batch, heads, 0, dim)
+        masking = Masking(None, causal=True)
+
+        def attend() -> Tensor:
+            tail = (nothing, nothing, 0)
+            return kernels.attend_plan(query, plan, tail, masking, length=context, scale=dim**-0.5, softcap=None)[0]
+
+        return attend
 
     def decoded(self) -> tuple[Tensor, Tensor]:
         """Keys and values ``[B, H, context, d]`` float32, decoded by the reference kernels."""

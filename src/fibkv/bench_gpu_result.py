@@ -7,6 +7,7 @@ from typing import Literal
 from fibkv.bench_result import Checks
 from fibkv.bench_settings import GpuSettings
 from fibkv.contract import Contract, Count, Total
+from fibkv.kernels.triton_tuning import Tunings
 from fibkv.machine import Conditions
 from fibkv.timing import Timing
 
@@ -66,6 +67,7 @@ class GpuResult(Contract):
         settings: what was asked for.
         conditions: machine, software, load.
         device: name of the device.
+        tunings: how attention was launched there.
         first_calls: seconds of the first call of each profile and head_dim, the compilation of its kernels included.
         rows: size by size, baselines first.
         seconds: duration of the run.
@@ -74,6 +76,7 @@ class GpuResult(Contract):
     settings: GpuSettings
     conditions: Conditions
     device: str
+    tunings: Tunings
     first_calls: tuple[tuple[str, float], ...]
     rows: tuple[GpuRow, ...]
     seconds: float

@@ -38,6 +38,7 @@ def gpu_notes(result: GpuResult) -> list[str]:
         f"Before each call {used.flushed_bytes / 2**20:.0f} MiB are written.",
         f"Checks: relative error to float64 attention on the dequantized values, at most {ATTENTION_LIMIT:.0%}; one "
         "page is damaged in memory and restored. A row that fails has no figures.",
+        "Launches: " + ("; ".join(f"{kind}: {tuning}" for kind, tuning in result.tunings.found) or "not tuned") + ".",
         f"First calls, compilation included: {compiled}.",
         *condition_notes(result.conditions, result.seconds),
     ]

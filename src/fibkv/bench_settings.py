@@ -88,6 +88,7 @@ class GpuSettings(Contract):
         tokens_per_page: tokens of a page.
         rounds: in each, every contender is called once.
         flushed_bytes: that are written before each call, so that no cache holds its operands.
+        tune: first find the launches that are fastest on this device, use them, and keep them for later processes.
         seed: of all random numbers.
     """
 
@@ -102,6 +103,7 @@ class GpuSettings(Contract):
     tokens_per_page: Count = 64
     rounds: Count = 20
     flushed_bytes: Count = 256 << 20
+    tune: bool = False
     seed: int = 0
 
     @model_validator(mode="after")

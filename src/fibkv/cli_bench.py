@@ -97,6 +97,9 @@ def gpu(
     contexts: Annotated[str | None, typer.Option(help="Cached tokens of each row, by comma.")] = None,
     profiles: Profiles = None,
     most_tokens: Annotated[int | None, typer.Option(min=1, help="Of all rows together.")] = None,
+    tune: Annotated[
+        bool | None, typer.Option("--tune", help="First find the fastest launches on this device, and keep them.")
+    ] = None,
     rounds: NumRounds = None,
     seed: Seed = None,
     quick: Annotated[
@@ -117,6 +120,7 @@ def gpu(
         contexts=None if contexts is None else _numbers(contexts),
         profiles=_names(profiles),
         most_tokens=most_tokens,
+        tune=tune,
         rounds=rounds,
         seed=seed,
     )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from fibkv import bench_gpu
+from fibkv import bench_gpu, bench_gpu_tune
 from fibkv.bench_contenders import BASELINES
 from fibkv.bench_gpu import COPY, run_gpu
+from fibkv.bench_gpu_clock import Clock
 from fibkv.bench_gpu_forms import CodedLayer
 from fibkv.bench_gpu_result import GpuResult
 from fibkv.bench_settings import QUICK_GPU, GpuSettings
@@ -18,6 +20,7 @@ from fibkv.cli import app
 from fibkv.codecs import codec_for
 from fibkv.errors import ContractError, KernelError
 from fibkv.kernels import triton
+from fibkv.kernels.triton_tuning import Tuning, load_tunings, tunings_path
 from fibkv.parameters import PARAMETER_NAMES, named_parameters
 from tests.bench.conftest import quiet
 
@@ -53,6 +56,43 @@ def test_a_wrong_output_has_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     result = run_gpu(SMALL.model_copy(update={"contexts": (16,), "profiles": ("int8",), "batches": (1,)}), quiet)
     assert not result.passed
     assert [row.name for row in result.rows if row.figures is not None] == [COPY]
+
+
+def test_tuning_keeps_the_fastest_launch_for_later_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, fast, impossible = Tuning(tokens=16), Tuning(tokens=32, programs=1), Tuning(tokens=64)
+    monkeypatch.setenv("FIBKV_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(bench_gpu_tune, "CANDIDATES", (slow, fast, impossible))
+    launched: list[Tuning] = []
+    attend = triton.Triton.attend_plan
+
+    def watched(self: triton.Triton, *args: Any, **kwargs: Any) -> Any:
+        launched.append(self.tunings(torch.device("cpu")).of("int81"))
+        if launched[-1] == impossible:
+            raise KernelError("out of shared memory")
+        return attend(self, *args, **kwargs)
+
+    monkeypatch.setattr(triton.Triton, "attend_plan", watched)
+    monkeypatch.setattr(Clock, "seconds", lambda self, call: 1.0 if (call(), launched[-1] == fast)[1] else 2.0)
+    load_tunings.cache_clear()
+    small = SMALL.model_copy(update={"profiles": ("int8",), "batches": (1,), "contexts": (16,), "tune": True})
+    result = run_gpu(small, quiet)
+    assert result.passed
+    assert result.tunings.found == (("int81", fast),)
+    assert set(launched) == {slow, fast, impossible}
+    assert launched[-1] == fast, "it is measured as it was tuned"
+    assert load_tunings("interpreter") == result.tunings
+    load_tunings.cache_clear()
+    tunings_path("interpreter").write_text("{}")
+    with pytest.raises(KernelError, match=r"expected tunings of interpreter: .*remove it, or tune again"):
+        load_tunings("interpreter")
+    load_tunings.cache_clear()
+
+
+def test_tunings_are_powers_of_two() -> None:
+    with pytest.raises(ContractError, match=r"Tuning\.tokens: expected a power of two from 16 upwards, got 24"):
+        Tuning(tokens=24)
+    with pytest.raises(ContractError, match=r"Tuning\.warps: expected a power of two from 1 upwards, got 3"):
+        Tuning(warps=3)
 
 
 @pytest.mark.parametrize("name", PARAMETER_NAMES)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from fibkv.codes import Codes
 from fibkv.errors import KernelError
 from fibkv.kernels.runs import Masking, Run, attend_part
+from fibkv.kernels.triton_tuning import Tunings, load_tunings
 from fibkv.tables import Tables
 
 if TYPE_CHECKING:
@@ -40,6 +42,12 @@ def _interpreted() -> bool:
     return triton_load.INTERPRETED
 
 
+@cache
+def device_name(device: torch.device) -> str:
+    """The name that tunings of a device are kept under."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+
+
 def _current(device: torch.device) -> AbstractContextManager[object]:
     """Makes a device the one that Triton launches on: the current one, wherever the tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
@@ -48,14 +56,23 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
 class Triton:
     """Triton kernels on devices of one type."""
 
-    def __init__(self, device_type: str) -> None:
-        """Raises KernelError where `why_not` does not say "yes"."""
+    def __init__(self, device_type: str, tunings: Tunings | None = None) -> None:
+        """By default launches are as they were found fastest on each device (`fibkv bench gpu --tune`).
+
+        Raises:
+            KernelError: where `why_not` does not say "yes".
+        """
         reason = why_not(device_type)
         if reason != "yes":
             raise KernelError(f"triton kernels: {reason}")
         from fibkv.kernels import triton_codes, triton_plan, triton_step  # noqa: PLC0415 - these import triton
 
+        self._tunings = tunings
         self._codes, self._plan, self._step = triton_codes, triton_plan, triton_step
+
+    def tunings(self, device: torch.device) -> Tunings:
+        """How attention is launched on a device."""
+        return self._tunings or load_tunings(device_name(device))
 
     def encode(self, rows: Tensor, tables: Tables) -> Codes:
         """Encodes ``rows [..., T, d]``; see `fibkv.kernels.reference.encode`."""
@@ -89,7 +106,7 @@ class Triton:
         """Attention on everything that a layer holds; see `fibkv.kernels.runs.InPlace`.
 
         Raises:
-            KernelError: queries and pages on several devices.
+            KernelError: queries and pages on several devices, or a tuning that the device has no room for.
         """
         keys, values, tokens = tail
         batch, query_heads, queries, dim = query.shape
@@ -99,7 +116,8 @@ class Triton:
         # float32 means float32, also inside an autocast region.
         with _current(query.device), torch.autocast(query.device.type, enabled=False):
             grouped = query.detach().to(torch.float32).reshape(batch, keys.shape[1], -1, dim)
-            step = self._step.Step(grouped, queries, length - queries, masking, scale, softcap)
+            tunings = self.tunings(query.device)
+            step = self._step.Step(grouped, queries, length - queries, masking, scale, softcap, tunings)
             out, lse = step.attend(groups)
         return out.view(batch, query_heads, queries, -1), lse.view(batch, query_heads, queries)
 

@@ -58,6 +58,11 @@ class Side(NamedTuple):
     rotated_channels: bool = False
     group: int = 0
 
+    @property
+    def kind(self) -> str:
+        """What a tuning is kept for."""
+        return f"{self.form}{self.block}"
+
     @classmethod
     def of(cls, tables: Tables) -> Side:
         """The side of a codec."""

@@ -9,6 +9,7 @@ from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from fibkv.errors import KernelError
 from fibkv.kernels.runs import Masking
@@ -16,13 +17,12 @@ from fibkv.kernels.triton_attend import attend_splits, merge_splits
 from fibkv.kernels.triton_load import INTERPRETED
 from fibkv.kernels.triton_plan import Group
 from fibkv.kernels.triton_sides import on_device, power_of_two
+from fibkv.kernels.triton_tuning import Tuning, Tunings
 from fibkv.rotation import Rotation
 from fibkv.space import KeySpace
 
-# What a matrix unit takes at least, and what a program takes at most, of rows of queries and of tokens.
+# What a matrix unit takes at least, and rows of queries that a program takes at most.
 LEAST, MOST = 16, 64
-# Programs per multiprocessor among which the context is split.
-PROGRAMS = 4
 # Splits that a program of the merge reads at a time.
 SLOTS = 16
 
@@ -38,6 +38,7 @@ class Step:
         masking: which keys a query sees.
         scale: of the logits.
         softcap: of the logits, or None.
+        tunings: of the device.
     """
 
     query: Tensor
@@ -46,6 +47,7 @@ class Step:
     masking: Masking
     scale: float
     softcap: float | None
+    tunings: Tunings
 
     def attend(self, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
         """``out [B, H, G * Q, d_value]`` and ``lse [B, H, G * Q]``, float32.
@@ -70,15 +72,20 @@ class Step:
 
     def _splits(self, group: Group) -> tuple[int, int]:
         """(splits, tiles of each) of a group."""
-        tiles = group.spans * _ceil(group.tokens, _tile(group))
+        tuning = self._tuning(group)
+        tiles = group.spans * _ceil(group.tokens, _tile(group, tuning))
         programs: int = self._programs(group) * (group.rows[1] - group.rows[0])
-        wanted = max(1, PROGRAMS * _multiprocessors(self.query.device) // programs)
+        wanted = max(1, tuning.programs * _multiprocessors(self.query.device) // programs)
         each = _ceil(tiles, min(wanted, tiles))
         return _ceil(tiles, each), each
 
     def _programs(self, group: Group) -> int:
         """Programs of one row and split."""
         return (group.heads[1] - group.heads[0]) * _ceil(self.query.shape[2], self._block())
+
+    def _tuning(self, group: Group) -> Tuning:
+        key, _ = group.sides
+        return self.tunings.of(key.kind)
 
     def _block(self) -> int:
         return min(MOST, max(LEAST, power_of_two(self.query.shape[2])))
@@ -92,46 +99,52 @@ class Step:
         mask, strides = self._mask()
         rows, heads = query.shape[:2]
         nothing = lses
-        attend_splits[(count, self._programs(group), group.rows[1] - group.rows[0])](
-            query,
-            nothing if bias is None else bias,
-            nothing if group.addresses is None else group.addresses,
-            nothing if group.aligned else group.held[0].view(torch.uint8),
-            nothing if group.aligned else group.held[1].view(torch.uint8),
-            key_tables.halves,
-            nothing if key_tables.rotation is None else key_tables.rotation,
-            value_tables.halves,
-            nothing if value_tables.rotation is None else value_tables.rotation,
-            nothing if mask is None else mask,
-            outs,
-            lses,
-            group.rows[0],
-            group.heads[0],
-            group.heads[1] - group.heads[0],
-            rows,
-            heads,
-            query.shape[2],
-            self.length,
-            group.start,
-            group.spans,
-            group.tokens,
-            group.capacity,
-            tiles,
-            slot,
-            self.past,
-            *strides,
-            self.scale,
-            self.softcap or 0.0,
-            KEY=key,
-            VALUE=value,
-            PAGED=group.aligned,
-            BIASED=bias is not None,
-            MASK=self._kind(group),
-            SOFTCAP=self.softcap is not None,
-            QUERIES=self._block(),
-            TOKENS=_tile(group),
-            enable_fp_fusion=True,
-        )
+        tuning = self._tuning(group)
+        try:
+            attend_splits[(count, self._programs(group), group.rows[1] - group.rows[0])](
+                query,
+                nothing if bias is None else bias,
+                nothing if group.addresses is None else group.addresses,
+                nothing if group.aligned else group.held[0].view(torch.uint8),
+                nothing if group.aligned else group.held[1].view(torch.uint8),
+                key_tables.halves,
+                nothing if key_tables.rotation is None else key_tables.rotation,
+                value_tables.halves,
+                nothing if value_tables.rotation is None else value_tables.rotation,
+                nothing if mask is None else mask,
+                outs,
+                lses,
+                group.rows[0],
+                group.heads[0],
+                group.heads[1] - group.heads[0],
+                rows,
+                heads,
+                query.shape[2],
+                self.length,
+                group.start,
+                group.spans,
+                group.tokens,
+                group.capacity,
+                tiles,
+                slot,
+                self.past,
+                *strides,
+                self.scale,
+                self.softcap or 0.0,
+                KEY=key,
+                VALUE=value,
+                PAGED=group.aligned,
+                BIASED=bias is not None,
+                MASK=self._kind(group),
+                SOFTCAP=self.softcap is not None,
+                QUERIES=self._block(),
+                TOKENS=_tile(group, tuning),
+                num_warps=tuning.warps,
+                num_stages=tuning.stages,
+                enable_fp_fusion=True,
+            )
+        except OutOfResources as error:
+            raise KernelError(f"triton kernels: {error}, at {tuning}") from error
 
     def _kind(self, group: Group) -> str:
         if self.masking.mask is not None:
@@ -210,9 +223,9 @@ def _spaces(groups: Sequence[Group]) -> Iterable[tuple[int, int]]:
         first = stop
 
 
-def _tile(group: Group) -> int:
+def _tile(group: Group, tuning: Tuning) -> int:
     """Tokens that a program multiplies at a time. Of the capacity, so that a growing tail makes no new kernel."""
-    return min(MOST, max(LEAST, power_of_two(group.capacity)))
+    return min(tuning.tokens, max(LEAST, power_of_two(group.capacity)))
 
 
 @lru_cache(maxsize=64)
