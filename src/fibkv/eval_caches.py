@@ -44,6 +44,11 @@ WHOLE_BITS = (4, 3, 2)
 DEFAULT_BITS = (4, 3.5, 3, 2.5, 2)
 """What ``bits=`` gives, the recipes."""
 
+TRELLIS_RECIPES: tuple[tuple[str, tuple[str, str]], ...] = tuple(
+    (f"trellis bits={bits}", (f"trelliskey{bits}", f"trellis{bits}")) for bits in WHOLE_BITS
+)
+"""The recipes on trellis codes: for whoever has time to encode."""
+
 SIMULATED: tuple[tuple[str, str, Quantizer], ...] = (
     ("kivi4", "KIVI-4 g32", Kivi(4)),
     ("kivi3", "KIVI-3 g32", Kivi(3)),
@@ -144,6 +149,7 @@ def fibkv_variant(name: str, title: str, protected: ProtectedRegions, **options:
 
 def _fibkv_variants(protected: ProtectedRegions) -> list[EvalVariant]:
     recipes = [fibkv_variant(f"bits{bits}", f"fibkv bits={bits}", protected, bits=bits) for bits in DEFAULT_BITS]
+    recipes += [fibkv_variant(pair[0], title, protected, profile=pair) for title, pair in TRELLIS_RECIPES]
     return [*recipes, *(fibkv_variant(name, title, protected, profile=name) for name, title in PROFILES)]
 
 

@@ -282,8 +282,15 @@ FIB_SETTINGS: Mapping[str, tuple[int, int]] = {
 code of ``fib``, for keys centered, and at 3 and 4 bits with a scale search.
 """
 
-TRELLIS_SETTINGS: Mapping[str, Literal[2, 3, 4]] = {"trellis4": 4, "trellis3": 3, "trellis2": 2}
-"""Bits per coordinate by name."""
+TRELLIS_SETTINGS: Mapping[str, Literal[2, 3, 4]] = {
+    "trellis4": 4,
+    "trellis3": 3,
+    "trellis2": 2,
+    "trelliskey4": 4,
+    "trelliskey3": 3,
+    "trelliskey2": 2,
+}
+"""Bits per coordinate by name; ``trelliskey`` is centered."""
 
 AFFINE_SETTINGS: Mapping[str, Literal[2, 3, 4]] = {"affine4": 4, "affine3": 3, "affine2": 2}
 """The same of KIVI's code."""
@@ -313,7 +320,7 @@ def named_parameters(name: str, head_dim: int, dtype: Dtype) -> CodecParameters:
     if name in AFFINE_SETTINGS:
         return AffineParameters(head_dim=head_dim, bits=AFFINE_SETTINGS[name])
     if name in TRELLIS_SETTINGS:
-        return TrellisParameters.of(head_dim, TRELLIS_SETTINGS[name])
+        return TrellisParameters.of(head_dim, TRELLIS_SETTINGS[name], centered=name.startswith("trelliskey"))
     if name not in FIB_SETTINGS:
         raise ContractError("parameters name", f"one of {', '.join(PARAMETER_NAMES)}", name)
     block_dim, size = FIB_SETTINGS[name]

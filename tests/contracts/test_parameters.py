@@ -155,6 +155,9 @@ def test_training_refusals(fields: dict[str, object], message: str) -> None:
         ("trellis4", TrellisParameters.of(128, 4)),
         ("trellis3", TrellisParameters.of(128, 3)),
         ("trellis2", TrellisParameters.of(128, 2)),
+        ("trelliskey4", TrellisParameters.of(128, 4, centered=True)),
+        ("trelliskey3", TrellisParameters.of(128, 3, centered=True)),
+        ("trelliskey2", TrellisParameters.of(128, 2, centered=True)),
     ],
 )
 def test_named_settings(name: str, expected: CodecParameters) -> None:
@@ -166,7 +169,7 @@ def test_named_settings(name: str, expected: CodecParameters) -> None:
 
 def test_every_known_name_is_served() -> None:
     digests = {named_parameters(name, 64, "f16").digest() for name in PARAMETER_NAMES}
-    assert len(digests) == len(PARAMETER_NAMES) == 22
+    assert len(digests) == len(PARAMETER_NAMES) == 25
 
 
 def test_unknown_name_is_refused_with_the_known_ones() -> None:

@@ -277,6 +277,11 @@ class TestSettings:
         # Two codebooks, and one rotation of 32 x 32.
         assert both.report().tables_nbytes == 4 * (256 * 2 + 256 * 4 + 32 * 32)
 
+    def test_centered_and_plain_trellis_share_their_tables(self) -> None:
+        reports = [filled(profile=profile)[1].report() for profile in ("trellis2", ("trelliskey2", "trellis2"))]
+        assert reports[0].tables_nbytes == reports[1].tables_nbytes > 0
+        assert "keys trelliskey2, values trellis2" in reports[1].layers[0].reason
+
     def test_models_that_cannot_be_served_are_refused(self) -> None:
         with pytest.raises(ModelError, match="expected a model of transformers or its configuration, got str"):
             fibkv.Cache("gpt2")

@@ -5,6 +5,11 @@ path of all of them together.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Literal
+
+from torch import Tensor
+
 from fibkv import trellis
 from fibkv.codecs.fib import FibCodec
 from fibkv.errors import ContractError
@@ -21,6 +26,13 @@ OVERLAPS = {"full": 64, "fast": 8}
 SCALES = (0.96, 1.0, 1.04)
 
 
+@lru_cache(maxsize=32)
+def _tables(bits: Literal[2, 3, 4], head_dim: int, overlap: int) -> tuple[Trellis, Tensor]:
+    """What codecs of one code and dimension share, centered or not: memory counts it once."""
+    paths = Trellis.of(trellis.load(bits), head_dim, overlap)
+    return paths, paths.codewords
+
+
 class TrellisCodec(FibCodec):
     """A trellis code: layout and checks are those of FibQuant, a code of one bit width and no codebook to build."""
 
@@ -31,10 +43,10 @@ class TrellisCodec(FibCodec):
                 "TrellisParameters.code_version", f"{CODE_VERSION} of the code", parameters.code_version
             )
         code = trellis.load(parameters.bits)
-        paths = Trellis.of(code, parameters.head_dim, OVERLAPS[parameters.path_search])
+        paths, codewords = _tables(parameters.bits, parameters.head_dim, OVERLAPS[parameters.path_search])
         turn = rotation(parameters.rotation, parameters.head_dim, parameters.rotation_seed)
         self.tables = FibTables(
-            codewords=paths.codewords,
+            codewords=codewords,
             rotation=turn,
             head_dim=parameters.head_dim,
             bits=parameters.bits,
