@@ -74,7 +74,7 @@ def _fill(cache: Cache, loader: PrefixLoader, root: Root, device: torch.device) 
         if prefix.length and [state.layer for state in prefix.states] != list(stateful):
             raise ModelError(f"expected states of layers {list(stateful)}")
         for state in prefix.states:
-            put_state(stateful[state.layer], state, device)
+            put_state(stateful[state.layer], state, prefix.length, device)
     except (FibkvError, KeyError) as error:
         loader.failures.append(f"stored by other profiles or layers: {error}")
         return 0

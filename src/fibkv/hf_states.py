@@ -44,21 +44,29 @@ def take_state(index: int, layer: Any) -> LayerState:
     return LayerState(index, type(layer).__name__, numbers, tensors)
 
 
-def put_state(layer: Any, state: LayerState, device: torch.device) -> None:
-    """Gives an empty layer what `take_state` took from another one.
+def put_state(layer: Any, state: LayerState, length: int, device: torch.device) -> None:
+    """Gives an empty layer what `take_state` took from another one after ``length`` tokens.
 
     Raises:
-        ModelError: it was another kind of layer.
+        ModelError: it was another kind of layer, of other rows or tokens.
     """
     if not has_state(layer) or type(layer).__name__ != state.kind:
         raise ModelError(
             f"layer {state.layer}: expected the state of a {type(layer).__name__}, got that of {state.kind}"
         )
     tensors = {name: tensor.to(device) for name, tensor in state.tensors.items()}
-    if "keys" in tensors:
+    if any(tensor.shape[:1] != (1,) for tensor in tensors.values()):
+        raise ModelError(f"layer {state.layer}: expected states of one row, got {state.form()}")
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        window = min(length, layer.sliding_window - 1)
+        held = [tuple(tensors[name].shape[2:3]) for name in ("keys", "values") if name in tensors]
+        if state.numbers.get("cumulative_length") != length or held != [(window,)] * 2:
+            raise ModelError(
+                f"layer {state.layer}: expected a window of {window} of {length} tokens, got {state.form()}"
+            )
         layer.lazy_initialization(tensors["keys"], tensors["values"])
         layer.keys, layer.values = tensors["keys"], tensors["values"]
-        layer.cumulative_length = state.numbers["cumulative_length"]
+        layer.cumulative_length = length
     for index in range(getattr(layer, "number_of_states", 0)):
         for name in ("conv_states", "recurrent_states"):
             if (tensor := tensors.get(f"{name}.{index}")) is not None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from transformers import AutoConfig, MistralConfig, MistralForCausalLM, PreTrain
 
 import fibkv
 from fibkv import embedded
+from fibkv.container import Container, pack
+from fibkv.digest import canonical_json
 from fibkv.errors import ContractError, ModelError
 from fibkv.hf_identity import identify, weights_digest
 from fibkv.policy import Policy
@@ -203,6 +207,33 @@ def test_states_are_taken_up_where_they_were_saved_and_nowhere_else(name: str) -
     assert restored.get_seq_length() == 0
     assert "truncated" in restored.restored.failures[0]
     assert torch.equal(logits(model, ids, restored), logits(model, ids, fibkv.Cache(model, tokens_per_page=16)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.update(kind="LinearAttentionLayer"),
+        lambda state: state.update(numbers=[["cumulative_length", 99]]),
+        lambda state: state.update(numbers=[]),
+        lambda state: state["tensors"][0]["shape"].__setitem__(0, 2) or state["tensors"][0]["shape"].__setitem__(1, 1),
+        lambda state: state["tensors"][0].update(name="other"),
+        lambda state: state.update(layer=1),
+        lambda state: state.update(layer=7),
+    ],
+)
+def test_states_of_other_layers_or_tokens_are_a_miss(change: Callable[[dict], object]) -> None:
+    model, ids = tiny("GptOss"), torch.randint(2, 199, (1, 60), generator=torch.Generator().manual_seed(1))
+    store = MemoryStore()
+    filled(model, ids[:, :50], tokens_per_page=16).save(store, ids[:, :50], name="x")
+    (entry,) = store.list("ends")
+    container = Container.parse(store.get(entry.key) or b"")
+    fields = json.loads(container.header)
+    change(fields["states"][0])
+    store.put(entry.key, pack("end", canonical_json(fields).encode(), container.sections))
+    cache = fibkv.restore(model, ids, store, name="x", tokens_per_page=16)
+    assert cache.restored is not None
+    assert (cache.restored.tokens, len(cache.restored.failures)) == (0, 1)
+    assert torch.equal(logits(model, ids, cache), logits(model, ids, fibkv.Cache(model, tokens_per_page=16)))
 
 
 def test_a_pool_without_room_is_not_filled(model: PreTrainedModel, ids: Tensor) -> None:
