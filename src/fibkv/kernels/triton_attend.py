@@ -100,7 +100,8 @@ def _logits(
         query = query * _load_channels(entry, head, SIDE)[None, :]
         if SIDE.rotated_channels:
             query = tl.dot(query, tl.trans(_load_rotation(rotation, SIDE)), input_precision="ieee")
-    logits = _product(query, tl.trans(directions), SIDE.operand)
+    operand: tl.constexpr = SIDE.operand
+    logits = _product(query, tl.trans(directions), operand)
     if SIDE.norm != "none":
         logits *= norms[None, :]
     if SIDE.centered:
@@ -126,7 +127,8 @@ def _mix(
     shares = weights
     if SIDE.norm != "none":
         shares = weights * norms[None, :]
-    sums = _product(shares, directions, SIDE.operand)
+    operand: tl.constexpr = SIDE.operand
+    sums = _product(shares, directions, operand)
     if SIDE.centered:
         sums += tl.sum(weights, 1)[:, None] * _load_means(entry, head, SIDE)[None, :]
     if SIDE.channels:
@@ -253,7 +255,8 @@ def attend_splits(
 
     peak = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
-    sums = tl.zeros([QUERIES, VALUE.width], tl.float32)
+    value_width: tl.constexpr = VALUE.width
+    sums = tl.zeros([QUERIES, value_width], tl.float32)
     tiles_of_span = tl.cdiv(tokens, TOKENS)
     first_tile = tl.program_id(0) * tiles
     tail = row.to(tl.int64) * run_heads * capacity

@@ -3,7 +3,8 @@
 Everything is widened right after it was loaded, by integer arithmetic where the type is not float16 or float32: no
 kernel computes in bfloat16 or e4m3, which older devices lack and Triton's interpreter gets wrong.
 
-A ``SIDE`` (`fibkv.kernels.triton_sides.Side`) says how vectors lie. Letters as everywhere: ``T`` tokens, ``D`` head_dim
+A ``SIDE`` (`fibkv.kernels.triton_sides.Side`) says how vectors lie; what is handed on of it is named first, since
+Triton before 3.8 takes a field for a constant only by its name. Letters as everywhere: ``T`` tokens, ``D`` head_dim
 rounded up to a power of two.
 """
 
@@ -96,8 +97,10 @@ def load_directions(start, grids, codewords, vectors, groups, mask, SIDE: tl.con
         mask: ``[T]``; vectors outside it are 0, and so are coordinates from ``d`` upwards.
         SIDE: how they lie.
     """
-    axis = tl.arange(0, SIDE.width)
-    if SIDE.form == "fib":
+    width: tl.constexpr = SIDE.width
+    form: tl.constexpr = SIDE.form
+    axis = tl.arange(0, width)
+    if form == "fib":
         k: tl.constexpr = SIDE.block
         if k & (k - 1):
             # Codewords of an odd length straddle lanes: every coordinate looks its own up.
@@ -105,7 +108,7 @@ def load_directions(start, grids, codewords, vectors, groups, mask, SIDE: tl.con
             indices = load_indices(start, vectors[:, None], (axis // k)[None, :], inside, SIDE)
             directions = tl.load(codewords + indices * k + (axis % k)[None, :], inside, other=0.0)
         else:
-            block = tl.arange(0, SIDE.width // k)
+            block = tl.arange(0, width // k)
             inside = mask[:, None] & (block < SIDE.dim // k)[None, :]
             indices = load_indices(start, vectors[:, None], block[None, :], inside, SIDE)
             if (k == 2 or k == 4) and SIDE.window <= 8 and codewords.dtype.element_ty == tl.float16:  # noqa: PLR1714
@@ -114,8 +117,8 @@ def load_directions(start, grids, codewords, vectors, groups, mask, SIDE: tl.con
                 # One load per codeword: its coordinates lie side by side.
                 entries = codewords + indices[:, :, None] * k + tl.arange(0, k)[None, None, :]
                 found = tl.load(entries, inside[:, :, None], other=0.0)
-            directions = tl.reshape(found, [vectors.shape[0], SIDE.width])
-    elif SIDE.form == "affine":
+            directions = tl.reshape(found, [vectors.shape[0], width])
+    elif form == "affine":
         inside = mask[:, None] & (axis < SIDE.dim)[None, :]
         if SIDE.group:
             places = vectors[:, None] * ((SIDE.dim + SIDE.group - 1) // SIDE.group) + (axis // SIDE.group)[None, :]
@@ -129,10 +132,10 @@ def load_directions(start, grids, codewords, vectors, groups, mask, SIDE: tl.con
     else:
         inside = mask[:, None] & (axis < SIDE.dim)[None, :]
         offsets = vectors[:, None] * SIDE.dim + axis[None, :]
-        if SIDE.form == "int8" or SIDE.form == "fp8":  # noqa: PLR1714 - Triton knows no `in`
-            directions = load_eights(start, offsets, inside, SIDE.form)
+        if form == "int8" or form == "fp8":  # noqa: PLR1714 - Triton knows no `in`
+            directions = load_eights(start, offsets, inside, form)
         else:
-            directions = load_floats(start, offsets, inside, SIDE.form)
+            directions = load_floats(start, offsets, inside, form)
     return directions
 
 
@@ -157,7 +160,8 @@ def load_norms(norms, ranges, vectors, groups, mask, SIDE: tl.constexpr):
         step = tl.load(pairs + 1, mask, other=0.0).to(tl.float32)
         values = tl.where(codes > 0.0, tl.exp2(low + (codes - 1.0) * step), 0.0)
     else:
-        values = load_floats(norms, vectors, mask, SIDE.norm)
+        form: tl.constexpr = SIDE.norm
+        values = load_floats(norms, vectors, mask, form)
     return values
 
 
