@@ -52,7 +52,7 @@ def test_demo_on_the_embedded_model(tmp_path: Path) -> None:
     shown = run("demo", *options)
     assert shown.returncode == 0, shown.stderr
     assert max(map(len, shown.stdout.splitlines())) <= 80
-    for title in ("dense", "raw bf16", "int8", "fp8 e4m3", "4-bit FibQuant", "2-bit FibQuant"):
+    for title in ("dense", "raw bf16", "int8", "fp8 e4m3", "4 bits (default)", "3 bits", "2 bits"):
         assert title in shown.stdout
     assert "Loading weights" not in shown.stdout
     result = json.loads(figures.read_text())

@@ -34,18 +34,14 @@ from fibkv.threads import torch_threads
 def standard_variants() -> tuple[CacheVariant, ...]:
     """The caches that the demonstration compares with dense, from the largest to the smallest."""
     return tuple(
-        CacheVariant(
-            name=profile,
-            title=title,
-            make_cache=partial(Cache, profile=profile, raw_dtype="bf16"),
-            attention=attention,
-        )
-        for profile, title in (
-            ("raw", "raw bf16"),
-            ("int8", "int8"),
-            ("fp8", "fp8 e4m3"),
-            ("fib4", "4-bit FibQuant"),
-            ("fib2", "2-bit FibQuant"),
+        CacheVariant(name=name, title=title, make_cache=partial(Cache, raw_dtype="bf16", **chosen), attention=attention)
+        for name, title, chosen in (
+            ("raw", "raw bf16", {"profile": "raw"}),
+            ("int8", "int8", {"bits": 8}),
+            ("fp8", "fp8 e4m3", {"profile": "fp8"}),
+            ("bits4", "4 bits (default)", {"bits": 4}),
+            ("bits3", "3 bits", {"bits": 3}),
+            ("bits2", "2 bits", {"bits": 2}),
         )
     )
 

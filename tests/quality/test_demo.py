@@ -134,10 +134,12 @@ def test_threads_are_set_for_the_run_only(loaded: tuple[Any, Any], text: str) ->
 def test_standard_variants_pass_on_their_pages(loaded: tuple[Any, Any], text: str) -> None:
     result = _run(loaded, text, standard_variants())
     assert result.passed
-    assert [row.name for row in result.variants] == ["raw", "int8", "fp8", "fib4", "fib2"]
+    assert [row.name for row in result.variants] == ["raw", "int8", "fp8", "bits4", "bits3", "bits2"]
     kl = [row.quality.kl_mean for row in result.variants]
-    assert kl[0] < kl[1] < kl[3] < kl[4]
-    assert all(row.bits_per_element > nominal for row, nominal in zip(result.variants, (16, 8, 8, 4, 2), strict=True))
+    assert kl[0] < kl[1] < kl[3] < kl[4] < kl[5]
+    assert all(
+        row.bits_per_element > nominal for row, nominal in zip(result.variants, (16, 8, 8, 4, 3, 2), strict=True)
+    )
     assert [row.nbytes for row in result.variants] == sorted((row.nbytes for row in result.variants), reverse=True)
 
 
