@@ -87,7 +87,7 @@ def test_demo_on_a_model_directory() -> None:
     options = ("--windows", "1", "--prompts", "1", "--window-tokens", "256")
     shown = run("demo", "--model", str(model), "--text", str(model / "heldout.txt"), *options)
     assert shown.returncode == 0, shown.stderr
-    assert "2-bit FibQuant" in shown.stdout
+    assert "2 bits" in shown.stdout
     assert "M parameters, bfloat16" in " ".join(shown.stdout.split())
 
 
