@@ -24,7 +24,7 @@ inline void add_products(__m512i& sums, __m512i unsigned_bytes, const int32_t& f
 }
 
 // Queries of a side, quantized to bytes: for each block of at most eight queries
-//   float step[8]; int32 start[8]; int32 bytes[planes][code_bytes / 4][queries of the block]
+//   float step[8]; int32 start[8]; int32 bytes[planes][units / 4][queries of the block]
 // A query is step * bytes, and `start` undoes the 128 that the unsigned keys are raised by.
 // int8 keys are met by two bytes of the query, high and low, as two planes.
 struct Prepared {
@@ -37,7 +37,7 @@ int query_planes(const Side& side) { return side.form == Form::int8 ? 2 : side.p
 
 size_t block_bytes(const Side& side) {
   return kMostQueries * (sizeof(float) + 2 * sizeof(int32_t) +
-                         static_cast<size_t>(query_planes(side)) * side.code_bytes);
+                         static_cast<size_t>(query_planes(side)) * side.units());
 }
 
 Prepared block_at(const Side& side, const uint8_t* prepared, int index) {
@@ -54,11 +54,11 @@ float largest_magnitude(const float* row, int width) {
 
 // Puts the bytes of a query where the products of plane `plane` read them; returns their sum.
 int put_plane(const Prepared& block, const Side& side, int n, int q, int plane, const int8_t* numbers, int stride) {
-  int8_t* to = reinterpret_cast<int8_t*>(block.bytes + static_cast<size_t>(plane) * (side.code_bytes / 4) * n + q);
+  int8_t* to = reinterpret_cast<int8_t*>(block.bytes + static_cast<size_t>(plane) * (side.units() / 4) * n + q);
   int sum = 0;
-  for (int byte = 0; byte < side.code_bytes; byte += 4, to += 4 * n) {
+  for (int unit = 0; unit < side.units(); unit += 4, to += 4 * n) {
     for (int i = 0; i < 4; ++i) {
-      to[i] = numbers[(byte + i) * stride];
+      to[i] = numbers[(unit + i) * stride];
       sum += to[i];
     }
   }
@@ -103,7 +103,8 @@ template <typename Tables, int n>
 void score_pair(const Side& side, const uint8_t* codes, int groups, int pair, const Prepared& block, __m512i* sums,
                 const uint8_t* ahead) {
   Tables tables(side, pair, int8_t(-128));
-  const int steps = side.code_bytes / 4;
+  constexpr int unit = Tables::unit;
+  const int steps = side.units() / 4;
   const int32_t* queries = block.bytes + static_cast<size_t>(2 * pair) * steps * n;
   for (int group = 0; group < groups; ++group) {
     // One chain of sums per plane: a product takes five cycles.
@@ -113,13 +114,18 @@ void score_pair(const Side& side, const uint8_t* codes, int groups, int pair, co
       odd[q] = _mm512_setzero_si512();
     }
     // The code is a ring: before its first bytes are its last.
-    __m512i last = _mm512_loadu_si512(codes + (static_cast<size_t>(group) * steps + steps - 1) * 64);
+    const size_t first = static_cast<size_t>(group) * unit * steps;
+    __m512i last = _mm512_loadu_si512(codes + (first + unit * steps - 1) * 64);
     for (int j = 0; j < steps; ++j) {
-      const size_t at = (static_cast<size_t>(group) * steps + j) * 64;
-      if (pair == 0) _mm_prefetch(ahead + at, _MM_HINT_T1);
-      const __m512i bytes = _mm512_loadu_si512(codes + at);
-      tables.look_up(bytes, _mm512_shldi_epi32(bytes, last, 8));
-      last = bytes;
+      __m512i bytes[unit];
+#pragma GCC unroll 3
+      for (int i = 0; i < unit; ++i) {
+        const size_t at = (first + i * steps + j) * 64;
+        if (pair == 0) _mm_prefetch(ahead + at, _MM_HINT_T1);
+        bytes[i] = _mm512_loadu_si512(codes + at);
+      }
+      tables.look_up(bytes, _mm512_shldi_epi32(bytes[unit - 1], last, 8));
+      last = bytes[unit - 1];
       add_products<n>(even, tables.x, queries + j * n);
       add_products<n>(odd, tables.y, queries + (steps + j) * n);
     }
@@ -227,16 +233,22 @@ template <typename Tables, int n>
 void mix_pair(const Side& side, const uint8_t* codes, size_t pitch, int quads, int pair, const Weights& weights,
               float* out, int width, const uint8_t* ahead) {
   Tables tables(side, pair, 0);
-  const int slices = side.code_bytes / kValueSlice;
+  constexpr int unit = Tables::unit;
+  const int slices = side.units() / kValueSlice;
   for (int slice = 0; slice < slices; ++slice) {
-    const uint8_t* previous = codes + (slice ? slice - 1 : slices - 1) * pitch;
+    const uint8_t* previous = codes + ((unit - 1) * slices + (slice ? slice - 1 : slices - 1)) * pitch;
     __m512i first[n], second[n];
     for (int q = 0; q < n; ++q) first[q] = second[q] = _mm512_setzero_si512();
     for (int quad = 0; quad < quads; ++quad) {
-      if (pair == 0) _mm_prefetch(ahead + (slice * quads + quad) * 64, _MM_HINT_T1);
-      const __m512i bytes = _mm512_loadu_si512(codes + slice * pitch + static_cast<size_t>(quad) * 64);
+      __m512i bytes[unit];
+#pragma GCC unroll 3
+      for (int i = 0; i < unit; ++i) {
+        const int part = i * slices + slice;
+        if (pair == 0) _mm_prefetch(ahead + (part * quads + quad) * 64, _MM_HINT_T1);
+        bytes[i] = _mm512_loadu_si512(codes + part * pitch + static_cast<size_t>(quad) * 64);
+      }
       const __m512i last = _mm512_loadu_si512(previous + static_cast<size_t>(quad) * 64);
-      tables.look_up(bytes, _mm512_alignr_epi32(bytes, last, 15));
+      tables.look_up(bytes, _mm512_alignr_epi32(bytes[unit - 1], last, 15));
       for (int q = 0; q < n; ++q) {
         const __m512i weight = four_weights(weights.low[q] + 4 * quad);
         add_products(first[q], weight, tables.x);
@@ -244,9 +256,9 @@ void mix_pair(const Side& side, const uint8_t* codes, size_t pitch, int quads, i
       }
     }
     for (int q = 0; q < n; ++q) {
-      float* row = out + q * width + 2 * pair * side.code_bytes + slice * kValueSlice;
+      float* row = out + q * width + 2 * pair * side.units() + slice * kValueSlice;
       add_scaled(row, first[q], weights.step[q] * side.plane_step);
-      add_scaled(row + side.code_bytes, second[q], weights.step[q] * side.plane_step);
+      add_scaled(row + side.units(), second[q], weights.step[q] * side.plane_step);
     }
   }
 }

@@ -76,14 +76,21 @@ const uint8_t* code_row(const Side& side, const Span& span, int token, uint8_t* 
     case Order::key_tiles: {
       const uint8_t* from = span.codes + static_cast<size_t>(token / kTokenTile) * bytes * kTokenTile +
                             static_cast<size_t>(token % kTokenTile) * 4;
-      for (int j = 0; j < bytes; j += 4) std::memcpy(room + j, from + static_cast<size_t>(j) * kTokenTile, 4);
+      if (side.unit == 1) {
+        for (int j = 0; j < bytes; j += 4) std::memcpy(room + j, from + static_cast<size_t>(j) * kTokenTile, 4);
+        return room;
+      }
+      for (int j = 0; j < bytes; ++j) {
+        const int place = side.place(j), line = place / 4 * 4;
+        room[j] = from[static_cast<size_t>(line) * kTokenTile + (place - line)];
+      }
       return room;
     }
     default: {
       const uint8_t* from = span.codes + static_cast<size_t>(token / 4) * 4 * kValueSlice + token % 4;
-      for (int slice = 0; slice < bytes / kValueSlice; ++slice) {
-        const uint8_t* at = from + static_cast<size_t>(slice) * span.padded * kValueSlice;
-        for (int j = 0; j < kValueSlice; ++j) room[slice * kValueSlice + j] = at[4 * j];
+      for (int j = 0; j < bytes; ++j) {
+        const int place = side.place(j), slice = place / kValueSlice;
+        room[j] = from[static_cast<size_t>(slice) * span.padded * kValueSlice + 4 * (place % kValueSlice)];
       }
       return room;
     }
@@ -531,8 +538,8 @@ void finish(const Side& value, const float* rows, int n, float* out) {
   if (on_integers(value, n)) {
     for (int q = 0; q < n; ++q) {
       for (int plane = 0; plane < value.planes; ++plane) {
-        for (int byte = 0; byte < value.code_bytes; ++byte) {
-          out[q * width + byte * value.planes + plane] += rows[q * width + plane * value.code_bytes + byte];
+        for (int unit = 0; unit < value.units(); ++unit) {
+          out[q * width + unit * value.planes + plane] += rows[q * width + plane * value.units() + unit];
         }
       }
     }

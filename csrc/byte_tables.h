@@ -36,16 +36,17 @@ inline __mmask64 bit6_of(__m512i codes) { return _mm512_movepi8_mask(_mm512_add_
 
 // Looks up both planes of a pair.
 struct Pair {
+  static constexpr int unit = 1;
   Table even, odd;
   __m512i x, y;
 
   Pair(const Side& side, int pair, int8_t flip)
       : even(side.tables + 512 * pair, flip), odd(side.tables + 512 * pair + 256, flip) {}
 
-  void look_up(__m512i codes, __m512i /*before*/) {
-    const __mmask64 bit7 = bit7_of(codes), bit6 = bit6_of(codes);
-    x = even(codes, bit6, bit7);
-    y = odd(codes, bit6, bit7);
+  void look_up(const __m512i (&bytes)[1], __m512i /*before*/) {
+    const __mmask64 bit7 = bit7_of(bytes[0]), bit6 = bit6_of(bytes[0]);
+    x = even(bytes[0], bit6, bit7);
+    y = odd(bytes[0], bit6, bit7);
   }
 };
 
@@ -68,27 +69,33 @@ struct LargeLevels {
 };
 
 // Both planes of a pair of a trellis: the label of a window from the code bytes that it lies in, and its level.
-template <typename Levels>
+template <typename Levels, int bytes_of_unit>
 struct PathPair {
+  static constexpr int unit = bytes_of_unit;
   Levels levels;
-  __m512i now[2], earlier[2];
+  __m512i now[2][unit], earlier[2];
   __m512i x, y;
 
   PathPair(const Side& side, int pair, int8_t flip) : levels(side.tables, flip) {
-    for (int i = 0; i < 2; ++i) {
-      now[i] = _mm512_set1_epi64(side.matrices[4 * pair + 2 * i]);
-      earlier[i] = _mm512_set1_epi64(side.matrices[4 * pair + 2 * i + 1]);
+    const uint64_t* matrix = side.matrices + 2 * pair * (unit + 1);
+    for (int plane = 0; plane < 2; ++plane) {
+      for (int i = 0; i < unit; ++i) now[plane][i] = _mm512_set1_epi64(*matrix++);
+      earlier[plane] = _mm512_set1_epi64(*matrix++);
     }
   }
 
-  __m512i labels(int plane, __m512i codes, __m512i before) const {
-    return _mm512_xor_si512(_mm512_gf2p8affine_epi64_epi8(codes, now[plane], 0),
-                            _mm512_gf2p8affine_epi64_epi8(before, earlier[plane], 0));
+  __m512i labels(int plane, const __m512i (&bytes)[unit], __m512i before) const {
+    __m512i sum = _mm512_gf2p8affine_epi64_epi8(before, earlier[plane], 0);
+#pragma GCC unroll 3
+    for (int i = 0; i < unit; ++i) {
+      sum = _mm512_xor_si512(sum, _mm512_gf2p8affine_epi64_epi8(bytes[i], now[plane][i], 0));
+    }
+    return sum;
   }
 
-  void look_up(__m512i codes, __m512i before) {
-    x = levels(labels(0, codes, before));
-    y = levels(labels(1, codes, before));
+  void look_up(const __m512i (&bytes)[unit], __m512i before) {
+    x = levels(labels(0, bytes, before));
+    y = levels(labels(1, bytes, before));
   }
 };
 
@@ -102,9 +109,10 @@ template <typename Visit>
 inline void with_tables(const Side& side, Visit visit) {
   switch (side.label_bits) {
     case 0: return visit(Kind<Pair>{});
-    case 8: return visit(Kind<PathPair<LargeLevels>>{});
-    default: return visit(Kind<PathPair<SmallLevels>>{});
+    case 8: return visit(Kind<PathPair<LargeLevels, 1>>{});
   }
+  if (side.unit == 3) return visit(Kind<PathPair<SmallLevels, 3>>{});
+  visit(Kind<PathPair<SmallLevels, 1>>{});
 }
 
 }  // namespace FIBKV_ISA

@@ -18,16 +18,19 @@ void each_run(const Side& side, int tokens, Visit visit) {
       return;
     case Order::key_tiles:
       for (size_t t = 0; t < static_cast<size_t>(tokens); ++t) {
-        for (size_t j = 0; j < bytes; j += 4) {
-          visit(t * bytes + j, t / kTokenTile * kTokenTile * bytes + j * kTokenTile + t % kTokenTile * 4, size_t{4});
+        const size_t run = side.unit == 1 ? 4 : 1;
+        for (size_t j = 0; j < bytes; j += run) {
+          const size_t place = side.place(static_cast<int>(j)), line = place / 4 * 4;
+          visit(t * bytes + j,
+                t / kTokenTile * kTokenTile * bytes + line * kTokenTile + t % kTokenTile * 4 + (place - line), run);
         }
       }
       return;
     case Order::value_tiles:
       for (size_t t = 0; t < static_cast<size_t>(tokens); ++t) {
         for (size_t j = 0; j < bytes; ++j) {
-          const size_t slice = j / kValueSlice * kValueSlice;
-          visit(t * bytes + j, slice * padded + t / 4 * 4 * kValueSlice + (j - slice) * 4 + t % 4, size_t{1});
+          const size_t place = side.place(static_cast<int>(j)), slice = place / kValueSlice * kValueSlice;
+          visit(t * bytes + j, slice * padded + t / 4 * 4 * kValueSlice + (place - slice) * 4 + t % 4, size_t{1});
         }
       }
   }
@@ -96,15 +99,19 @@ OwnedSide::OwnedSide(const SideSettings& s, const float* codewords, const uint8_
     std::copy(codewords, codewords + static_cast<size_t>(s.size) * s.block, codewords_.begin());
     side_.codewords = codewords_.data();
   }
-  // Integer kernels take two planes at a time, or whole int8 numbers. Windows of a trellis lie in two bytes where
-  // symbols do not cross bytes.
-  const int planes = s.form == Form::int8 ? 1 : s.form == Form::fib && 8 % s.bits == 0 ? 8 / s.bits * s.block : 0;
-  const bool fits = s.dim <= kMostTiledDim && s.dim % (s.is_key ? 4 : kValueSlice) == 0 && s.code_bytes % (s.is_key ? 4 : kValueSlice) == 0 &&
-                    s.code_bytes * planes == s.dim && (s.form == Form::int8 || planes % 2 == 0);
+  // Integer kernels take two planes at a time, or whole int8 numbers.
+  const int unit = labels && s.bits == 3 ? 3 : 1, units = s.code_bytes / unit;
+  const int planes = s.form == Form::int8                           ? 1
+                     : s.form == Form::fib && 8 * unit % s.bits == 0 ? 8 * unit / s.bits * s.block
+                                                                    : 0;
+  const int whole = s.is_key ? 4 : kValueSlice;
+  const bool fits = s.dim <= kMostTiledDim && s.dim % whole == 0 && units % whole == 0 && units * planes == s.dim &&
+                    (s.form == Form::int8 || planes % 2 == 0);
   // Means are added to logits, not to outputs: centered values are decoded.
   if (!s.tiled || s.channels || (s.centered && !s.is_key) || planes == 0 || !fits) return;
   side_.order = s.is_key ? Order::key_tiles : Order::value_tiles;
   side_.planes = planes;
+  side_.unit = unit;
   if (labels) {
     build_labels(labels);
   } else if (s.form == Form::fib) {
@@ -170,11 +177,12 @@ void OwnedSide::build_labels(const uint8_t* labels) {
   // Labels occur about equally often.
   const std::vector<int> whole = round_unbiased(levels, std::vector<double>(levels.size(), 1.0 / levels.size()));
   tables_.assign(whole.begin(), whole.end());
-  matrices_.resize(2 * static_cast<size_t>(side_.planes));
+  const int sources = side_.unit + 1;
+  matrices_.resize(static_cast<size_t>(sources) * side_.planes);
   for (int plane = 0; plane < side_.planes; ++plane) {
     for (int w = 0; w < window; ++w) {
-      const int at = bits * (plane + 1) - window + w;  // in the byte, or in the one before it
-      uint64_t& matrix = matrices_[2 * static_cast<size_t>(plane) + (at < 0)];
+      const int at = bits * (plane + 1) - window + w;  // in the unit, or in the byte before it
+      uint64_t& matrix = matrices_[static_cast<size_t>(sources) * plane + (at < 0 ? side_.unit : at / 8)];
       for (int i = 0; i < side_.label_bits; ++i) {
         if (labels[size_t{1} << w] >> i & 1) matrix |= uint64_t{1} << (8 * (7 - i) + (at & 7));
       }

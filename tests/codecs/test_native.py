@@ -39,6 +39,7 @@ PAIRS = [
     ("trellis2", "trellis2"),
     ("trellis4", "trellis3"),
     ("trellis3", "trellis4"),
+    ("trellis3", "trellis3"),
     ("scalar4", "scalar4"),
     ("scalar2", "scalar2"),
     ("fib1", "fib3"),
@@ -154,6 +155,18 @@ def test_grouped_queries_and_head_dims(implementation: str, groups: int, dim: in
     for pair in (("fib4", "fib4"), ("fib2", "int8")):
         cache = filled(pair, implementation, groups=groups, dim=dim, batch=1)
         check(cache, gaussian(1, 2 * groups, 1, dim, seed=2), Scores(dim**-0.5), attend_error(implementation, *pair))
+
+
+@pytest.mark.parametrize("implementation", AVAILABLE)
+@pytest.mark.parametrize("dim", [32, 64, 128, 256])
+def test_trellis_head_dims(implementation: str, dim: int) -> None:
+    """Rings of one register and of several, tiles for keys alone and for both, queries that decode them."""
+    for pair in (("trellis3", "trellis3"), ("trellis2", "trellis4")):
+        cache = filled(pair, implementation, dim=dim, batch=1, tokens_per_page=24)
+        assert all(page.compute_digest() == page.digest for page in cache.pages())
+        for queries in (1, 3, 20):
+            query = gaussian(1, 4, queries, dim, seed=2)
+            check(cache, query, Scores(dim**-0.5), attend_error(implementation, *pair))
 
 
 @pytest.mark.parametrize("implementation", AVAILABLE)
