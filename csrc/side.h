@@ -57,8 +57,8 @@ struct Side {
   // For integer kernels: what one code byte stands for, as `planes` coordinates in int8 times `plane_step`.
   // tables [planes][256]; int8 has one plane and no table. 0 planes: only float kernels can read this side.
   // Of a trellis a code byte and the one before it stand for the planes: `tables` has one entry per label, and labels
-  // are products over GF(2): matrices [planes][unit + 1] of the bytes of a unit and of the one before it, in the form of
-  // gf2p8affineqb.
+  // are products over GF(2): matrices [planes][unit + 1] of the bytes of a unit and of the one before it, in the form
+  // of gf2p8affineqb.
   int planes;
   int label_bits;  // 0 but for a trellis
   const uint64_t* matrices;
@@ -67,8 +67,8 @@ struct Side {
   // The same in int16, for products of pairs: words [planes / 2][256], plane 2 * pair in the low half, times word_step.
   const int32_t* words;
   float word_step;
-  // Bytes that hold whole coordinates: 3 of a trellis of 3 bits in tiles, whose first bytes of all units stand in front of
-  // the second ones, and these of the third. What is said of code bytes above then goes for units.
+  // Bytes that hold whole coordinates: 3 of a trellis of 3 bits in tiles, where the first bytes of all units stand in
+  // front of the second ones, and these of the third. What is said of code bytes above then goes for units.
   int unit = 1;
 
   int units() const { return code_bytes / unit; }

@@ -89,6 +89,7 @@ class Trellis:
         code: its meaning.
         labels: ``[2^L]`` uint8, of each window.
         levels: ``[2^m]`` int32, of each label, in steps of the grid.
+        codewords: ``[2^L, 1]`` float32, the level of each window, in units of a vector of norm 1.
         steps: steps of the grid in 1, the length of a unit vector: sqrt(d) * GRID.
         overlap: coordinates on both sides of the vector's ends that the encoder looks at to close it to a ring.
     """
@@ -96,14 +97,14 @@ class Trellis:
     code: TrellisCode
     labels: Tensor
     levels: Tensor
+    codewords: Tensor
     steps: float
     overlap: int
 
     @classmethod
     def of(cls, code: TrellisCode, head_dim: int, overlap: int) -> Trellis:
         """The code for vectors of ``head_dim`` coordinates; an overlap is at most half of them."""
-        levels = torch.tensor(code.levels, dtype=torch.int32)
-        return cls(code, code.labels().to(torch.uint8), levels, sqrt(head_dim) * GRID, min(overlap, head_dim // 2))
+        return cls(code, *_tensors(code, head_dim), _steps(head_dim), min(overlap, head_dim // 2))
 
     @property
     def most(self) -> int:
@@ -140,10 +141,18 @@ class Trellis:
     def _memory(self) -> int:
         return -(-STATE_BITS // self.code.bits)
 
-    @property
-    def codewords(self) -> Tensor:
-        """Levels ``[2^L, 1]`` float32 of all windows, in units of a vector of norm 1."""
-        return (self.levels[self.labels.to(torch.int64)].to(torch.float64) / self.steps).to(torch.float32).unsqueeze(-1)
+
+def _steps(head_dim: int) -> float:
+    return sqrt(head_dim) * GRID
+
+
+# Once for all settings of an encoder: caches count what they share once.
+@lru_cache(maxsize=64)
+def _tensors(code: TrellisCode, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels of windows, levels of labels, and levels of windows as codewords."""
+    labels, levels = code.labels(), torch.tensor(code.levels, dtype=torch.int32)
+    codewords = (levels[labels].to(torch.float64) / _steps(head_dim)).to(torch.float32).unsqueeze(-1)
+    return labels.to(torch.uint8), levels, codewords
 
 
 @lru_cache(maxsize=8)

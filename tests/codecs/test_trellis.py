@@ -144,6 +144,13 @@ def test_codes_are_checked_like_those_of_fibquant() -> None:
         codec.from_bytes(memoryview(codec.to_bytes(broken)), 1, 2)
 
 
+def test_settings_of_the_encoder_share_their_tables() -> None:
+    plain = codec_for(TrellisParameters.of(64, 2)).tables
+    for fields in ({"path_search": "fast"}, {"scale_search": True}, {"centered": True}):
+        other = codec_for(TrellisParameters.of(64, 2, **fields)).tables
+        assert [id(tensor) for tensor in other.tensors] == [id(tensor) for tensor in plain.tensors]
+
+
 def test_unknown_code_versions_are_refused() -> None:
     parameters = TrellisParameters.of(64, 2).model_copy(update={"code_version": 2})
     with pytest.raises(ContractError, match=r"code_version: expected 1 of the code, got 2"):
