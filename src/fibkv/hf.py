@@ -33,7 +33,7 @@ from fibkv.hf_model import LayerPlan, model_digest, plan_model
 from fibkv.hf_pool import Membership
 from fibkv.hf_prefix import plain_ids, why_not_stored
 from fibkv.hf_states import has_state, take_state
-from fibkv.hf_stock import holds_state, num_rows, report_of, why_not_cropped
+from fibkv.hf_stock import holds_state, nbytes_of, num_rows, report_of, why_not_cropped
 from fibkv.inventory import Inventory
 from fibkv.ladder import Choice
 from fibkv.policy import Policy
@@ -176,13 +176,12 @@ class Cache(StockCache):
         return keys, values
 
     def _make_room(self, member: Membership, layer: CompressedLayer, keys: Tensor, values: Tensor) -> None:
-        layers = list(self._compressed())
         was_empty = layer.get_seq_length() == 0
         try:
-            member.before(layers, layer, keys, values)
+            member.before(self.layers, layer, keys, values)
         except BudgetError:
             # In a first step layers before this one may have been filled: it promised less than came.
-            if was_empty and layer is not layers[0]:
+            if was_empty:
                 self.reset()
             raise
 
@@ -197,9 +196,8 @@ class Cache(StockCache):
         Raises:
             BudgetError: the step does not fit now. Nothing has changed.
         """
-        layers = list(self._compressed())
-        if self._membership is not None and any(layer.store is not None for layer in layers):
-            self._membership.reserve(layers, tokens)
+        if self._membership is not None and any(layer.store is not None for layer in self._compressed()):
+            self._membership.reserve(self.layers, tokens)
 
     def _check_rows(self, layer_idx: int, rows: int) -> None:
         layer = self.layers[layer_idx]
@@ -313,9 +311,10 @@ class Cache(StockCache):
         return nullcontext() if self._membership is None else self._membership.room(nbytes)
 
     def _room_for_tails(self, copies: int) -> AbstractContextManager[None]:
-        """Room in the pool for copies of the raw tails."""
+        """Room in the pool for copies of all that is not in pages."""
         tails = sum(layer.store.tail.nbytes for layer in self._compressed() if layer.store is not None)
-        return self.room_for(copies * tails)
+        stock = sum(nbytes_of(layer) for layer in self.layers if not isinstance(layer, CompressedLayer))
+        return self.room_for(copies * (tails + stock))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the rows that ``indices [rows]`` (or a boolean mask) name."""

@@ -12,6 +12,7 @@ from fibkv.errors import BudgetError
 from fibkv.forecast import Growth
 from fibkv.governor import Governor
 from fibkv.hf_layer import CompressedLayer
+from fibkv.hf_stock import nbytes_of
 from fibkv.ladder import RUNGS, Rung
 from fibkv.pool import Claim, Pool
 
@@ -27,6 +28,7 @@ class Membership:
         self._governor = governor
         self._pool = pool
         self._claim = Claim(governor)
+        self._beside = pool.inventory.open(self, is_layer=False)
         # Tokens of the step that was reserved last and has not begun.
         self._reserved: int | None = None
         self._rung: Rung = governor.level
@@ -50,16 +52,21 @@ class Membership:
     def __reduce__(self) -> tuple[Any, ...]:
         return Membership.of, (self._pool,)
 
-    def reserve(self, layers: Sequence[CompressedLayer], tokens: int) -> None:
-        """Sets aside what a step of ``tokens`` tokens takes, for all layers.
+    def reserve(self, cache_layers: Sequence[Any], tokens: int) -> None:
+        """Sets aside what a step of ``tokens`` tokens takes, for all compressed layers.
+
+        Windows and states that are left to transformers are counted as they are now; they hardly grow.
 
         Args:
-            layers: of the cache, at least one of them filled; empty ones are taken to be like that one.
+            cache_layers: of the cache; at least one is compressed and has a store. Those that are compressed and have
+                none are taken to be like that one.
             tokens: per row.
 
         Raises:
             BudgetError: it does not fit.
         """
+        layers = [layer for layer in cache_layers if isinstance(layer, CompressedLayer)]
+        self._beside.set(sum(nbytes_of(layer) for layer in cache_layers if not isinstance(layer, CompressedLayer)))
         like = next(layer for layer in layers if layer.store is not None)
         for rung in self._governor.rungs_from_level():
             growths = {one.index: (one if one.store else like).growth(tokens, rung) for one in layers}
@@ -73,7 +80,7 @@ class Membership:
         self._rung = max(rung, self._governor.step(), key=RUNGS.index)
         self._reserved = tokens
 
-    def before(self, layers: Sequence[CompressedLayer], layer: CompressedLayer, keys: Tensor, values: Tensor) -> None:
+    def before(self, cache_layers: Sequence[Any], layer: CompressedLayer, keys: Tensor, values: Tensor) -> None:
         """Before a layer takes ``keys [B, H, t, d]`` and ``values``: sees to it that there is room.
 
         Raises:
@@ -81,9 +88,9 @@ class Membership:
         """
         layer.ensure_store(keys, values)
         tokens = keys.shape[2]
-        if layer is layers[0]:
-            if self._reserved != tokens or len(self._due) < len(layers):
-                self.reserve(layers, tokens)
+        if layer is next(one for one in cache_layers if isinstance(one, CompressedLayer)):
+            if self._reserved != tokens or self._is_guess:
+                self.reserve(cache_layers, tokens)
         elif self._is_guess:
             growth = layer.growth(tokens, self._rung)
             if growth.kept > self._due.get(layer.index, Growth(0, 0)).kept:

@@ -20,7 +20,7 @@ _REMEDY = "call cache.activate_past_recording() before the tokens come"
 
 def report_of(index: int, layer: Any, reason: str) -> LayerReport:
     """What one of transformers' layers holds: keys, values and states, uncompressed."""
-    tensors = list(_tensors(layer))
+    floating = (tensor for tensor in _tensors(layer) if tensor.is_floating_point())
     return LayerReport(
         layer=index,
         kind=type(layer).__name__,
@@ -28,9 +28,14 @@ def report_of(index: int, layer: Any, reason: str) -> LayerReport:
         reason=reason,
         tokens=layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else 0,
         pages=0,
-        elements=sum(tensor.numel() for tensor in tensors if tensor.is_floating_point()),
-        nbytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        elements=sum(tensor.numel() for tensor in floating),
+        nbytes=nbytes_of(layer),
     )
+
+
+def nbytes_of(layer: Any) -> int:
+    """Bytes of what one of transformers' layers holds."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(layer))
 
 
 def num_rows(layer: Any) -> int:

@@ -110,9 +110,10 @@ class Meter:
 
 
 class Account:
-    """Bytes of one holder beside its pages: tails and page tables. Closed when the holder is gone."""
+    """Bytes of one holder beside its pages: tails and page tables, windows and states. Closed when it is gone."""
 
-    def __init__(self, meter: Meter) -> None:
+    def __init__(self, meter: Meter, is_layer: bool) -> None:
+        self.is_layer = is_layer
         self._meter = meter
         self._nbytes = 0
 
@@ -144,8 +145,7 @@ class Inventory:
         self.tables_nbytes = 0
         self._gone: deque[tuple[int, Entry]] = deque()
         self._closed: deque[Account] = deque()
-        self._opened = 0
-        self._ended = 0
+        self._layers = 0
         self.shared = 0
 
     def __deepcopy__(self, memo: dict[int, object]) -> Inventory:
@@ -154,10 +154,10 @@ class Inventory:
     def __reduce__(self) -> tuple[type[Inventory], tuple[()]]:
         return Inventory, ()  # in another process pages are allocated anew
 
-    def open(self, holder: Holder) -> Account:
-        """An account for a new holder."""
-        account = Account(self.meter)
-        self._opened += 1
+    def open(self, holder: object, *, is_layer: bool = True) -> Account:
+        """An account for what a new holder has beside pages."""
+        account = Account(self.meter, is_layer)
+        self._layers += is_layer
         weakref.finalize(holder, self._closed.append, account).atexit = False
         return account
 
@@ -248,16 +248,17 @@ class Inventory:
         return self.meter.total
 
     @property
-    def holders(self) -> int:
+    def layers(self) -> int:
         """Caches of layers that there are."""
         self.settle()
-        return self._opened - self._ended
+        return self._layers
 
     def settle(self) -> None:
         """Sees to pages and holders that are gone."""
         while self._closed:
-            self._closed.popleft().set(0)
-            self._ended += 1
+            account = self._closed.popleft()
+            account.set(0)
+            self._layers -= account.is_layer
         if not self._gone:
             return
         with self._lock:

@@ -89,7 +89,7 @@ class Pool:
             tables=held.tables_nbytes,
             rungs=tuple(RungStats(rung=rung, pages=pages, nbytes=nbytes) for rung, pages, nbytes in by_rung),
             shared_pages=held.shared,
-            layers=held.holders,
+            layers=held.layers,
             pressure=state,
             recoded_pages=0 if governor is None else governor.recoded_pages,
             recoding_seconds=0.0 if governor is None else governor.recoding_seconds,

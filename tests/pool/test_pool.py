@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 import fibkv
 from fibkv.attend import Scores, attend
@@ -335,3 +336,28 @@ def test_a_stored_prefix_is_restored_into_a_pool_if_it_fits() -> None:
         assert missed.restored.tokens == 0
         assert "memory budget" in missed.restored.failures[0]
         assert small.stats().allocated <= 100 << 10
+
+
+def test_windows_that_are_left_to_transformers_count() -> None:
+    config = Gemma3TextConfig(
+        vocab_size=199,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=32,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    pool = Pool("4MiB")
+    cache = fibkv.Cache(model, pool=pool)
+    with torch.no_grad():
+        model(prompt(tokens=100), past_key_values=cache)
+        model(prompt(tokens=1), past_key_values=cache)
+    report, stats = cache.report(), pool.stats()
+    assert sum(layer.nbytes for layer in report.layers if not layer.compressed) > 0
+    assert sum(layer.nbytes for layer in report.layers) == stats.allocated - stats.slack - stats.tables
+    del cache
+    assert pool.stats().allocated == pool.stats().tables
