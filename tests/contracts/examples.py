@@ -1,6 +1,7 @@
 """One valid instance of every contract of rank 0, and what the tests share."""
 
 from fibkv.contract import Contract
+from fibkv.ladder import Ladder
 from fibkv.parameters import (
     AffineParameters,
     FibParameters,
@@ -10,6 +11,7 @@ from fibkv.parameters import (
     TrellisParameters,
 )
 from fibkv.policy import Decision, Plan, Policy, Run
+from fibkv.pool_stats import PoolStats, RungStats
 from fibkv.pressure import PressureConfig, PressureState
 from fibkv.profile import Profile
 from fibkv.quarantine import Admission, QuarantineRecord
@@ -84,6 +86,8 @@ VIOLATION = BudgetViolation(
     layer=1, head=0, role="key", profile="fib2", bound="max_attention_tv", allowed=0.1, measured=0.2
 )
 
+PRESSURE = PressureState(level="q8", pressure=0.5, samples=3, upgrades=1, downgrades=0)
+RUNG = RungStats(rung="q8", pages=2, nbytes=300)
 EXAMPLES: list[Contract] = [
     KEY_SHAPE,
     RawParameters(head_dim=64, dtype="bf16"),
@@ -103,7 +107,26 @@ EXAMPLES: list[Contract] = [
     RUN,
     Plan(shape=KEY_SHAPE, runs=(RUN,)),
     PressureConfig(),
-    PressureState(level="q8", pressure=0.5, samples=3, upgrades=1, downgrades=0),
+    PRESSURE,
+    Ladder(q2=(FIB, "fib2")),
+    RUNG,
+    PoolStats(
+        budget=1000,
+        allocated=600,
+        slack=64,
+        peak=700,
+        claimed=10,
+        tables=22,
+        rungs=(RUNG,),
+        shared_pages=1,
+        layers=4,
+        pressure=PRESSURE,
+        recoded_pages=2,
+        recoding_seconds=0.5,
+        longest_step_seconds=0.25,
+        refusals=0,
+        damaged_pages=0,
+    ),
     QuarantineRecord(subject="page", name="3", expected=DIGEST, actual=OTHER_DIGEST, reason="digest mismatch"),
     Admission(action="admit", reason=""),
     COMPRESS_RECEIPT,
