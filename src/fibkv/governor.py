@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -21,6 +22,7 @@ from fibkv.errors import BudgetError, DigestMismatch, EncodingError
 from fibkv.forecast import page_nbytes
 from fibkv.inventory import Entry, Inventory
 from fibkv.ladder import Ladder, Rung
+from fibkv.page import Page
 from fibkv.pressure import MEMORY_FACTORS, PressureConfig, PressureController
 from fibkv.recode import recode
 from fibkv.sealing import LayerSettings
@@ -99,6 +101,19 @@ class Governor:
                 self.longest_step_seconds = max(self.longest_step_seconds, perf_counter() - started)
         return level
 
+    def step_down(self, pages: Sequence[Page]) -> bool:
+        """Brings pages to the last rung, whatever the pressure; False if another thread is at work just now."""
+        if not self._work.acquire(blocking=False):
+            return False
+        try:
+            for page in pages:
+                entry = self._inventory.entry(page)
+                if entry is not None and entry.rung in self._above(self.rungs[-1]):
+                    self._recode(entry, self.rungs[-1])
+        finally:
+            self._work.release()
+        return True
+
     def claim(self, nbytes: int) -> None:
         """Sets bytes aside, making room for them if need be.
 
@@ -173,25 +188,28 @@ class Governor:
     def _recode_oldest(self, target: Rung) -> bool:
         """Re-encodes the oldest page above a rung; False if there is none."""
         entry = self._inventory.pop_oldest(self._above(target))
-        if entry is None:
-            return False
+        if entry is not None:
+            self._recode(entry, target)
+        return entry is not None
+
+    def _recode(self, entry: Entry, target: Rung) -> None:
+        """Re-encodes a page, unless it is gone in the meantime, damaged, or no smaller for it."""
         started = perf_counter()
         page = entry.page()
         settings = _settings_at(entry, target)
         if page is None or settings is None:
-            return True  # gone in the meantime
+            return
         try:
             new = recode(page, settings, self._inventory.slabs)
         except DigestMismatch:
             self.damaged_pages += 1  # left as it is, for `Cache.verify` to find
-            return True
+            return
         except EncodingError:
-            return True  # what cannot be encoded stays as it is
+            return  # what cannot be encoded stays as it is
         if new.nbytes < page.nbytes:
             self._inventory.recoded(entry, new, target)
             self.recoded_pages += 1
         self.recoding_seconds += perf_counter() - started
-        return True
 
     def _refuse(self, nbytes: int) -> None:
         self.refusals += 1

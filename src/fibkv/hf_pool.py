@@ -35,6 +35,8 @@ class Membership:
         # By index of the layer, what layers still have to take in this step; in the first one, what they may have to.
         self._due: dict[int, Growth] = {}
         self._is_guess = False
+        # By index of the layer, columns of its page table that have been stepped down for their age.
+        self._stepped_down: dict[int, int] = {}
 
     @classmethod
     def of(cls, pool: Pool | None) -> Membership | None:
@@ -79,6 +81,24 @@ class Membership:
         # that is more compact.
         self._rung = max(rung, self._governor.step(), key=RUNGS.index)
         self._reserved = tokens
+        if self._pool.step_down_after is not None:
+            self._step_down(layers, self._pool.step_down_after)
+
+    def _step_down(self, layers: Sequence[CompressedLayer], after: int) -> None:
+        """Brings old pages of one layer to the last rung: of the first layer that has any."""
+        for layer in layers:
+            store, done = layer.store, self._stepped_down.get(layer.index, 0)
+            if store is None or not layer.settings.rungs:
+                continue
+            first = store.rows[0]
+            old = [
+                page for page in first[done : done + self._governor.pages_per_step] if page.stop <= store.length - after
+            ]
+            pages = [page for row in store.rows for page in row[done : done + len(old)]]
+            if old and self._governor.step_down(pages):
+                self._stepped_down[layer.index] = done + len(old)
+                return
+            self._stepped_down[layer.index] = min(done, len(first))  # a crop may have taken some
 
     def before(self, cache_layers: Sequence[Any], layer: CompressedLayer, keys: Tensor, values: Tensor) -> None:
         """Before a layer takes ``keys [B, H, t, d]`` and ``values``: sees to it that there is room.

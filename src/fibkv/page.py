@@ -254,6 +254,11 @@ class Page:
         return (self.tokens, None if whole else self.start, rectangles)
 
     @property
+    def stop(self) -> int:
+        """The token behind the last one."""
+        return self.start + self.tokens
+
+    @property
     def nbytes(self) -> int:
         """Bytes of codes, as they are held, and metadata."""
         return METADATA_NBYTES + sum(segment.held.nbytes for segment in (*self.keys, *self.values))

@@ -38,6 +38,9 @@ class Pool:
         ladder: codecs by level. Caches with a codec of their own (``bits``, ``profile``) are counted, not re-encoded.
         pages_per_step: pages that one step of one cache may re-encode to bring pressure down; more only where the
             step would not fit otherwise.
+        step_down_after: pages that end so many tokens before the newest token of their sequence go to the last rung of
+            the ladder, whatever the pressure, `pages_per_step` columns of one layer's page table at a time. None = age
+            alone costs no precision.
 
     Raises:
         ContractError: not a size; a ladder without a rung that the controller may choose.
@@ -50,14 +53,19 @@ class Pool:
         pressure: PressureConfig | None = None,
         ladder: Ladder | None = None,
         pages_per_step: int = 4,
+        step_down_after: int | None = None,
     ) -> None:
         if pages_per_step < 1:
             raise ContractError("Pool.pages_per_step", "at least 1", pages_per_step)
+        if step_down_after is not None and (step_down_after < 1 or budget is None):
+            raise ContractError("Pool.step_down_after", "at least 1 token, in a pool with a budget", step_down_after)
+        self.step_down_after = step_down_after
         self._arguments: dict[str, Any] = {
             "budget": budget,
             "pressure": pressure,
             "ladder": ladder,
             "pages_per_step": pages_per_step,
+            "step_down_after": step_down_after,
         }
         self.ladder = ladder or Ladder()
         self.inventory = Inventory(tracked=True)

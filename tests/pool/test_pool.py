@@ -198,6 +198,28 @@ class TestRecoding:
             assert [page.digest for page in one.store.pages()] == [page.digest for page in same.store.pages()]
         assert {row.rung for row in pool.stats().rungs} >= {None, "q8"}
 
+    def test_old_pages_are_stepped_down_by_age(self) -> None:
+        model = build("llama")
+        pool = Pool("64MiB", ladder=LADDER, pages_per_step=2, step_down_after=200)
+        cache = fibkv.Cache(model, pool=pool)
+        with torch.no_grad():
+            model(prompt(2, 400), past_key_values=cache)
+            for step in range(20):
+                model(prompt(2, 1, step), past_key_values=cache)
+            for layer in cache.layers:
+                assert rung_of(pool, layer.store) == ["q2"] * 3 + ["fp16"] * 2
+            cache.crop_to(100)
+            model(prompt(2, 300, 3), past_key_values=cache)
+            for step in range(6):
+                model(prompt(2, 1, step), past_key_values=cache)
+        for layer in cache.layers:
+            found = [
+                (page.stop, rung) for page, rung in zip(layer.store.rows[1], rung_of(pool, layer.store), strict=True)
+            ]
+            assert all((rung == "q2") == (stop <= 200) for stop, rung in found), found
+        with pytest.raises(ContractError, match="step_down_after"):
+            Pool(step_down_after=100)
+
     def test_new_pages_are_sealed_at_the_level(self) -> None:
         model = build("llama")
         config = PressureConfig.aggressive()
