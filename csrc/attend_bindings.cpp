@@ -36,6 +36,26 @@ OwnedSide::Canonical canonical(const Bytes& codes, const Bytes& norms, const Byt
   return {codes.data(), norms.data(), ranges.data(), channels.data(), means.data()};
 }
 
+// Rectangles of equal size between canonical bytes in one run and the side's own order, at addresses that the caller
+// vouches for.
+void pack_runs(const OwnedSide& side, int heads, int tokens, const std::vector<uintptr_t>& runs,
+               const std::vector<uintptr_t>& packed) {
+  nb::gil_scoped_release unlocked;
+  for (size_t i = 0; i < runs.size(); ++i) {
+    const auto from = side.in_one_run(heads, tokens, reinterpret_cast<uint8_t*>(runs[i]));
+    side.pack(heads, tokens, from, reinterpret_cast<uint8_t*>(packed.at(i)));
+  }
+}
+
+void unpack_runs(const OwnedSide& side, int heads, int tokens, const std::vector<uintptr_t>& packed,
+                 const std::vector<uintptr_t>& runs) {
+  nb::gil_scoped_release unlocked;
+  for (size_t i = 0; i < packed.size(); ++i) {
+    const auto to = side.in_one_run(heads, tokens, reinterpret_cast<uint8_t*>(runs.at(i)));
+    side.unpack(heads, tokens, reinterpret_cast<const uint8_t*>(packed[i]), to);
+  }
+}
+
 std::vector<const uint8_t*> pointers(const std::vector<uintptr_t>& addresses) {
   std::vector<const uint8_t*> found;
   found.reserve(addresses.size());
@@ -136,12 +156,15 @@ void bind_attention(nb::module_& m) {
            "norm_bytes"_a, "block"_a, "size"_a, "bits"_a, "window"_a, "log_norms"_a, "channels"_a, "centered"_a,
            "codewords"_a.none(), "labels"_a.none(), "rotation"_a.none())
       .def("nbytes", &OwnedSide::nbytes, "heads"_a, "tokens"_a)
+      .def("canonical_nbytes", &OwnedSide::canonical_nbytes, "heads"_a, "tokens"_a)
       .def_prop_ro("on_integers", [](const OwnedSide& self) { return self.side().planes > 0; })
       .def("pack",
            [](const OwnedSide& self, int heads, int tokens, Bytes codes, Bytes norms, Bytes ranges, Bytes channels,
               Bytes means, Bytes packed) {
              self.pack(heads, tokens, canonical(codes, norms, ranges, channels, means), packed.data());
            })
+      .def("pack_runs", &pack_runs, "heads"_a, "tokens"_a, "runs"_a, "packed"_a)
+      .def("unpack_runs", &unpack_runs, "heads"_a, "tokens"_a, "packed"_a, "runs"_a)
       .def("unpack", [](const OwnedSide& self, int heads, int tokens, Bytes packed, Bytes codes, Bytes norms,
                         Bytes ranges, Bytes channels, Bytes means) {
         self.unpack(heads, tokens, packed.data(), canonical(codes, norms, ranges, channels, means));

@@ -5,36 +5,10 @@
 #include <cstring>
 #include <numeric>
 
+#include "orders.h"
+
 namespace fibkv {
 namespace {
-
-// Calls visit(canonical offset, packed offset, bytes) for all code bytes of one head.
-template <typename Visit>
-void each_run(const Side& side, int tokens, Visit visit) {
-  const size_t bytes = side.code_bytes, padded = side.padded(tokens);
-  switch (side.order) {
-    case Order::rows:
-      visit(size_t{0}, size_t{0}, bytes * tokens);
-      return;
-    case Order::key_tiles:
-      for (size_t t = 0; t < static_cast<size_t>(tokens); ++t) {
-        const size_t run = side.unit == 1 ? 4 : 1;
-        for (size_t j = 0; j < bytes; j += run) {
-          const size_t place = side.place(static_cast<int>(j)), line = place / 4 * 4;
-          visit(t * bytes + j,
-                t / kTokenTile * kTokenTile * bytes + line * kTokenTile + t % kTokenTile * 4 + (place - line), run);
-        }
-      }
-      return;
-    case Order::value_tiles:
-      for (size_t t = 0; t < static_cast<size_t>(tokens); ++t) {
-        for (size_t j = 0; j < bytes; ++j) {
-          const size_t place = side.place(static_cast<int>(j)), slice = place / kValueSlice * kValueSlice;
-          visit(t * bytes + j, slice * padded + t / 4 * 4 * kValueSlice + (place - slice) * 4 + t % 4, size_t{1});
-        }
-      }
-  }
-}
 
 // Numbers to integers, as near as it takes for the weighted mean of their errors to vanish: an error that all tokens
 // share does not average out over a long context, the rest does. Numbers near a half go to the other side, the nearest
@@ -192,14 +166,22 @@ void OwnedSide::build_labels(const uint8_t* labels) {
   side_.matrices = matrices_.data();
 }
 
+OwnedSide::Canonical OwnedSide::in_one_run(int heads, int tokens, uint8_t* bytes) const {
+  Canonical parts{};
+  parts.channels = bytes;
+  parts.means = parts.channels + heads * side_.channel_bytes();
+  parts.ranges = parts.means + heads * side_.mean_bytes();
+  parts.norms = parts.ranges + (side_.log_norms ? size_t{4} * heads : 0);
+  parts.codes = parts.norms + static_cast<size_t>(heads) * tokens * side_.norm_bytes;
+  return parts;
+}
+
 void OwnedSide::pack(int heads, int tokens, const Canonical& from, uint8_t* to) const {
   const Rectangle r = Rectangle::of(side_, heads, tokens);
-  std::memset(to, 0, r.nbytes);
+  if (side_.padded(tokens) != tokens) std::memset(to, 0, r.nbytes);
   const size_t code = static_cast<size_t>(tokens) * side_.code_bytes, norm = static_cast<size_t>(tokens) * side_.norm_bytes;
   for (size_t h = 0; h < static_cast<size_t>(heads); ++h) {
-    const uint8_t* codes = from.codes + h * code;
-    uint8_t* packed = to + h * r.code_stride;
-    each_run(side_, tokens, [&](size_t a, size_t b, size_t n) { std::memcpy(packed + b, codes + a, n); });
+    put_in_order(side_, tokens, from.codes + h * code, to + h * r.code_stride);
     if (norm) std::memcpy(to + r.norm_offset + h * r.norm_stride, from.norms + h * norm, norm);
   }
   if (side_.log_norms) std::memcpy(to + r.range_offset, from.ranges, r.channel_offset - r.range_offset);
@@ -211,9 +193,7 @@ void OwnedSide::unpack(int heads, int tokens, const uint8_t* from, const Canonic
   const Rectangle r = Rectangle::of(side_, heads, tokens);
   const size_t code = static_cast<size_t>(tokens) * side_.code_bytes, norm = static_cast<size_t>(tokens) * side_.norm_bytes;
   for (size_t h = 0; h < static_cast<size_t>(heads); ++h) {
-    uint8_t* codes = to.codes + h * code;
-    const uint8_t* packed = from + h * r.code_stride;
-    each_run(side_, tokens, [&](size_t a, size_t b, size_t n) { std::memcpy(codes + a, packed + b, n); });
+    put_in_rows(side_, tokens, from + h * r.code_stride, to.codes + h * code);
     if (norm) std::memcpy(to.norms + h * norm, from + r.norm_offset + h * r.norm_stride, norm);
   }
   if (side_.log_norms) std::memcpy(to.ranges, from + r.range_offset, r.channel_offset - r.range_offset);

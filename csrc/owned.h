@@ -49,6 +49,13 @@ class OwnedSide {
   struct Canonical {
     uint8_t *codes, *norms, *ranges, *channels, *means;
   };
+  // Bytes of a rectangle's parts in canonical order.
+  size_t canonical_nbytes(int heads, int tokens) const {
+    return heads * (side_.channel_bytes() + side_.mean_bytes() + (side_.log_norms ? 4 : 0) +
+                    static_cast<size_t>(tokens) * (side_.norm_bytes + side_.code_bytes));
+  }
+  // The parts where they stand in a segment's stored bytes: channels, means, ranges, norms and codes, one behind another.
+  Canonical in_one_run(int heads, int tokens, uint8_t* bytes) const;
   void pack(int heads, int tokens, const Canonical& from, uint8_t* to) const;
   void unpack(int heads, int tokens, const uint8_t* from, const Canonical& to) const;
 

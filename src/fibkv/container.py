@@ -113,23 +113,57 @@ class Container:
         require_digest(f"{self.kind} container", self.digest, _digest(self.kind, self.header, self.sections))
 
 
+class Draft:
+    """A container on its way: the sections are written in place, then `finish` makes it one.
+
+    Args:
+        kind: what it holds.
+        header: canonical JSON.
+        sizes: of the sections.
+        into: `packed_nbytes` zeros to write it to; None = new memory.
+
+    Attributes:
+        data: all of it.
+        sections: writable views of it.
+
+    Raises:
+        PageError: a header longer than `MAX_HEADER_NBYTES`.
+    """
+
+    def __init__(self, kind: Kind, header: bytes, sizes: Sequence[int], into: memoryview | None = None) -> None:
+        if len(header) > MAX_HEADER_NBYTES:
+            raise PageError(f"{kind} header: expected at most {MAX_HEADER_NBYTES} bytes, got {len(header)}")
+        self.kind = kind
+        self.header = header
+        self.data = memoryview(bytearray(packed_nbytes(len(header), sizes))) if into is None else into
+        body = ALIGNMENT + 8 * len(sizes)
+        struct.pack_into(f"<{len(sizes)}Q", self.data, ALIGNMENT, *sizes)
+        self.data[body : body + len(header)] = header
+        sections, offset = [], aligned(body + len(header))
+        for size in sizes:
+            sections.append(self.data[offset : offset + size])
+            offset += aligned(size)
+        self.sections = tuple(sections)
+
+    def finish(self) -> str:
+        """Seals what was written; returns the digest."""
+        digest = _digest(self.kind, self.header, self.sections)
+        numbers = (_KINDS[self.kind], len(self.sections), len(self.header), len(self.data))
+        _HEAD.pack_into(self.data, 0, MAGIC, VERSION, *numbers, bytes.fromhex(digest.removeprefix("blake3:")))
+        return digest
+
+
 def pack(kind: Kind, header: bytes, sections: Sequence[Bytes]) -> bytes:
     """The container of a header and sections. Equal contents give equal bytes.
 
     Raises:
         PageError: a header longer than `MAX_HEADER_NBYTES`.
     """
-    if len(header) > MAX_HEADER_NBYTES:
-        raise PageError(f"{kind} header: expected at most {MAX_HEADER_NBYTES} bytes, got {len(header)}")
-    sizes = [memoryview(section).nbytes for section in sections]
-    body = ALIGNMENT + 8 * len(sizes) + len(header)
-    nbytes = packed_nbytes(len(header), sizes)
-    stated = bytes.fromhex(_digest(kind, header, sections).removeprefix("blake3:"))
-    head = _HEAD.pack(MAGIC, VERSION, _KINDS[kind], len(sizes), len(header), nbytes, stated)
-    parts: list[Bytes] = [head, struct.pack(f"<{len(sizes)}Q", *sizes), header, bytes(aligned(body) - body)]
-    for section, size in zip(sections, sizes, strict=True):
-        parts += [section, bytes(aligned(size) - size)]
-    return b"".join(parts)
+    draft = Draft(kind, header, [memoryview(section).nbytes for section in sections])
+    for place, section in zip(draft.sections, sections, strict=True):
+        place[:] = section
+    draft.finish()
+    return bytes(draft.data)
 
 
 def packed_nbytes(header_nbytes: int, sizes: Sequence[int]) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fibkv.codecs.base import tensor_bytes
 from fibkv.codecs.raw import TORCH_DTYPES
-from fibkv.container import Bytes, Container, canonical, pack
+from fibkv.container import Bytes, Container, Draft, canonical, pack
 from fibkv.contract import Contract, Count, Total
 from fibkv.digest import Digest, require_digest
 from fibkv.errors import ContractError, PageError
@@ -27,7 +27,7 @@ from fibkv.prefix import root
 from fibkv.sealing import LayerSettings
 from fibkv.shape import Dtype, KVShape
 from fibkv.states import LayerState, StateForm, raw_tensor, states_from_bytes
-from fibkv.wire import PageReader, StoredPage, load_pages, page_to_bytes
+from fibkv.wire import PageReader, StoredPage, load_pages, pages_nbytes, write_pages
 
 Weights = Annotated[str, StringConstraints(pattern=r"^(blake3:[0-9a-f]{64}|name:[^\x00-\x1f]{1,200})$")]
 
@@ -184,7 +184,7 @@ def root_from_bytes(data: Bytes, binding: Binding) -> Root:
     return found
 
 
-def span_to_bytes(name: str, previous: str, pages: Sequence[Page]) -> bytes:
+def span_to_bytes(name: str, previous: str, pages: Sequence[Page]) -> memoryview:
     """The container of one span.
 
     Args:
@@ -199,7 +199,10 @@ def span_to_bytes(name: str, previous: str, pages: Sequence[Page]) -> bytes:
         tokens=pages[0].tokens,
         pages=tuple(page.digest for page in pages),
     )
-    return pack("span", header.to_json().encode(), [page_to_bytes(page) for page in pages])
+    draft = Draft("span", header.to_json().encode(), pages_nbytes(pages))
+    write_pages(pages, draft.sections)
+    draft.finish()
+    return draft.data
 
 
 def span_from_bytes(data: Bytes, place: tuple[str, str, int, int], readers: Sequence[PageReader]) -> tuple[Page, ...]:
@@ -227,7 +230,7 @@ def end_to_bytes(
     pages: Sequence[Page],
     tails: Sequence[tuple[Tensor, Tensor]],
     states: Sequence[LayerState],
-) -> bytes:
+) -> memoryview:
     """The container of an end.
 
     Args:
@@ -238,7 +241,12 @@ def end_to_bytes(
     """
     held = [tensor for state in states for tensor in state.tensors.values()]
     raw = [tensor_bytes(tensor) for tensor in (*(tensor for pair in tails for tensor in pair), *held)]
-    return pack("end", header.to_json().encode(), [*(page_to_bytes(page) for page in pages), *raw])
+    draft = Draft("end", header.to_json().encode(), [*pages_nbytes(pages), *map(len, raw)])
+    write_pages(pages, draft.sections[: len(pages)])
+    for place, held_bytes in zip(draft.sections[len(pages) :], raw, strict=True):
+        place[:] = held_bytes
+    draft.finish()
+    return draft.data
 
 
 def end_from_bytes(data: Bytes, place: tuple[str, str, int, int], readers: Sequence[PageReader]) -> End:

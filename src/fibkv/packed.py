@@ -5,6 +5,7 @@ The canonical order (`fibkv.codes`) is what is hashed, stored and sent; this one
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,6 +53,12 @@ class Packed:
         self.side.unpack(self.heads, self.tokens, self.data, *byte_parts(codes))
         return codes
 
+    def to_bytes(self) -> memoryview:
+        """The canonical bytes, as `fibkv.codecs.Codec.to_bytes` gives them."""
+        out = torch.empty(self.side.canonical_nbytes(self.heads, self.tokens), dtype=torch.uint8)
+        self.side.unpack_runs(self.heads, self.tokens, [self.data.data_ptr()], [out.data_ptr()])
+        return out.numpy().data
+
     def store(self, codes: Codes) -> None:
         """Overwrites the bytes with other codes of the same rectangle."""
         self.side.pack(self.heads, self.tokens, *byte_parts(codes), self.data)
@@ -69,6 +76,21 @@ class Packed:
         data = block[start : start + self.nbytes]
         data.copy_(self.data)
         return replace(self, data=data, block=block)
+
+
+def write_runs(packed: Sequence[Packed], places: Sequence[memoryview]) -> None:
+    """Writes canonical bytes of many codes: of those that are alike by one call, without a tensor for any of them.
+
+    Args:
+        packed: codes.
+        places: for each as many writable bytes as `Packed.to_bytes` gives.
+    """
+    alike: dict[tuple[Any, int, int], list[tuple[int, int]]] = {}
+    for one, place in zip(packed, places, strict=True):
+        there = torch.frombuffer(place, dtype=torch.uint8).data_ptr()
+        alike.setdefault((one.side, one.heads, one.tokens), []).append((one.data.data_ptr(), there))
+    for (side, heads, tokens), pairs in alike.items():
+        side.unpack_runs(heads, tokens, *map(list, zip(*pairs, strict=True)))
 
 
 def _identity(codes: Codes) -> Codes:

@@ -7,9 +7,9 @@ else is a segment of the profile's codec, or raw too where the codec cannot repr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -97,22 +97,15 @@ class Segment:
 
     def header(self) -> SegmentHeader:
         """The segment without its codes."""
-        return SegmentHeader(
-            heads=self.heads,
-            tokens=self.tokens,
-            codec=self.codec.name,
-            action=self.decision.action,
-            axis=self.decision.axis,
-            reasons=self.reasons,
-            nbytes=self.codec.encoded_nbytes(
-                self.heads[1] - self.heads[0],
-                self.tokens[1] - self.tokens[0],
-            ),
-        )
+        return _segment_header(*self._form)
 
-    def to_bytes(self) -> bytes:
+    @property
+    def _form(self) -> _SegmentForm:
+        return self.heads, self.tokens, self.decision, self.reasons, self.codec
+
+    def to_bytes(self) -> bytes | memoryview:
         """The canonical bytes of the codes."""
-        return self.codec.to_bytes(self.codes)
+        return self.held.to_bytes() if isinstance(self.held, Packed) else self.codec.to_bytes(self.held)
 
     def decode(self, out: Tensor, *, implementation: str = "auto") -> None:
         """Decodes into ``out [heads, tokens, d]`` of any floating dtype."""
@@ -157,10 +150,40 @@ def decode_segments(segments: Iterable[Segment], out: Tensor, *, implementation:
     return out
 
 
-def segments_digest(header: Contract, segments: Sequence[Segment]) -> str:
+_SegmentForm = tuple[tuple[int, int], tuple[int, int], Decision, tuple[str, ...], Codec]
+
+
+# The pages of a cache have a handful of forms; every page is asked for its own when it is hashed and when it is stored.
+@lru_cache(maxsize=256)
+def _segment_header(
+    heads: tuple[int, int], tokens: tuple[int, int], decision: Decision, reasons: tuple[str, ...], codec: Codec
+) -> SegmentHeader:
+    return SegmentHeader(
+        heads=heads,
+        tokens=tokens,
+        codec=codec.name,
+        action=decision.action,
+        axis=decision.axis,
+        reasons=reasons,
+        nbytes=codec.encoded_nbytes(heads[1] - heads[0], tokens[1] - tokens[0]),
+    )
+
+
+@lru_cache(maxsize=256)
+def _segments_json(forms: tuple[_SegmentForm, ...]) -> str:
+    return canonical_json([_segment_header(*form) for form in forms])
+
+
+def header_json(header: Contract | Mapping[str, object], segments: Sequence[Segment]) -> bytes:
+    """The headers of a page and its segments as canonical JSON: what is hashed, and what a stored page begins with."""
+    forms = tuple(segment._form for segment in segments)
+    return f'{{"page":{canonical_json(header)},"segments":{_segments_json(forms)}}}'.encode()
+
+
+def segments_digest(header: Contract | Mapping[str, object], segments: Sequence[Segment]) -> str:
     """Digest over a page's header, its segments' headers and the canonical bytes of their codes."""
-    text = canonical_json({"page": header, "segments": [segment.header() for segment in segments]})
-    return digest_bytes(PAGE_DOMAIN, text.encode(), b"\0", *(segment.to_bytes() for segment in segments))
+    text = header_json(header, segments)
+    return digest_bytes(PAGE_DOMAIN, text, b"\0", *(segment.to_bytes() for segment in segments))
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,17 +243,18 @@ class Page:
 
     def header(self) -> PageHeader:
         """The page without its segments."""
-        return PageHeader(
-            layer=self.layer,
-            start=self.start,
-            tokens=self.tokens,
-            key_profile=self.key_profile,
-            value_profile=self.value_profile,
-        )
+        return PageHeader.model_validate(self._fields())
+
+    def header_json(self) -> bytes:
+        """`header_json` of the page."""
+        return header_json(self._fields(), (*self.keys, *self.values))
+
+    def _fields(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in PageHeader.model_fields}
 
     def compute_digest(self) -> str:
         """The digest of what the page holds now."""
-        return segments_digest(self.header(), (*self.keys, *self.values))
+        return segments_digest(self._fields(), (*self.keys, *self.values))
 
     def verify(self) -> None:
         """Checks the page against its digest.

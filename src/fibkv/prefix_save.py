@@ -151,7 +151,7 @@ class _Writer:
             raise StoreError(f"{key}: the store holds prefixes of this model in pages of other profiles")
         self.keys.append(key)
 
-    def put(self, key: str, make: Callable[..., bytes], *contents: object) -> None:
+    def put(self, key: str, make: Callable[..., bytes | memoryview], *contents: object) -> None:
         """Writes one object unless it is there."""
         if self.store.exists(key):
             self.shared += 1

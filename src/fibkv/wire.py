@@ -16,10 +16,11 @@ from torch import Tensor
 from fibkv.codecs import Codec
 from fibkv.coder import RoleCoder
 from fibkv.codes import Codes
-from fibkv.container import Bytes, Container, canonical, pack
+from fibkv.container import Bytes, Container, Draft, canonical, packed_nbytes
 from fibkv.contract import Contract
-from fibkv.digest import canonical_json, require_digest
+from fibkv.digest import require_digest
 from fibkv.errors import ContractError, PageError
+from fibkv.packed import Packed, write_runs
 from fibkv.page import FALLBACKS, Page, PageHeader, Segment, SegmentHeader
 from fibkv.policy import Decision, Run
 from fibkv.sealing import LayerSettings
@@ -232,17 +233,44 @@ def _copied(codes: Codes, heads: slice) -> Codes:
     return codes.map(lambda tensor: tensor[heads].clone())
 
 
-def page_to_bytes(page: Page) -> bytes:
-    """The container of a page.
+def pages_nbytes(pages: Sequence[Page]) -> list[int]:
+    """Bytes of the containers of pages."""
+    return [packed_nbytes(len(page.header_json()), _section_sizes(page)) for page in pages]
+
+
+def write_pages(pages: Sequence[Page], places: Sequence[memoryview]) -> None:
+    """Writes the containers of pages, the codes of all of them together.
+
+    Args:
+        pages: what to write.
+        places: for each page as many writable zeros as `pages_nbytes` says.
 
     Raises:
-        DigestMismatch: the page was damaged after it was sealed, and must not get a stored form.
+        DigestMismatch: a page was damaged after it was sealed, and must not get a stored form.
     """
-    segments = (*page.keys, *page.values)
-    text = canonical_json({"page": page.header(), "segments": [segment.header() for segment in segments]})
-    data = pack("page", text.encode(), [segment.to_bytes() for segment in segments])
-    require_digest(f"Page(layer={page.layer}, start={page.start})", page.digest, Container.parse(data).digest)
-    return data
+    pairs = zip(pages, places, strict=True)
+    drafts = [Draft("page", page.header_json(), _section_sizes(page), place) for page, place in pairs]
+    packed: list[tuple[Packed, memoryview]] = []
+    for page, draft in zip(pages, drafts, strict=True):
+        for segment, section in zip((*page.keys, *page.values), draft.sections, strict=True):
+            if isinstance(segment.held, Packed):
+                packed.append((segment.held, section))
+            else:
+                section[:] = segment.to_bytes()
+    write_runs([codes for codes, _ in packed], [section for _, section in packed])
+    for page, draft in zip(pages, drafts, strict=True):
+        require_digest(f"Page(layer={page.layer}, start={page.start})", page.digest, draft.finish())
+
+
+def page_to_bytes(page: Page) -> bytes:
+    """The container of a page; see `write_pages`."""
+    data = bytearray(*pages_nbytes([page]))
+    write_pages([page], [memoryview(data)])
+    return bytes(data)
+
+
+def _section_sizes(page: Page) -> list[int]:
+    return [segment.header().nbytes for segment in (*page.keys, *page.values)]
 
 
 def _split(container: Container) -> tuple[PageHeader, bytes]:

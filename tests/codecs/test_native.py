@@ -325,6 +325,7 @@ class TestMemory:
                 for role in ("key", "value"):
                     ((packed,),) = kernels.resolve(name).pack([[(codes, codec.tables, role)]], Slabs())
                     assert equal(packed.canonical(), codes), (suite.__name__, name, role)
+                    assert packed.to_bytes() == codec.to_bytes(codes), (suite.__name__, name, role)
 
 
 class TestRefusals:
