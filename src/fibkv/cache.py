@@ -18,6 +18,7 @@ from torch import Tensor
 from fibkv.errors import PageError
 from fibkv.inventory import Inventory
 from fibkv.ladder import Rung
+from fibkv.packed import Stored
 from fibkv.page import METADATA_NBYTES, Page, Segment
 from fibkv.quarantine import Quarantine
 from fibkv.sealing import LayerSettings, Span, full_spans, resident, seal
@@ -361,4 +362,5 @@ def _reverse_tokens(segment: Segment) -> None:
     *_, (_, payload) = codes.named()
     raw = payload.view(torch.uint8)
     raw.copy_(raw.flip(1))
+    assert not isinstance(segment.held, Stored)  # a cache has its codes in memory of its own
     segment.held.store(codes)

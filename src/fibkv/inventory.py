@@ -17,9 +17,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from fibkv.codes import Codes
 from fibkv.ladder import Rung
-from fibkv.packed import Packed
+from fibkv.packed import Held, Packed
 from fibkv.page import METADATA_NBYTES, Page
 from fibkv.sealing import LayerSettings
 from fibkv.slabs import Slabs
@@ -315,5 +314,5 @@ def _held_alike(one: Page, other: Page) -> bool:
     return all(_place(a.held) == _place(b.held) for a, b in pairs)
 
 
-def _place(held: Codes | Packed) -> tuple[object, ...]:
+def _place(held: Held) -> tuple[object, ...]:
     return (type(held), held.device, held.side if isinstance(held, Packed) else None)

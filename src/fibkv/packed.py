@@ -5,10 +5,11 @@ The canonical order (`fibkv.codes`) is what is hashed, stored and sent; this one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,6 +77,58 @@ class Packed:
         data = block[start : start + self.nbytes]
         data.copy_(self.data)
         return replace(self, data=data, block=block)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stored:
+    """Codes of a rectangle in their canonical bytes where they were read: on their way to memory of their own.
+
+    Attributes:
+        data: the bytes, checked; it keeps alive what it is a view of.
+        heads: number of heads.
+        tokens: number of tokens.
+        read: the codec's `fibkv.codecs.Codec.from_bytes`.
+    """
+
+    data: memoryview
+    heads: int
+    tokens: int
+    read: Callable[[memoryview, int, int], Codes]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes."""
+        return len(self.data)
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU."""
+        return torch.device("cpu")
+
+    @property
+    def address(self) -> int:
+        """Of the bytes, for as long as this object lives."""
+        where: int = np.frombuffer(self.data, dtype=np.uint8).__array_interface__["data"][0]
+        return where
+
+    def canonical(self) -> Codes:
+        """The codes ``[heads, tokens, ...]``, copied."""
+        return self.read(self.data, self.heads, self.tokens)
+
+    def to_bytes(self) -> memoryview:
+        """The canonical bytes."""
+        return self.data
+
+    def to(self, device: torch.device) -> Codes | Stored:
+        """Itself on the CPU, canonical codes on any other device."""
+        return self if device == self.device else self.canonical().to(device)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _identity, (self.canonical(),)
+
+
+Held = Codes | Packed | Stored
+"""What a segment of a page can hold."""
 
 
 def write_runs(packed: Sequence[Packed], places: Sequence[memoryview]) -> None:

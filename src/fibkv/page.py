@@ -20,7 +20,7 @@ from fibkv.contract import Contract, Total
 from fibkv.digest import canonical_json, digest_bytes
 from fibkv.errors import DigestMismatch, PageError
 from fibkv.kernels.refusals import FLOAT16_MAX
-from fibkv.packed import Packed
+from fibkv.packed import Held
 from fibkv.policy import Decision
 from fibkv.space import KeySpace
 
@@ -78,7 +78,7 @@ class Segment:
         decision: what the policy said.
         reasons: why it is raw, or on which axis it is compressed.
         codec: how it is coded.
-        held: codes ``[heads, tokens, ...]``, in canonical order or in that of the kernels which read them.
+        held: codes ``[heads, tokens, ...]``, in canonical order, in that of the kernels which read them, or as stored.
         space: what keys went through before they were coded, for all KV heads of the layer; None = nothing.
     """
 
@@ -87,7 +87,7 @@ class Segment:
     decision: Decision
     reasons: tuple[str, ...]
     codec: Codec
-    held: Codes | Packed
+    held: Held
     space: KeySpace | None = None
 
     @property
@@ -105,7 +105,7 @@ class Segment:
 
     def to_bytes(self) -> bytes | memoryview:
         """The canonical bytes of the codes."""
-        return self.held.to_bytes() if isinstance(self.held, Packed) else self.codec.to_bytes(self.held)
+        return self.codec.to_bytes(self.held) if isinstance(self.held, Codes) else self.held.to_bytes()
 
     def decode(self, out: Tensor, *, implementation: str = "auto") -> None:
         """Decodes into ``out [heads, tokens, d]`` of any floating dtype."""
@@ -316,7 +316,7 @@ class Page:
         """The page with a copy of its codes, in canonical order."""
         return self.holding([segment.codes.map(Tensor.clone) for segment in (*self.keys, *self.values)])
 
-    def holding(self, held: Sequence[Codes | Packed]) -> Page:
+    def holding(self, held: Sequence[Held]) -> Page:
         """The page with the same codes in another order or place, for its keys' segments and then its values'."""
         segments = [replace(old, held=new) for old, new in zip((*self.keys, *self.values), held, strict=True)]
         return replace(self, keys=tuple(segments[: len(self.keys)]), values=tuple(segments[len(self.keys) :]))

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from fibkv import kernels
 from fibkv.coder import RoleCoder
-from fibkv.codes import Codes
 from fibkv.kernels.native import Native
 from fibkv.ladder import Rung
-from fibkv.packed import Packed
+from fibkv.packed import Held, Stored
 from fibkv.page import Page, Segment
 from fibkv.policy import Run
 from fibkv.sampling import PageSampler
@@ -157,7 +156,10 @@ def resident(pages: Sequence[Page], implementation: str, slabs: Slabs) -> list[P
         same = list(group)
         kernels_ = kernels.resolve(implementation, same[0].keys[0].held.device)
         rectangles = [_rectangles(page) for page in same]
-        if not isinstance(kernels_, Native) or all(kernels_.holds(*one) for page in rectangles for one in page):
+        if not isinstance(kernels_, Native):
+            placed += [_read(page) for page in same]
+            continue
+        if all(kernels_.holds(*one) for page in rectangles for one in page):
             placed += same
             continue
         packed = kernels_.pack(rectangles, slabs)
@@ -165,8 +167,16 @@ def resident(pages: Sequence[Page], implementation: str, slabs: Slabs) -> list[P
     return placed
 
 
-def _rectangles(page: Page) -> list[tuple[Codes | Packed, Tables, Role]]:
-    keys: list[tuple[Codes | Packed, Tables, Role]] = [(s.held, s.codec.tables, "key") for s in page.keys]
+def _read(page: Page) -> Page:
+    """The page with codes in memory of their own, if it has some that are still as they were stored."""
+    held = [segment.held for segment in (*page.keys, *page.values)]
+    if not any(isinstance(codes, Stored) for codes in held):
+        return page
+    return page.holding([codes.canonical() if isinstance(codes, Stored) else codes for codes in held])
+
+
+def _rectangles(page: Page) -> list[tuple[Held, Tables, Role]]:
+    keys: list[tuple[Held, Tables, Role]] = [(s.held, s.codec.tables, "key") for s in page.keys]
     return [*keys, *((s.held, s.codec.tables, "value") for s in page.values)]
 
 

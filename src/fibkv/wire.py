@@ -6,6 +6,7 @@ then do its bytes mean anything. Codes lie in canonical order, so that one vecto
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,12 +16,11 @@ from torch import Tensor
 
 from fibkv.codecs import Codec
 from fibkv.coder import RoleCoder
-from fibkv.codes import Codes
 from fibkv.container import Bytes, Container, Draft, canonical, packed_nbytes
 from fibkv.contract import Contract
 from fibkv.digest import require_digest
 from fibkv.errors import ContractError, PageError
-from fibkv.packed import Packed, write_runs
+from fibkv.packed import Held, Packed, Stored, write_runs
 from fibkv.page import FALLBACKS, Page, PageHeader, Segment, SegmentHeader
 from fibkv.policy import Decision, Run
 from fibkv.sealing import LayerSettings
@@ -29,6 +29,12 @@ from fibkv.space import KeySpace
 
 # The header of a page in canonical JSON, so that equal segments are recognized by their bytes.
 _BEFORE, _BETWEEN = b'{"page":', b',"segments":'
+# The canonical JSON of a page whose profiles are digests: what is so needs no parser.
+_NUMBER, _DIGEST = rb"(0|[1-9][0-9]{0,18})", rb'"(blake3:[0-9a-f]{64})"'
+_PAGE = re.compile(
+    rb'{"page":{"layer":%b,"start":%b,"tokens":%b,"key_profile":%b,"value_profile":%b},"segments":'
+    % (_NUMBER, _NUMBER, _NUMBER, _DIGEST, _DIGEST)
+)
 # A layer has a handful: the first page, those behind it, fallbacks. Bounds what a hostile store can make it remember.
 MAX_FORMS = 64
 
@@ -77,7 +83,7 @@ class SegmentForm:
         """Tokens."""
         return self.header.tokens[1] - self.header.tokens[0]
 
-    def segment(self, codes: Codes) -> Segment:
+    def segment(self, codes: Held) -> Segment:
         """The segment with these codes."""
         header = self.header
         return Segment(header.heads, header.tokens, self.decision, header.reasons, self.codec, codes, self.space)
@@ -89,6 +95,11 @@ class StoredSegment:
 
     form: SegmentForm
     codes: memoryview
+
+    def segment(self) -> Segment:
+        """The segment, with its codes where they lie."""
+        form = self.form
+        return form.segment(Stored(self.codes, form.groups, form.tokens, form.codec.from_bytes))
 
     def vector(self, head: int, token: int) -> Tensor:
         """One vector ``[d]`` float32 of a head of the layer and a token of the page; reads no other."""
@@ -191,9 +202,9 @@ class PageReader:
 
 
 def load_pages(stored: Sequence[StoredPage]) -> list[Page]:
-    """Pages, checked against their digests, with their codes in memory of their own.
+    """Pages, checked against their digests. Their codes are still where they were read; a cache takes them over.
 
-    Segments of one codec and size are decoded from their bytes together: of all layers, for the pages of a span.
+    Segments of one codec and size are checked together: of all layers, for the pages of a span.
 
     Raises:
         DigestMismatch: the contents are not those that were sealed.
@@ -204,33 +215,16 @@ def load_pages(stored: Sequence[StoredPage]) -> list[Page]:
     alike: dict[tuple[Codec, int, int], list[StoredSegment]] = {}
     for segment in (segment for page in stored for segment in (*page.keys, *page.values)):
         alike.setdefault((segment.form.codec, segment.form.groups, segment.form.tokens), []).append(segment)
-    codes = {id(one): made for same in alike.values() for one, made in zip(same, _codes(same), strict=True)}
-    return [_page(page, codes) for page in stored]
+    for (codec, groups, tokens), same in alike.items():
+        codec.check_bytes([one.codes for one in same], groups, tokens)
+    return [_page(page) for page in stored]
 
 
-def _page(stored: StoredPage, codes: dict[int, Codes]) -> Page:
+def _page(stored: StoredPage) -> Page:
     head = stored.header
-    keys, values = (tuple(one.form.segment(codes[id(one)]) for one in side) for side in (stored.keys, stored.values))
+    keys, values = (tuple(one.segment() for one in side) for side in (stored.keys, stored.values))
     profiles = (head.key_profile, head.value_profile)
     return Page(head.layer, head.start, head.tokens, keys, values, *profiles, stored.container.digest)
-
-
-def _codes(same: Sequence[StoredSegment]) -> list[Codes]:
-    """The codes of segments of one codec and size: read and checked as those of one segment with all of their heads."""
-    form = same[0].form
-    parts, offset = [], 0
-    for field in form.codec.layout(form.tokens):
-        stop = offset + form.groups * field.nbytes
-        parts += [one.codes[offset:stop] for one in same]
-        offset = stop
-    together = form.codec.from_bytes(memoryview(b"".join(parts)), form.groups * len(same), form.tokens)
-    heads = (slice(index, index + form.groups) for index in range(0, form.groups * len(same), form.groups))
-    # Copies: a page must not keep the memory of its neighbours alive.
-    return [_copied(together, part) for part in heads]
-
-
-def _copied(codes: Codes, heads: slice) -> Codes:
-    return codes.map(lambda tensor: tensor[heads].clone())
 
 
 def pages_nbytes(pages: Sequence[Page]) -> list[int]:
@@ -275,6 +269,12 @@ def _section_sizes(page: Page) -> list[int]:
 
 def _split(container: Container) -> tuple[PageHeader, bytes]:
     """The page's own header, in canonical form, and what follows it."""
+    if canonical_page := _PAGE.match(container.header):
+        layer, start, tokens, *profiles = canonical_page.groups()
+        key_profile, value_profile = (profile.decode() for profile in profiles)
+        numbers = {"layer": int(layer), "start": int(start), "tokens": int(tokens)}
+        page = PageHeader(**numbers, key_profile=key_profile, value_profile=value_profile)
+        return page, container.header[canonical_page.end() :]
     text, found, rest = container.header.removeprefix(_BEFORE).partition(_BETWEEN)
     if not found:
         raise PageError("page header: expected canonical JSON with the fields page and segments")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,24 @@ class CodecConformance:
         again = codec.from_bytes(memoryview(data), 3, 7)
         assert equal(codes, again)
         assert torch.equal(codec.decode(codes), codec.decode(again))
+
+    def test_free_fields_may_hold_any_bytes_and_others_are_checked_together(self, codec: Codec) -> None:
+        parts = [codec.to_bytes(codec.encode(gaussian(2, 5, self.dim, seed=seed))) for seed in (1, 2)]
+        codec.check_bytes([memoryview(part) for part in parts], 2, 5)
+        offset, noise = 0, random.Random(3)
+        for field in codec.layout(5):
+            nbytes = 2 * field.nbytes
+            if field.name in codec.free_fields:
+                damaged = bytearray(parts[1])
+                damaged[offset : offset + nbytes] = noise.randbytes(nbytes)
+                # Read without the shortcut.
+                assert torch.isfinite(codec.decode(codec.from_bytes(memoryview(damaged), 2, 5))).all()
+            elif field.dtype.is_floating_point and nbytes:
+                damaged = bytearray(parts[1])
+                damaged[offset : offset + nbytes] = b"\xff" * nbytes
+                with pytest.raises(PageError, match=field.name):
+                    codec.check_bytes([memoryview(parts[0]), memoryview(damaged)], 2, 5)
+            offset += nbytes
 
     def test_golden_bytes(self, codec: Codec) -> None:
         """The format does not change silently: the bytes of fixed vectors, and what they decode to."""

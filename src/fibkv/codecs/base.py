@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -78,6 +79,11 @@ class Codec(ABC):
         """
 
     @property
+    def free_fields(self) -> frozenset[str]:
+        """Fields whose every bit pattern is one that an encoder makes: there is nothing to check about them."""
+        return frozenset()
+
+    @property
     def vector_nbytes(self) -> int:
         """Bytes that each further vector of a group takes: fixed, so that addresses are arithmetic."""
         return self.encoded_nbytes(1, 2) - self.encoded_nbytes(1, 1)
@@ -121,6 +127,25 @@ class Codec(ABC):
         codes = self.assemble(tensors)
         self.check(codes)
         return codes
+
+    def check_bytes(self, parts: Sequence[memoryview], groups: int, tokens: int) -> None:
+        """Checks the canonical bytes of many codes of ``groups`` groups at once. Fields that are free are not read.
+
+        Raises:
+            PageError: one of them holds what no encoder makes.
+        """
+        tensors: dict[str, Tensor] = {}
+        offset = 0
+        for field in self.layout(tokens):
+            stop = offset + groups * field.nbytes
+            shape = (groups * len(parts), *field.shape)
+            if field.name in self.free_fields:
+                tensors[field.name] = torch.zeros((), dtype=field.dtype).expand(shape)
+            else:
+                together = b"".join([part[offset:stop] for part in parts])
+                tensors[field.name] = _tensor(memoryview(together), field.dtype, shape)
+            offset = stop
+        self.check(self.assemble(tensors))
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:

@@ -68,6 +68,12 @@ class FibCodec(Codec):
         """FibCodes."""
         return FibCodes(**tensors)
 
+    @property
+    def free_fields(self) -> frozenset[str]:
+        """Indices, where every one is of a codeword and they fill their bytes."""
+        whole = self.tables.codewords.shape[0] >= 1 << self.tables.bits
+        return frozenset({"indices"} if whole and self.tables.num_blocks * self.tables.bits % 8 == 0 else ())
+
     def check(self, codes: Codes) -> None:
         """Indices are inside the codebook, filling bits zero, norms finite and not negative, means within float32."""
         assert isinstance(codes, FibCodes)

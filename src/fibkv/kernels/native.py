@@ -21,14 +21,14 @@ from fibkv.kernels.native_sides import (
     WHY_NOT,
     extension,
     extent,
-    fill,
+    fill_all,
     native_space,
     packed_codes,
     raw_tables,
     side_of,
 )
 from fibkv.kernels.runs import Masking, Run, attend_part
-from fibkv.packed import Packed
+from fibkv.packed import Held, Packed
 from fibkv.shape import Role
 from fibkv.slabs import ALIGNMENT, Slabs
 from fibkv.tables import Tables
@@ -81,7 +81,7 @@ class Native:
         """Decodes to ``[..., T, d]``; see `fibkv.kernels.reference.decode`."""
         return native_codes.decode(codes, tables, out=out, isa=self.isa)
 
-    def pack(self, pages: Sequence[Sequence[tuple[Codes | Packed, Tables, Role]]], slabs: Slabs) -> list[list[Packed]]:
+    def pack(self, pages: Sequence[Sequence[tuple[Held, Tables, Role]]], slabs: Slabs) -> list[list[Packed]]:
         """Puts the codes of each page into one block of memory, in the order in which attention reads them.
 
         Args:
@@ -96,15 +96,13 @@ class Native:
             starts.append(starts[-1] + -(-side.nbytes(*extent(codes)) // ALIGNMENT) * ALIGNMENT)
         total = starts[-1]
         blocks = slabs.take(total, len(pages))
-        return [
-            [
-                fill(codes, tables, side, block, start)
-                for (codes, tables, _), side, start in zip(page, sides, starts[:-1], strict=True)
-            ]
-            for page, block in zip(pages, blocks, strict=True)
+        columns = [
+            fill_all([page[index][0] for page in pages], pages[0][index][1], side, blocks, starts[index])
+            for index, side in enumerate(sides)
         ]
+        return [list(page) for page in zip(*columns, strict=True)]
 
-    def holds(self, codes: Codes | Packed, tables: Tables, role: Role) -> bool:
+    def holds(self, codes: Held, tables: Tables, role: Role) -> bool:
         """Whether codes are in the order that these kernels read in place."""
         return isinstance(codes, Packed) and codes.side is side_of(tables, role, self.isa)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fibkv.codes import Codes
-from fibkv.packed import Packed
+from fibkv.packed import Held, Packed, Stored
 from fibkv.packing import packed_nbytes
 from fibkv.rotation import Rotation, hadamard_signs
 from fibkv.shape import Role
@@ -123,7 +124,7 @@ def raw_tables(dtype: torch.dtype, head_dim: int) -> RawTables:
     return RawTables(dtype=dtype, head_dim=head_dim)
 
 
-def fill(codes: Codes | Packed, tables: Tables, side: Any, block: Tensor, start: int) -> Packed:
+def fill(codes: Held, tables: Tables, side: Any, block: Tensor, start: int) -> Packed:
     """Codes packed into ``block[start:]``."""
     if isinstance(codes, Packed) and codes.side is side:
         return codes.within(block, start)
@@ -133,16 +134,28 @@ def fill(codes: Codes | Packed, tables: Tables, side: Any, block: Tensor, start:
     return packed
 
 
-def packed_codes(codes: Codes | Packed, tables: Tables, side: Any) -> Packed:
+def fill_all(held: Sequence[Held], tables: Tables, side: Any, blocks: Sequence[Tensor], start: int) -> list[Packed]:
+    """Codes of equal rectangles packed into ``block[start:]`` of each block; stored ones by one call."""
+    stored = [codes for codes in held if isinstance(codes, Stored)]
+    if len(stored) < len(held):
+        return [fill(codes, tables, side, block, start) for codes, block in zip(held, blocks, strict=True)]
+    heads, tokens = extent(held[0])
+    stop = start + side.nbytes(heads, tokens)
+    packed = [Packed(block[start:stop], block, heads, tokens, tables, side) for block in blocks]
+    side.pack_runs(heads, tokens, [codes.address for codes in stored], [one.data.data_ptr() for one in packed])
+    return packed
+
+
+def packed_codes(codes: Held, tables: Tables, side: Any) -> Packed:
     """Codes in the order of a side: themselves if they are in it, else a copy."""
     if isinstance(codes, Packed) and codes.side is side:
         return codes
     return fill(codes, tables, side, torch.empty(side.nbytes(*extent(codes)), dtype=torch.uint8), 0)
 
 
-def extent(codes: Codes | Packed) -> tuple[int, int]:
+def extent(codes: Held) -> tuple[int, int]:
     """(heads, tokens) of the codes ``[heads, tokens, ...]`` of a rectangle."""
-    if isinstance(codes, Packed):
+    if not isinstance(codes, Codes):
         return codes.heads, codes.tokens
     heads, tokens = codes.axes
     return heads, tokens

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fibkv.codes import Codes
-from fibkv.packed import Packed
+from fibkv.packed import Held
 from fibkv.space import KeySpace
 from fibkv.tables import Tables
 
@@ -37,9 +37,9 @@ class Run:
     start: int
     tokens: int
     key_tables: Tables
-    keys: Sequence[Sequence[Codes | Packed]]
+    keys: Sequence[Sequence[Held]]
     value_tables: Tables
-    values: Sequence[Sequence[Codes | Packed]]
+    values: Sequence[Sequence[Held]]
     rotated: bool = True
     space: KeySpace | None = None
 

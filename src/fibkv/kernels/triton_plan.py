@@ -10,12 +10,12 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from fibkv.codes import ChannelCodes, Codes, FibCodes
+from fibkv.codes import ChannelCodes, FibCodes
 from fibkv.errors import KernelError
 from fibkv.kernels.runs import Run
 from fibkv.kernels.triton_attend import COLUMNS
 from fibkv.kernels.triton_sides import Side, arrays
-from fibkv.packed import Packed
+from fibkv.packed import Held
 from fibkv.rotation import Rotation
 from fibkv.space import KeySpace
 from fibkv.tables import ChannelTables, RawTables, Tables
@@ -127,7 +127,7 @@ class Group:
         return self.value_tables.rotation if self.rotated else None
 
 
-def _columns(codes: Codes | Packed, tables: Tables) -> list[Tensor]:
+def _columns(codes: Held, tables: Tables) -> list[Tensor]:
     """The tensors of a page's codes, one for each column; the codes stand in for those that a codec lacks."""
     codes = codes.canonical()
     scales: Tensor | None = None
