@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fibkv.errors import PageError
+from fibkv.hard_statistics import key_flags
 from fibkv.inventory import Inventory
 from fibkv.ladder import Rung
 from fibkv.packed import Stored
@@ -51,6 +52,8 @@ class LayerCache:
         self.settings = settings
         self.quarantine = quarantine
         self.rungs = dict(rungs or {})
+        self.flags: tuple[str, ...] | None = None
+        """What is hard about the keys of the first page; None = no page was sealed yet."""
         # Around every change of the page tables that is made from what they were: others may replace pages.
         self._lock = threading.Lock()
         self._inventory = inventory or Inventory()
@@ -284,6 +287,9 @@ class LayerCache:
         sealed = seal(self.settings, recent, length, spans)
         done = spans[-1][1] if spans else 0
         if any(sealed):
+            if self.flags is None:
+                protected = self.settings.keys.policy.protected.first_tokens_raw
+                self.flags = key_flags(recent.keys[0, :, protected : spans[0][1]])
             placed = [self._placed(pages) for pages in sealed]
             with self._lock:
                 self._rows = PageRows((*row, *pages) for row, pages in zip(self._rows, placed, strict=True))

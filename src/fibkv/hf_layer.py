@@ -203,6 +203,7 @@ class CompressedLayer(CacheLayerMixin):
             raw_elements=raw_elements,
             raw_nbytes=raw_nbytes,
             metadata_nbytes=store.metadata_nbytes,
+            flags=store.flags or (),
         )
 
     @property

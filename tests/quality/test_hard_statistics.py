@@ -68,3 +68,22 @@ def test_the_recipes_err_as_on_plain_data(make: Callable[[Tensor], Tensor], bits
 def test_a_plain_code_does_not() -> None:
     """Why keys are centered: the bias takes the bits."""
     assert logit_error(biased_channels, profile="fib4") > 5 * logit_error(plain, profile="fib4")
+
+
+@pytest.mark.parametrize(
+    ("make", "flag"),
+    [
+        (plain, None),
+        (large_channels, "channels up to "),
+        (biased_channels, "as long as without their mean (heads 0, 1)"),
+        (drifting_bias, "as long as without their mean (heads 0, 1)"),
+        (massive_sinks, None),
+    ],
+)
+def test_the_report_flags_the_layer(make: Callable[[Tensor], Tensor], flag: str | None) -> None:
+    keys, values = make(gaussian(1, HEADS, TOKENS, DIM)), gaussian(1, HEADS, TOKENS, DIM, seed=1)
+    cache = fibkv.Cache(LlamaConfig(**{**COMMON, "head_dim": DIM}))  # type: ignore[arg-type]
+    cache.update(keys, values, 0)
+    flags = cache.report().layers[0].flags
+    assert (flags == ()) if flag is None else (len(flags) == 1 and flag in flags[0])
+    assert ("hard: " in str(cache.report())) == (flag is not None)
