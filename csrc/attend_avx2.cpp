@@ -15,7 +15,7 @@ constexpr int kLanes = 8;
 // Queries and weights are int16 of at most this magnitude: see kMostWord.
 constexpr float kMostNumber = 8191.0f;
 
-// Queries of a block: float step[8]; int32 pairs[code_bytes * planes / 2][queries of the block], two int16 each, in the
+// Queries of a block: float step[8]; int32 pairs[units * planes / 2][queries of the block], two int16 each, in the
 // order in which `score` meets them.
 struct Prepared {
   float* step;
@@ -42,9 +42,9 @@ void quantize_query(const Prepared& block, const Side& side, int n, int q, const
   const bool table = side.form == Form::fib;
   block.step[q] = top / kMostNumber * (table ? side.word_step : 1.0f);
   for (int i = 0; i < pairs_of(side); ++i) {
-    // Tables: [pair][byte], coordinates of one byte. int8: of four dimensions 0 and 2, then 1 and 3.
-    const int byte = i % side.code_bytes, pair = i / side.code_bytes;
-    const int first = table ? byte * side.planes + 2 * pair : i / 2 * 4 + i % 2;
+    // Tables: [pair][unit], coordinates of one unit. int8: of four dimensions 0 and 2, then 1 and 3.
+    const int unit = i % side.units(), pair = i / side.units();
+    const int first = table ? unit * side.planes + 2 * pair : i / 2 * 4 + i % 2;
     const int second = table ? first + 1 : first + 2;
     block.pairs[i * n + q] = two(rounded(row[first] * inverse), rounded(row[second] * inverse));
   }
@@ -54,11 +54,57 @@ inline __m256i add_products(__m256i sums, __m256i numbers, int32_t pair) {
   return _mm256_add_epi32(sums, _mm256_madd_epi16(numbers, _mm256_set1_epi32(pair)));
 }
 
-// The words of byte `i` of each lane.
+// Byte `i` of each lane.
 template <int i>
-inline __m256i look_up(const int32_t* words, __m256i codes) {
-  const __m256i index = _mm256_and_si256(_mm256_srli_epi32(codes, 8 * i), _mm256_set1_epi32(255));
-  return _mm256_i32gather_epi32(words, index, 4);
+inline __m256i byte_of(__m256i codes) {
+  return _mm256_and_si256(_mm256_srli_epi32(codes, 8 * i), _mm256_set1_epi32(255));
+}
+
+inline __m256i load_codes(const uint8_t* codes) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+}
+
+// Units of one byte: a table of 256 words for each pair of planes.
+struct Bytes {
+  static constexpr int unit = 1;
+  const int32_t* words;
+
+  Bytes(const Side& side, int pair) : words(side.words + 256 * pair) {}
+
+  // The words of unit `i` of each lane.
+  template <int i>
+  __m256i look_up(const __m256i (&codes)[1]) const {
+    return _mm256_i32gather_epi32(words, byte_of<i>(codes[0]), 4);
+  }
+};
+
+// Units of three bytes: six bits for each pair of planes, and one table of 64 words.
+struct SixBits {
+  static constexpr int unit = 3;
+  const int32_t* words;
+  __m128i shift;
+
+  SixBits(const Side& side, int pair) : words(side.words), shift(_mm_cvtsi32_si128(6 * pair)) {}
+
+  template <int i>
+  __m256i look_up(const __m256i (&codes)[3]) const {
+    const __m256i second = _mm256_slli_epi32(byte_of<i>(codes[1]), 8);
+    const __m256i third = _mm256_slli_epi32(byte_of<i>(codes[2]), 16);
+    const __m256i whole = _mm256_or_si256(byte_of<i>(codes[0]), _mm256_or_si256(second, third));
+    return _mm256_i32gather_epi32(words, _mm256_and_si256(_mm256_srl_epi32(whole, shift), _mm256_set1_epi32(63)), 4);
+  }
+};
+
+template <typename T>
+struct Kind {
+  using Words = T;
+};
+
+// Calls visit(Kind<Words>) with what looks up the planes of a side.
+template <typename Visit>
+inline void with_words(const Side& side, Visit visit) {
+  if (side.unit == 3) return visit(Kind<SixBits>{});
+  visit(Kind<Bytes>{});
 }
 
 inline __m256i even_bytes(__m256i bytes) { return _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8); }
@@ -73,22 +119,27 @@ inline void meet(__m256i (&sums)[n], __m256i numbers, const int32_t* queries) {
 
 // Sums of eight tokens: `codes` points at their lanes in the first chunk of their group.
 template <int n>
-void score_eight(const Side& side, const uint8_t* codes, const Prepared& block, __m256i (&sums)[n]) {
-  const int32_t* queries = block.pairs;
+void score_eight_int8(const Side& side, const uint8_t* codes, const int32_t* queries, __m256i (&sums)[n]) {
   for (int j = 0; j < side.code_bytes / 4; ++j) {
-    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + j * 64));
-    if (side.form == Form::int8) {
-      meet<n>(sums, even_bytes(bytes), queries + 2 * j * n);
-      meet<n>(sums, odd_bytes(bytes), queries + (2 * j + 1) * n);
-      continue;
-    }
+    const __m256i bytes = load_codes(codes + j * 64);
+    meet<n>(sums, even_bytes(bytes), queries + 2 * j * n);
+    meet<n>(sums, odd_bytes(bytes), queries + (2 * j + 1) * n);
+  }
+}
+
+template <typename Words, int n>
+void score_eight(const Side& side, const uint8_t* codes, const int32_t* queries, __m256i (&sums)[n]) {
+  const int steps = side.units() / 4;
+  for (int j = 0; j < steps; ++j) {
+    __m256i bytes[Words::unit];
+    for (int i = 0; i < Words::unit; ++i) bytes[i] = load_codes(codes + (i * steps + j) * 64);
     for (int pair = 0; pair < side.planes / 2; ++pair) {
-      const int32_t* words = side.words + 256 * pair;
-      const int32_t* four = queries + (static_cast<size_t>(pair) * side.code_bytes + 4 * j) * n;
-      meet<n>(sums, look_up<0>(words, bytes), four);
-      meet<n>(sums, look_up<1>(words, bytes), four + n);
-      meet<n>(sums, look_up<2>(words, bytes), four + 2 * n);
-      meet<n>(sums, look_up<3>(words, bytes), four + 3 * n);
+      const Words words(side, pair);
+      const int32_t* four = queries + (static_cast<size_t>(pair) * side.units() + 4 * j) * n;
+      meet<n>(sums, words.template look_up<0>(bytes), four);
+      meet<n>(sums, words.template look_up<1>(bytes), four + n);
+      meet<n>(sums, words.template look_up<2>(bytes), four + 2 * n);
+      meet<n>(sums, words.template look_up<3>(bytes), four + 3 * n);
     }
   }
 }
@@ -99,7 +150,13 @@ void score_block(const Side& side, const uint8_t* codes, int tokens, const Prepa
   for (int t = 0; t < tokens; t += kLanes) {
     const size_t at = static_cast<size_t>(t / kTokenTile) * side.code_bytes * kTokenTile + t % kTokenTile * 4;
     __m256i sums[n] = {};
-    score_eight<n>(side, codes + at, block, sums);
+    if (side.form == Form::int8) {
+      score_eight_int8<n>(side, codes + at, block.pairs, sums);
+    } else {
+      with_words(side, [&](auto kind) {
+        score_eight<typename decltype(kind)::Words, n>(side, codes + at, block.pairs, sums);
+      });
+    }
     const __m256 norm = _mm256_loadu_ps(norms + t);
     for (int q = 0; q < n; ++q) {
       const __m256 factor = _mm256_mul_ps(norm, _mm256_set1_ps(block.step[q]));
@@ -142,16 +199,18 @@ inline void add_scaled(float* out, __m256i sums, float step) {
 inline __m256i low_halves(__m256i a, __m256i b) { return _mm256_blend_epi16(a, _mm256_slli_epi32(b, 16), 0xAA); }
 inline __m256i high_halves(__m256i a, __m256i b) { return _mm256_blend_epi16(_mm256_srli_epi32(a, 16), b, 0xAA); }
 
-// Two planes of eight code bytes; `codes` points at their lanes in the first quad of their slice.
-template <int n>
-void mix_eight(const Side& side, const uint8_t* codes, int quads, int pair, const Weights& weights, float* out,
-               int width) {
-  const int32_t* words = side.words + 256 * pair;
+// Two planes of eight units; `codes` points at the lanes of their first bytes in the first quad of their slice, the
+// next bytes are `apart` from them.
+template <typename Words, int n>
+void mix_eight(const Side& side, const uint8_t* codes, size_t apart, int quads, int pair, const Weights& weights,
+               float* out, int width) {
+  const Words words(side, pair);
   __m256i even[n] = {}, odd[n] = {};
   for (int quad = 0; quad < quads; ++quad) {
-    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + quad * 64));
-    const __m256i a = look_up<0>(words, bytes), b = look_up<1>(words, bytes);
-    const __m256i c = look_up<2>(words, bytes), d = look_up<3>(words, bytes);
+    __m256i bytes[Words::unit];
+    for (int i = 0; i < Words::unit; ++i) bytes[i] = load_codes(codes + i * apart + quad * 64);
+    const __m256i a = words.template look_up<0>(bytes), b = words.template look_up<1>(bytes);
+    const __m256i c = words.template look_up<2>(bytes), d = words.template look_up<3>(bytes);
     const __m256i low = low_halves(a, b), high = high_halves(a, b);
     const __m256i later_low = low_halves(c, d), later_high = high_halves(c, d);
     for (int q = 0; q < n; ++q) {
@@ -161,9 +220,9 @@ void mix_eight(const Side& side, const uint8_t* codes, int quads, int pair, cons
     }
   }
   for (int q = 0; q < n; ++q) {
-    float* row = out + static_cast<size_t>(q) * width + static_cast<size_t>(2 * pair) * side.code_bytes;
+    float* row = out + static_cast<size_t>(q) * width + static_cast<size_t>(2 * pair) * side.units();
     add_scaled(row, even[q], weights.step[q]);
-    add_scaled(row + side.code_bytes, odd[q], weights.step[q]);
+    add_scaled(row + side.units(), odd[q], weights.step[q]);
   }
 }
 
@@ -171,7 +230,7 @@ template <int n>
 void mix_eight_int8(const uint8_t* codes, int quads, const Weights& weights, float* out, int width) {
   __m256i sums[n] = {};
   for (int quad = 0; quad < quads; ++quad) {
-    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + quad * 64));
+    const __m256i bytes = load_codes(codes + quad * 64);
     const __m256i even = even_bytes(bytes), odd = odd_bytes(bytes);
     for (int q = 0; q < n; ++q) {
       sums[q] = add_products(add_products(sums[q], even, weights.pairs[q][2 * quad]), odd, weights.pairs[q][2 * quad + 1]);
@@ -185,15 +244,18 @@ void mix_block(const Side& side, const uint8_t* codes, size_t pitch, int quads, 
                const float* norms, float* out, int width) {
   Weights numbers;
   for (int q = 0; q < n; ++q) quantize_weights(side, weights + q * kTile, norms, q, numbers);
-  for (int byte = 0; byte < side.code_bytes; byte += kLanes) {
-    const uint8_t* lanes = codes + byte / kValueSlice * pitch + byte % kValueSlice * 4;
+  for (int unit = 0; unit < side.units(); unit += kLanes) {
+    const uint8_t* lanes = codes + unit / kValueSlice * pitch + unit % kValueSlice * 4;
     if (side.form == Form::int8) {
-      mix_eight_int8<n>(lanes, quads, numbers, out + byte, width);
+      mix_eight_int8<n>(lanes, quads, numbers, out + unit, width);
       continue;
     }
-    for (int pair = 0; pair < side.planes / 2; ++pair) {
-      mix_eight<n>(side, lanes, quads, pair, numbers, out + byte, width);
-    }
+    with_words(side, [&](auto kind) {
+      const size_t apart = side.units() / kValueSlice * pitch;
+      for (int pair = 0; pair < side.planes / 2; ++pair) {
+        mix_eight<typename decltype(kind)::Words, n>(side, lanes, apart, quads, pair, numbers, out + unit, width);
+      }
+    });
   }
 }
 

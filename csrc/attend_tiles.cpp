@@ -80,17 +80,21 @@ const uint8_t* code_row(const Side& side, const Span& span, int token, uint8_t* 
         for (int j = 0; j < bytes; j += 4) std::memcpy(room + j, from + static_cast<size_t>(j) * kTokenTile, 4);
         return room;
       }
-      for (int j = 0; j < bytes; ++j) {
-        const int place = side.place(j), line = place / 4 * 4;
-        room[j] = from[static_cast<size_t>(line) * kTokenTile + (place - line)];
+      for (int i = 0; i < side.unit; ++i) {
+        for (int u = 0; u < side.units(); ++u) {
+          const int place = side.place(u, i), byte = place % 4;
+          room[u * side.unit + i] = from[static_cast<size_t>(place - byte) * kTokenTile + byte];
+        }
       }
       return room;
     }
     default: {
       const uint8_t* from = span.codes + static_cast<size_t>(token / 4) * 4 * kValueSlice + token % 4;
-      for (int j = 0; j < bytes; ++j) {
-        const int place = side.place(j), slice = place / kValueSlice;
-        room[j] = from[static_cast<size_t>(slice) * span.padded * kValueSlice + 4 * (place % kValueSlice)];
+      for (int i = 0; i < side.unit; ++i) {
+        for (int u = 0; u < side.units(); ++u) {
+          const int place = side.place(u, i), lane = place % kValueSlice;
+          room[u * side.unit + i] = from[static_cast<size_t>(place - lane) * span.padded + 4 * lane];
+        }
       }
       return room;
     }

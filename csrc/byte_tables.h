@@ -99,6 +99,42 @@ struct PathPair {
   }
 };
 
+// The part of the six bits of a pair that lies in one byte of a unit, in the form of gf2p8affineqb.
+constexpr uint64_t six_bits(int pair, int byte) {
+  uint64_t matrix = 0;
+  for (int i = 0; i < 6; ++i) {
+    const int at = 6 * pair + i;
+    if (at / 8 == byte) matrix |= uint64_t{1} << (8 * (7 - i) + at % 8);
+  }
+  return matrix;
+}
+
+// Both planes of a pair at three bits a coordinate: six bits of a unit name them, all pairs by the same two tables.
+struct SixBitPair {
+  static constexpr int unit = 3;
+  static constexpr uint64_t parts[4][unit] = {{six_bits(0, 0), six_bits(0, 1), six_bits(0, 2)},
+                                              {six_bits(1, 0), six_bits(1, 1), six_bits(1, 2)},
+                                              {six_bits(2, 0), six_bits(2, 1), six_bits(2, 2)},
+                                              {six_bits(3, 0), six_bits(3, 1), six_bits(3, 2)}};
+  SmallLevels even, odd;
+  __m512i part[unit];
+  __m512i x, y;
+
+  SixBitPair(const Side& side, int pair, int8_t flip) : even(side.tables, flip), odd(side.tables + 64, flip) {
+    for (int i = 0; i < unit; ++i) part[i] = _mm512_set1_epi64(static_cast<int64_t>(parts[pair][i]));
+  }
+
+  void look_up(const __m512i (&bytes)[unit], __m512i /*before*/) {
+    __m512i symbols = _mm512_gf2p8affine_epi64_epi8(bytes[0], part[0], 0);
+#pragma GCC unroll 2
+    for (int i = 1; i < unit; ++i) {
+      symbols = _mm512_xor_si512(symbols, _mm512_gf2p8affine_epi64_epi8(bytes[i], part[i], 0));
+    }
+    x = even(symbols);
+    y = odd(symbols);
+  }
+};
+
 template <typename T>
 struct Kind {
   using Tables = T;
@@ -108,7 +144,9 @@ struct Kind {
 template <typename Visit>
 inline void with_tables(const Side& side, Visit visit) {
   switch (side.label_bits) {
-    case 0: return visit(Kind<Pair>{});
+    case 0:
+      if (side.unit == 3) return visit(Kind<SixBitPair>{});
+      return visit(Kind<Pair>{});
     case 8: return visit(Kind<PathPair<LargeLevels, 1>>{});
   }
   if (side.unit == 3) return visit(Kind<PathPair<SmallLevels, 3>>{});

@@ -62,7 +62,9 @@ template <typename Visit>
 void each_byte(const Side& side, int tokens, Visit visit) {
   for (int t = 0; t < tokens; ++t) {
     const size_t row = static_cast<size_t>(t) * side.code_bytes;
-    for (int j = 0; j < side.code_bytes; ++j) visit(row + j, row + side.place(j));
+    for (int u = 0; u < side.units(); ++u) {
+      for (int i = 0; i < side.unit; ++i) visit(row + u * side.unit + i, row + side.place(u, i));
+    }
   }
 }
 

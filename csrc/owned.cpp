@@ -74,7 +74,7 @@ OwnedSide::OwnedSide(const SideSettings& s, const float* codewords, const uint8_
     side_.codewords = codewords_.data();
   }
   // Integer kernels take two planes at a time, or whole int8 numbers.
-  const int unit = labels && s.bits == 3 ? 3 : 1, units = s.code_bytes / unit;
+  const int unit = s.form == Form::fib && s.bits == 3 * s.block && s.block <= 2 ? 3 : 1, units = s.code_bytes / unit;
   const int planes = s.form == Form::int8                           ? 1
                      : s.form == Form::fib && 8 * unit % s.bits == 0 ? 8 * unit / s.bits * s.block
                                                                     : 0;
@@ -93,20 +93,20 @@ OwnedSide::OwnedSide(const SideSettings& s, const float* codewords, const uint8_
   }
 }
 
-// Coordinate `plane` of what a code byte stands for.
-float OwnedSide::coordinate(int byte, int plane) const {
-  const int index = byte >> (plane / side_.block * side_.bits) & ((1 << side_.bits) - 1);
+// Coordinate `plane` of what a symbol stands for.
+float OwnedSide::coordinate(int symbol, int plane) const {
+  const int index = symbol >> (plane / side_.block * side_.bits) & ((1 << side_.bits) - 1);
   return codewords_[static_cast<size_t>(index) * side_.block + plane % side_.block];
 }
 
-// How often each code byte occurs, up to a factor. At high rate a trained codebook has p ~ f^(2 / (k + 2)), where f is
+// How often each symbol occurs, up to a factor. At high rate a trained codebook has p ~ f^(2 / (k + 2)), where f is
 // the density of the source, here the normal one of variance 1 / d.
 std::vector<double> OwnedSide::frequencies() const {
-  std::vector<double> found(256);
-  for (int byte = 0; byte < 256; ++byte) {
+  std::vector<double> found(symbols());
+  for (int symbol = 0; symbol < symbols(); ++symbol) {
     double square = 0;
-    for (int plane = 0; plane < side_.planes; ++plane) square += std::pow(coordinate(byte, plane), 2);
-    found[byte] = std::exp(-square * side_.dim / (side_.block + 2));
+    for (int plane = 0; plane < symbol_planes(); ++plane) square += std::pow(coordinate(symbol, plane), 2);
+    found[symbol] = std::exp(-square * side_.dim / (side_.block + 2));
   }
   const double total = std::accumulate(found.begin(), found.end(), 0.0);
   for (double& p : found) p /= total;
@@ -119,20 +119,22 @@ void OwnedSide::build_tables() {
   // One below the largest int8: rounding to the other side stays in range.
   side_.plane_step = top / 126.0f;
   side_.word_step = top / kMostWord;
-  tables_.resize(static_cast<size_t>(side_.planes) * 256);
-  words_.resize(static_cast<size_t>(side_.planes) / 2 * 256);
+  const size_t count = symbols();
+  tables_.resize(symbol_planes() * count);
+  words_.resize(symbol_planes() / 2 * count);
   const std::vector<double> weights = frequencies();
-  for (int plane = 0; plane < side_.planes; ++plane) {
-    std::vector<double> bytes(256), words(256);
-    for (int byte = 0; byte < 256; ++byte) {
-      bytes[byte] = coordinate(byte, plane) / side_.plane_step;
-      words[byte] = coordinate(byte, plane) / side_.word_step;
+  for (int plane = 0; plane < symbol_planes(); ++plane) {
+    std::vector<double> bytes(count), words(count);
+    for (size_t symbol = 0; symbol < count; ++symbol) {
+      const float x = coordinate(static_cast<int>(symbol), plane);
+      bytes[symbol] = x / side_.plane_step;
+      words[symbol] = x / side_.word_step;
     }
     const std::vector<int> whole_bytes = round_unbiased(bytes, weights), whole_words = round_unbiased(words, weights);
-    for (size_t byte = 0; byte < 256; ++byte) {
-      tables_[static_cast<size_t>(plane) * 256 + byte] = static_cast<int8_t>(whole_bytes[byte]);
-      const uint32_t half = static_cast<uint16_t>(whole_words[byte]);
-      words_[static_cast<size_t>(plane / 2) * 256 + byte] |= static_cast<int32_t>(plane % 2 ? half << 16 : half);
+    for (size_t symbol = 0; symbol < count; ++symbol) {
+      tables_[plane * count + symbol] = static_cast<int8_t>(whole_bytes[symbol]);
+      const uint32_t half = static_cast<uint16_t>(whole_words[symbol]);
+      words_[plane / 2 * count + symbol] |= static_cast<int32_t>(plane % 2 ? half << 16 : half);
     }
   }
   side_.tables = tables_.data();

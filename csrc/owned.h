@@ -60,7 +60,10 @@ class OwnedSide {
   void unpack(int heads, int tokens, const uint8_t* from, const Canonical& to) const;
 
  private:
-  float coordinate(int byte, int plane) const;
+  // What tables are looked up by: a code byte, or six bits of a unit of three bytes.
+  int symbols() const { return side_.unit == 1 ? 256 : 64; }
+  int symbol_planes() const { return side_.unit == 1 ? side_.planes : 2; }
+  float coordinate(int symbol, int plane) const;
   std::vector<double> frequencies() const;
   void build_tables();
   void build_labels(const uint8_t* labels);

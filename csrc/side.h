@@ -56,6 +56,7 @@ struct Side {
 
   // For integer kernels: what one code byte stands for, as `planes` coordinates in int8 times `plane_step`.
   // tables [planes][256]; int8 has one plane and no table. 0 planes: only float kernels can read this side.
+  // Of three bits a coordinate, each six bits of a unit of three bytes are two planes: tables [2][64].
   // Of a trellis a code byte and the one before it stand for the planes: `tables` has one entry per label, and labels
   // are products over GF(2): matrices [planes][unit + 1] of the bytes of a unit and of the one before it, in the form
   // of gf2p8affineqb.
@@ -64,16 +65,16 @@ struct Side {
   const uint64_t* matrices;
   const int8_t* tables;
   float plane_step;
-  // The same in int16, for products of pairs: words [planes / 2][256], plane 2 * pair in the low half, times word_step.
+  // The same in int16, for products of pairs, half as many tables: plane 2 * pair in the low half, times word_step.
   const int32_t* words;
   float word_step;
-  // Bytes that hold whole coordinates: 3 of a trellis of 3 bits in tiles, where the first bytes of all units stand in
-  // front of the second ones, and these of the third. What is said of code bytes above then goes for units.
+  // Bytes that hold whole coordinates: 3 of codes of 3 bits a coordinate in tiles, where the first bytes of all units
+  // stand in front of the second ones, and these of the third. What is said of code bytes above then goes for units.
   int unit = 1;
 
   int units() const { return code_bytes / unit; }
-  // Where a code byte stands among the bytes of its token.
-  int place(int byte) const { return byte % unit * units() + byte / unit; }
+  // Where byte i of unit u stands among the bytes of its token.
+  int place(int u, int i) const { return i * units() + u; }
 
   // Of one head: of what its channels have, and of its mean.
   size_t channel_bytes() const { return channels ? static_cast<size_t>(dim) * (form == Form::affine ? 4 : 2) : 0; }

@@ -46,7 +46,7 @@ def attend_error(implementation: str, *codecs: str) -> float:
         return FLOATS
     if implementation == "triton":
         return FLOATS if set(codecs) == {"raw"} else HALVES
-    if any(name.startswith(("fib", "scalar", "centered", "trellis")) for name in codecs):
+    if any(name.startswith(("fib", "scalar", "centered", "trellis", "key", "value")) for name in codecs):
         best = kernels.resolve("native-avx512") if kernels.available()["native-avx512"] == "yes" else None
         if best is not None and kernels.resolve(implementation).isa == best.isa:
             return BYTES

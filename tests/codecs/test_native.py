@@ -42,7 +42,10 @@ PAIRS = [
     ("trellis3", "trellis3"),
     ("scalar4", "scalar4"),
     ("scalar2", "scalar2"),
+    ("fib3", "fib3"),
     ("fib1", "fib3"),
+    ("key3", "value3"),
+    ("scalar3", "scalar3"),
     ("centered4", "fib4"),
     ("centered2", "centered2"),
     ("affine4", "affine4"),
@@ -61,7 +64,7 @@ def suites() -> list[type[CodecConformance]]:
 
 
 def parameters(name: str, dim: int) -> object:
-    scalar = {"scalar4": 16, "scalar2": 4}
+    scalar = {"scalar4": 16, "scalar3": 8, "scalar2": 4}
     if name in ("centered4", "centered2"):
         return FibParameters.of(dim, *{"centered4": (2, 256), "centered2": (4, 256)}[name], centered=True)
     return FibParameters.of(dim, 1, scalar[name]) if name in scalar else named_parameters(name, dim, "f32")
@@ -158,15 +161,17 @@ def test_grouped_queries_and_head_dims(implementation: str, groups: int, dim: in
 
 
 @pytest.mark.parametrize("implementation", AVAILABLE)
+@pytest.mark.parametrize(
+    "pair", [("fib3", "fib3"), ("key3", "value3"), ("trellis3", "trellis3"), ("trellis2", "trellis4")]
+)
 @pytest.mark.parametrize("dim", [32, 64, 128, 256])
-def test_trellis_head_dims(implementation: str, dim: int) -> None:
-    """Rings of one register and of several, tiles for keys alone and for both, queries that decode them."""
-    for pair in (("trellis3", "trellis3"), ("trellis2", "trellis4")):
-        cache = filled(pair, implementation, dim=dim, batch=1, tokens_per_page=24)
-        assert all(page.compute_digest() == page.digest for page in cache.pages())
-        for queries in (1, 3, 20):
-            query = gaussian(1, 4, queries, dim, seed=2)
-            check(cache, query, Scores(dim**-0.5), attend_error(implementation, *pair))
+def test_units_of_three_bytes_and_rings(implementation: str, pair: tuple[str, str], dim: int) -> None:
+    """Of one register and of several, tiles for keys alone and for both, queries that decode them."""
+    cache = filled(pair, implementation, dim=dim, batch=1, tokens_per_page=24)
+    assert all(page.compute_digest() == page.digest for page in cache.pages())
+    for queries in (1, 3, 20):
+        query = gaussian(1, 4, queries, dim, seed=2)
+        check(cache, query, Scores(dim**-0.5), attend_error(implementation, *pair))
 
 
 @pytest.mark.parametrize("implementation", AVAILABLE)
