@@ -101,13 +101,6 @@ const uint8_t* code_row(const Side& side, const Span& span, int token, uint8_t* 
   }
 }
 
-template <int block>
-void copy_codewords(const Side& side, const uint8_t* code, float* row) {
-  for (int m = 0; m < side.dim / block; ++m) {
-    std::memcpy(row + m * block, side.codewords + code[m] * block, block * sizeof(float));
-  }
-}
-
 // The code of width `bits` at index m of a little-endian bit stream of `bytes` bytes.
 uint32_t index_at(const uint8_t* code, int bytes, int m, int bits) {
   const int bit = m * bits, from = bit >> 3;
@@ -139,14 +132,36 @@ void walk_trellis(const Side& side, const uint8_t* code, float* row) {
   }
 }
 
-void direction(const Side& side, const uint8_t* code, float* row) {
-  if (side.window != side.bits) return walk_trellis(side, code, row);
-  if (side.bits == 8 && side.block == 2) return copy_codewords<2>(side, code, row);
-  if (side.bits == 8 && side.block == 4) return copy_codewords<4>(side, code, row);
-  for (int m = 0; m < side.dim / side.block; ++m) {
+// Codewords from number m on, indices one by one.
+void copy_rest(const Side& side, const uint8_t* code, int m, float* row) {
+  for (; m < side.dim / side.block; ++m) {
     const float* word = side.codewords + static_cast<size_t>(index_at(code, side.code_bytes, m, side.bits)) * side.block;
     for (int j = 0; j < side.block; ++j) row[m * side.block + j] = word[j];
   }
+}
+
+// All codewords, those of whole bytes (three of them, where indices do not lie in single ones) at once.
+template <int bits, int block>
+void copy_codewords(const Side& side, const uint8_t* code, float* row) {
+  constexpr int unit = 8 % bits ? 3 : 1, count = 8 * unit / bits;
+  const int whole = side.dim / block / count;
+  for (int u = 0; u < whole; ++u) {
+    uint32_t indices = code[u * unit];
+    for (int i = 1; i < unit; ++i) indices |= static_cast<uint32_t>(code[u * unit + i]) << (8 * i);
+    for (int i = 0; i < count; ++i) {
+      const uint32_t index = indices >> (bits * i) & ((1u << bits) - 1);
+      std::memcpy(row + (u * count + i) * block, side.codewords + index * block, block * sizeof(float));
+    }
+  }
+  copy_rest(side, code, whole * count, row);
+}
+
+void direction(const Side& side, const uint8_t* code, float* row) {
+  if (side.window != side.bits) return walk_trellis(side, code, row);
+  if (side.bits == 8 && side.block == 2) return copy_codewords<8, 2>(side, code, row);
+  if (side.bits == 8 && side.block == 4) return copy_codewords<8, 4>(side, code, row);
+  if (side.bits == 6 && side.block == 2) return copy_codewords<6, 2>(side, code, row);
+  copy_rest(side, code, 0, row);
 }
 
 // One vector of a form whose elements stand one after another; `dim` need not be a multiple of the lanes.

@@ -177,8 +177,9 @@ def test_units_of_three_bytes_and_rings(implementation: str, pair: tuple[str, st
 @pytest.mark.parametrize("implementation", AVAILABLE)
 @pytest.mark.parametrize("dim", [20, 80, 96])
 def test_odd_head_dims(implementation: str, dim: int) -> None:
-    cache = filled(("fib4", "fib4"), implementation, dim=dim)
-    check(cache, gaussian(2, 4, 1, dim, seed=2), Scores(0.1), attend_error(implementation, "fib4"))
+    for name in ("fib4", "fib3"):
+        cache = filled((name, name), implementation, dim=dim)
+        check(cache, gaussian(2, 4, 1, dim, seed=2), Scores(0.1), attend_error(implementation, name))
 
 
 @pytest.mark.parametrize("implementation", AVAILABLE)
