@@ -208,7 +208,7 @@ void mix_eight(const Side& side, const uint8_t* codes, size_t apart, int quads, 
   __m256i even[n] = {}, odd[n] = {};
   for (int quad = 0; quad < quads; ++quad) {
     __m256i bytes[Words::unit];
-    for (int i = 0; i < Words::unit; ++i) bytes[i] = load_codes(codes + i * apart + quad * 64);
+    for (int i = 0; i < Words::unit; ++i) bytes[i] = load_codes(codes + i * apart + quad * 4 * side.slice);
     const __m256i a = words.template look_up<0>(bytes), b = words.template look_up<1>(bytes);
     const __m256i c = words.template look_up<2>(bytes), d = words.template look_up<3>(bytes);
     const __m256i low = low_halves(a, b), high = high_halves(a, b);
@@ -245,13 +245,13 @@ void mix_block(const Side& side, const uint8_t* codes, size_t pitch, int quads, 
   Weights numbers;
   for (int q = 0; q < n; ++q) quantize_weights(side, weights + q * kTile, norms, q, numbers);
   for (int unit = 0; unit < side.units(); unit += kLanes) {
-    const uint8_t* lanes = codes + unit / kValueSlice * pitch + unit % kValueSlice * 4;
+    const uint8_t* lanes = codes + unit / side.slice * pitch + unit % side.slice * 4;
     if (side.form == Form::int8) {
       mix_eight_int8<n>(lanes, quads, numbers, out + unit, width);
       continue;
     }
     with_words(side, [&](auto kind) {
-      const size_t apart = side.units() / kValueSlice * pitch;
+      const size_t apart = side.units() / side.slice * pitch;
       for (int pair = 0; pair < side.planes / 2; ++pair) {
         mix_eight<typename decltype(kind)::Words, n>(side, lanes, apart, quads, pair, numbers, out + unit, width);
       }
@@ -283,8 +283,8 @@ void integer_score(const Side& key, const Span& span, int first, int tokens, con
 
 void integer_mix(const Side& value, const Span& span, int first, int tokens, const float* weights, int n,
                  const float* norms, float* out, const uint8_t*) {
-  const uint8_t* codes = span.codes + static_cast<size_t>(first) * kValueSlice;
-  const size_t pitch = static_cast<size_t>(span.padded) * kValueSlice;
+  const uint8_t* codes = span.codes + static_cast<size_t>(first) * value.slice;
+  const size_t pitch = static_cast<size_t>(span.padded) * value.slice;
   const int quads = (tokens + 3) / 4, width = padded_dim(value.dim);
   each_block(n, [&](auto block) {
     mix_block<block.size>(value, codes, pitch, quads, weights + block.first * kTile, norms,

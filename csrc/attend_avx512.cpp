@@ -229,36 +229,60 @@ inline void add_scaled(float* out, __m512i sums, float step) {
   _mm512_storeu_ps(out, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), _mm512_set1_ps(step), _mm512_loadu_ps(out)));
 }
 
-template <typename Tables, int n>
-void mix_pair(const Side& side, const uint8_t* codes, size_t pitch, int quads, int pair, const Weights& weights,
+// A register of value tiles: 16 units of four tokens, or 8 of eight.
+struct Wide {
+  static constexpr int units = 16, tokens = 4;
+  static __m512i weights(const uint8_t* bytes) { return four_weights(bytes); }
+  static void add(float* out, __m512i sums, float step) { add_scaled(out, sums, step); }
+};
+
+struct Narrow {
+  static constexpr int units = 8, tokens = 8;
+
+  // Of the first four tokens to the lower lanes, of the others to the upper ones.
+  static __m512i weights(const uint8_t* bytes) {
+    const __m512i halves = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
+    return _mm512_permutexvar_epi32(halves, _mm512_castsi128_si512(eight));
+  }
+
+  static void add(float* out, __m512i sums, float step) {
+    const __m256i whole = _mm256_add_epi32(_mm512_castsi512_si256(sums), _mm512_extracti64x4_epi64(sums, 1));
+    const __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(whole), _mm256_set1_ps(step));
+    _mm256_storeu_ps(out, _mm256_add_ps(scaled, _mm256_loadu_ps(out)));
+  }
+};
+
+template <typename Tables, typename Slice, int n>
+void mix_pair(const Side& side, const uint8_t* codes, size_t pitch, int tokens, int pair, const Weights& weights,
               float* out, int width, const uint8_t* ahead) {
   Tables tables(side, pair, 0);
   constexpr int unit = Tables::unit;
-  const int slices = side.units() / kValueSlice;
+  const int slices = side.units() / Slice::units, registers = (tokens + Slice::tokens - 1) / Slice::tokens;
   for (int slice = 0; slice < slices; ++slice) {
     const uint8_t* previous = codes + ((unit - 1) * slices + (slice ? slice - 1 : slices - 1)) * pitch;
     __m512i first[n], second[n];
     for (int q = 0; q < n; ++q) first[q] = second[q] = _mm512_setzero_si512();
-    for (int quad = 0; quad < quads; ++quad) {
+    for (int r = 0; r < registers; ++r) {
       __m512i bytes[unit];
 #pragma GCC unroll 3
       for (int i = 0; i < unit; ++i) {
         const int part = i * slices + slice;
-        if (pair == 0) _mm_prefetch(ahead + (part * quads + quad) * 64, _MM_HINT_T1);
-        bytes[i] = _mm512_loadu_si512(codes + part * pitch + static_cast<size_t>(quad) * 64);
+        if (pair == 0) _mm_prefetch(ahead + (part * registers + r) * 64, _MM_HINT_T1);
+        bytes[i] = _mm512_loadu_si512(codes + part * pitch + static_cast<size_t>(r) * 64);
       }
-      const __m512i last = _mm512_loadu_si512(previous + static_cast<size_t>(quad) * 64);
+      const __m512i last = _mm512_loadu_si512(previous + static_cast<size_t>(r) * 64);
       tables.look_up(bytes, _mm512_alignr_epi32(bytes[unit - 1], last, 15));
       for (int q = 0; q < n; ++q) {
-        const __m512i weight = four_weights(weights.low[q] + 4 * quad);
+        const __m512i weight = Slice::weights(weights.low[q] + Slice::tokens * r);
         add_products(first[q], weight, tables.x);
         add_products(second[q], weight, tables.y);
       }
     }
     for (int q = 0; q < n; ++q) {
-      float* row = out + q * width + 2 * pair * side.units() + slice * kValueSlice;
-      add_scaled(row, first[q], weights.step[q] * side.plane_step);
-      add_scaled(row + side.units(), second[q], weights.step[q] * side.plane_step);
+      float* row = out + q * width + 2 * pair * side.units() + slice * Slice::units;
+      Slice::add(row, first[q], weights.step[q] * side.plane_step);
+      Slice::add(row + side.units(), second[q], weights.step[q] * side.plane_step);
     }
   }
 }
@@ -286,16 +310,19 @@ void mix_int8(const Side& side, const uint8_t* codes, size_t pitch, int quads, c
 }
 
 template <int n>
-void mix_block(const Side& side, const uint8_t* codes, size_t pitch, int quads, const float* weights,
+void mix_block(const Side& side, const uint8_t* codes, size_t pitch, int tokens, const float* weights,
                const float* norms, float* out, int width, const uint8_t* ahead) {
   Weights bytes;
   for (int q = 0; q < n; ++q) quantize_weights(weights + q * kTile, norms, side.form == Form::int8, q, bytes);
-  if (side.form == Form::int8) return mix_int8<n>(side, codes, pitch, quads, bytes, out, width, ahead);
-  with_tables(side, [&](auto kind) {
+  if (side.form == Form::int8) return mix_int8<n>(side, codes, pitch, (tokens + 3) / 4, bytes, out, width, ahead);
+  const auto mix = [&](auto tables, auto slice) {
     for (int pair = 0; pair < side.planes / 2; ++pair) {
-      mix_pair<typename decltype(kind)::Tables, n>(side, codes, pitch, quads, pair, bytes, out, width, ahead);
+      mix_pair<typename decltype(tables)::Tables, decltype(slice), n>(side, codes, pitch, tokens, pair, bytes, out,
+                                                                      width, ahead);
     }
-  });
+  };
+  if (side.slice == Narrow::units) return mix(Kind<SixBitPair>{}, Narrow{});
+  with_tables(side, [&](auto tables) { mix(tables, Wide{}); });
 }
 
 }  // namespace
@@ -323,11 +350,11 @@ void integer_score(const Side& key, const Span& span, int first, int tokens, con
 
 void integer_mix(const Side& value, const Span& span, int first, int tokens, const float* weights, int n,
                  const float* norms, float* out, const uint8_t* ahead) {
-  const uint8_t* codes = span.codes + static_cast<size_t>(first) * kValueSlice;
-  const size_t pitch = static_cast<size_t>(span.padded) * kValueSlice;
-  const int quads = (tokens + 3) / 4, width = padded_dim(value.dim);
+  const uint8_t* codes = span.codes + static_cast<size_t>(first) * value.slice;
+  const size_t pitch = static_cast<size_t>(span.padded) * value.slice;
+  const int width = padded_dim(value.dim);
   each_block(n, [&](auto block) {
-    mix_block<block.size>(value, codes, pitch, quads, weights + block.first * kTile, norms,
+    mix_block<block.size>(value, codes, pitch, tokens, weights + block.first * kTile, norms,
                           out + static_cast<size_t>(block.first) * width, width, ahead);
   });
 }

@@ -89,10 +89,10 @@ const uint8_t* code_row(const Side& side, const Span& span, int token, uint8_t* 
       return room;
     }
     default: {
-      const uint8_t* from = span.codes + static_cast<size_t>(token / 4) * 4 * kValueSlice + token % 4;
+      const uint8_t* from = span.codes + static_cast<size_t>(token / 4) * 4 * side.slice + token % 4;
       for (int i = 0; i < side.unit; ++i) {
         for (int u = 0; u < side.units(); ++u) {
-          const int place = side.place(u, i), lane = place % kValueSlice;
+          const int place = side.place(u, i), lane = place % side.slice;
           room[u * side.unit + i] = from[static_cast<size_t>(place - lane) * span.padded + 4 * lane];
         }
       }

@@ -27,34 +27,60 @@ void key_tile(std::conditional_t<to_tile, const uint8_t, uint8_t>* rows, int cou
   }
 }
 
-// 16 bytes of each of four tokens, `pitch` apart, with 16 lanes of one byte of each. Spelled as shifts of whole lanes,
-// which compilers turn into interleaving of vectors.
+// `slice` bytes of each of four tokens, `pitch` apart, with as many lanes of one byte of each. Spelled as shifts of
+// whole lanes, which compilers turn into interleaving of vectors.
+template <int slice>
 void value_lanes(const uint8_t* rows, size_t pitch, uint8_t* tile) {
-  uint32_t lanes[kValueSlice];
+  uint32_t lanes[slice];
   const uint8_t *a = rows, *b = a + pitch, *c = b + pitch, *d = c + pitch;
-  for (int i = 0; i < kValueSlice; ++i) {
+  for (int i = 0; i < slice; ++i) {
     lanes[i] = a[i] | uint32_t{b[i]} << 8 | uint32_t{c[i]} << 16 | uint32_t{d[i]} << 24;
   }
   std::memcpy(tile, lanes, sizeof lanes);
 }
 
+template <int slice>
 void value_rows(const uint8_t* tile, uint8_t* rows, size_t pitch) {
-  uint32_t lanes[kValueSlice];
+  uint32_t lanes[slice];
   std::memcpy(lanes, tile, sizeof lanes);
   uint8_t *a = rows, *b = a + pitch, *c = b + pitch, *d = c + pitch;
-  for (int i = 0; i < kValueSlice; ++i) a[i] = static_cast<uint8_t>(lanes[i]);
-  for (int i = 0; i < kValueSlice; ++i) b[i] = static_cast<uint8_t>(lanes[i] >> 8);
-  for (int i = 0; i < kValueSlice; ++i) c[i] = static_cast<uint8_t>(lanes[i] >> 16);
-  for (int i = 0; i < kValueSlice; ++i) d[i] = static_cast<uint8_t>(lanes[i] >> 24);
+  for (int i = 0; i < slice; ++i) a[i] = static_cast<uint8_t>(lanes[i]);
+  for (int i = 0; i < slice; ++i) b[i] = static_cast<uint8_t>(lanes[i] >> 8);
+  for (int i = 0; i < slice; ++i) c[i] = static_cast<uint8_t>(lanes[i] >> 16);
+  for (int i = 0; i < slice; ++i) d[i] = static_cast<uint8_t>(lanes[i] >> 24);
 }
 
-// Calls visit(slice of 16 bytes, token, its place in the tiles) for every four tokens of a side in value tiles.
-template <typename Visit>
+// Calls visit(first byte of a slice, token, its place in the tiles) for every four tokens of a side in value tiles.
+template <int slice, typename Visit>
 void each_lane_group(const Side& side, int tokens, Visit visit) {
   const size_t bytes = side.code_bytes, padded = side.padded(tokens);
-  for (size_t slice = 0; slice < bytes; slice += kValueSlice) {
-    for (int t = 0; t < tokens; t += kTokensPerLane) visit(slice, t, slice * padded + size_t{16} * t);
+  for (size_t at = 0; at < bytes; at += slice) {
+    for (int t = 0; t < tokens; t += kTokensPerLane) visit(at, t, at * padded + size_t{slice} * t);
   }
+}
+
+template <int slice>
+void value_tiles_from_rows(const Side& side, int tokens, const uint8_t* rows, uint8_t* ordered) {
+  const size_t bytes = side.code_bytes;
+  each_lane_group<slice>(side, tokens, [&](size_t at, int t, size_t place) {
+    const uint8_t* from = rows + t * bytes + at;
+    if (tokens - t >= kTokensPerLane) return value_lanes<slice>(from, bytes, ordered + place);
+    uint8_t last[kTokensPerLane * slice] = {};
+    for (int i = 0; i < tokens - t; ++i) std::memcpy(last + i * slice, from + i * bytes, slice);
+    value_lanes<slice>(last, slice, ordered + place);
+  });
+}
+
+template <int slice>
+void rows_from_value_tiles(const Side& side, int tokens, const uint8_t* ordered, uint8_t* rows) {
+  const size_t bytes = side.code_bytes;
+  each_lane_group<slice>(side, tokens, [&](size_t at, int t, size_t place) {
+    uint8_t* to = rows + t * bytes + at;
+    if (tokens - t >= kTokensPerLane) return value_rows<slice>(ordered + place, to, bytes);
+    uint8_t last[kTokensPerLane * slice];
+    value_rows<slice>(ordered + place, last, slice);
+    for (int i = 0; i < tokens - t; ++i) std::memcpy(to + i * bytes, last + i * slice, slice);
+  });
 }
 
 // Calls visit(offset in rows, offset in rows whose bytes stand at their `place`) for every code byte.
@@ -80,13 +106,8 @@ void tiles_from_rows(const Side& side, int tokens, const uint8_t* rows, uint8_t*
       }
       return;
     case Order::value_tiles:
-      each_lane_group(side, tokens, [&](size_t slice, int t, size_t place) {
-        const uint8_t* from = rows + t * bytes + slice;
-        if (tokens - t >= kTokensPerLane) return value_lanes(from, bytes, ordered + place);
-        uint8_t last[kTokensPerLane * kValueSlice] = {};
-        for (int i = 0; i < tokens - t; ++i) std::memcpy(last + i * kValueSlice, from + i * bytes, kValueSlice);
-        value_lanes(last, kValueSlice, ordered + place);
-      });
+      if (side.slice == kValueSlice) return value_tiles_from_rows<kValueSlice>(side, tokens, rows, ordered);
+      value_tiles_from_rows<8>(side, tokens, rows, ordered);
   }
 }
 
@@ -102,13 +123,8 @@ void rows_from_tiles(const Side& side, int tokens, const uint8_t* ordered, uint8
       }
       return;
     case Order::value_tiles:
-      each_lane_group(side, tokens, [&](size_t slice, int t, size_t place) {
-        uint8_t* to = rows + t * bytes + slice;
-        if (tokens - t >= kTokensPerLane) return value_rows(ordered + place, to, bytes);
-        uint8_t last[kTokensPerLane * kValueSlice];
-        value_rows(ordered + place, last, kValueSlice);
-        for (int i = 0; i < tokens - t; ++i) std::memcpy(to + i * bytes, last + i * kValueSlice, kValueSlice);
-      });
+      if (side.slice == kValueSlice) return rows_from_value_tiles<kValueSlice>(side, tokens, ordered, rows);
+      rows_from_value_tiles<8>(side, tokens, ordered, rows);
   }
 }
 

@@ -78,7 +78,7 @@ OwnedSide::OwnedSide(const SideSettings& s, const float* codewords, const uint8_
   const int planes = s.form == Form::int8                           ? 1
                      : s.form == Form::fib && 8 * unit % s.bits == 0 ? 8 * unit / s.bits * s.block
                                                                     : 0;
-  const int whole = s.is_key ? 4 : kValueSlice;
+  const int slice = unit == 3 && !labels && units % kValueSlice ? 8 : kValueSlice, whole = s.is_key ? 4 : slice;
   const bool fits = s.dim <= kMostTiledDim && s.dim % whole == 0 && units % whole == 0 && units * planes == s.dim &&
                     (s.form == Form::int8 || planes % 2 == 0);
   // Means are added to logits, not to outputs: centered values are decoded.
@@ -86,6 +86,7 @@ OwnedSide::OwnedSide(const SideSettings& s, const float* codewords, const uint8_
   side_.order = s.is_key ? Order::key_tiles : Order::value_tiles;
   side_.planes = planes;
   side_.unit = unit;
+  side_.slice = slice;
   if (labels) {
     build_labels(labels);
   } else if (s.form == Form::fib) {

@@ -13,7 +13,7 @@ enum class Form : int32_t { f32, f16, bf16, int8, fp8, affine, fib };
 //   key_tiles    [T/16][B/4][16 tokens][4 bytes]: a 32-bit lane holds four bytes of one token, which is what a
 //                four-way integer dot product adds up; 64 consecutive bytes belong to 16 tokens
 //   value_tiles  [B/16][T/4][16 bytes][4 tokens]: a lane holds one code byte of four tokens, so that the same
-//                instruction adds up over tokens
+//                instruction adds up over tokens; slices of 8 bytes where a side says so
 // Tiles pad T to a multiple of 16 with zero bytes.
 enum class Order : int32_t { rows, key_tiles, value_tiles };
 
@@ -71,6 +71,7 @@ struct Side {
   // Bytes that hold whole coordinates: 3 of codes of 3 bits a coordinate in tiles, where the first bytes of all units
   // stand in front of the second ones, and these of the third. What is said of code bytes above then goes for units.
   int unit = 1;
+  int slice = kValueSlice;  // of value tiles: bytes that stand together, 8 where units of three bytes do not fill 16
 
   int units() const { return code_bytes / unit; }
   // Where byte i of unit u stands among the bytes of its token.

@@ -175,7 +175,7 @@ def test_units_of_three_bytes_and_rings(implementation: str, pair: tuple[str, st
 
 
 @pytest.mark.parametrize("implementation", AVAILABLE)
-@pytest.mark.parametrize("dim", [20, 80, 96])
+@pytest.mark.parametrize("dim", [20, 80, 96, 192])
 def test_odd_head_dims(implementation: str, dim: int) -> None:
     for name in ("fib4", "fib3"):
         cache = filled((name, name), implementation, dim=dim)
