@@ -83,14 +83,19 @@ void rows_from_value_tiles(const Side& side, int tokens, const uint8_t* ordered,
   });
 }
 
-// Calls visit(offset in rows, offset in rows whose bytes stand at their `place`) for every code byte.
-template <typename Visit>
-void each_byte(const Side& side, int tokens, Visit visit) {
-  for (int t = 0; t < tokens; ++t) {
-    const size_t row = static_cast<size_t>(t) * side.code_bytes;
-    for (int u = 0; u < side.units(); ++u) {
-      for (int i = 0; i < side.unit; ++i) visit(row + u * side.unit + i, row + side.place(u, i));
-    }
+// Bytes of a unit that are kept apart; see Side::unit.
+constexpr int kUnit = 3;
+
+// The bytes of a token, units of three, to first, second and third bytes, and back.
+void part_units(const uint8_t* __restrict row, int units, uint8_t* __restrict placed) {
+  for (int u = 0; u < units; ++u) {
+    for (int i = 0; i < kUnit; ++i) placed[i * units + u] = row[kUnit * u + i];
+  }
+}
+
+void join_units(const uint8_t* __restrict placed, int units, uint8_t* __restrict row) {
+  for (int u = 0; u < units; ++u) {
+    for (int i = 0; i < kUnit; ++i) row[kUnit * u + i] = placed[i * units + u];
   }
 }
 
@@ -132,16 +137,18 @@ void rows_from_tiles(const Side& side, int tokens, const uint8_t* ordered, uint8
 
 void put_in_order(const Side& side, int tokens, const uint8_t* rows, uint8_t* ordered) {
   if (side.unit == 1) return tiles_from_rows(side, tokens, rows, ordered);
-  std::vector<uint8_t> placed(static_cast<size_t>(tokens) * side.code_bytes);
-  each_byte(side, tokens, [&](size_t from, size_t to) { placed[to] = rows[from]; });
+  const size_t bytes = side.code_bytes;
+  std::vector<uint8_t> placed(tokens * bytes);
+  for (int t = 0; t < tokens; ++t) part_units(rows + t * bytes, side.units(), placed.data() + t * bytes);
   tiles_from_rows(side, tokens, placed.data(), ordered);
 }
 
 void put_in_rows(const Side& side, int tokens, const uint8_t* ordered, uint8_t* rows) {
   if (side.unit == 1) return rows_from_tiles(side, tokens, ordered, rows);
-  std::vector<uint8_t> placed(static_cast<size_t>(tokens) * side.code_bytes);
+  const size_t bytes = side.code_bytes;
+  std::vector<uint8_t> placed(tokens * bytes);
   rows_from_tiles(side, tokens, ordered, placed.data());
-  each_byte(side, tokens, [&](size_t to, size_t from) { rows[to] = placed[from]; });
+  for (int t = 0; t < tokens; ++t) join_units(placed.data() + t * bytes, side.units(), rows + t * bytes);
 }
 
 }  // namespace fibkv
