@@ -31,7 +31,8 @@ from fibkv.threads import torch_threads
 # Many short sequences: pages and raw tails must be small beside them.
 PAGE_TOKENS = 32
 PROTECTED = ProtectedRegions(first_tokens_raw=4, last_tokens_raw=8)
-LADDER = Ladder(q2=("key2", "fib2"))
+# Old pages can afford the slow encoder of trellis codes: at two bits their KL is two thirds of FibQuant's.
+LADDER = Ladder(q2=("trelliskey2", "trellis2"))
 
 OnTick = Callable[[Tick], None]
 
