@@ -53,22 +53,36 @@ tf.AttentionInterface.register("dense_float32", dense_float32_attention)
 AttentionMaskInterface.register("dense_float32", sdpa_mask)
 
 
+def assert_equal_up_to_a_tie(actual: Tensor, expected: Tensor, logits: Tensor) -> None:
+    """Rows ``[B, T]`` go apart, if at all, where two of ``logits [B, new, V]`` are as good as equal in bfloat16."""
+    prompt_tokens = expected.shape[1] - logits.shape[1]
+    for row, different in enumerate(actual != expected):
+        if different.any():
+            first = int(different.nonzero()[0])
+            here = logits[row, first - prompt_tokens]
+            lead = here[expected[row, first]] - here[actual[row, first]]
+            assert lead <= 2**-7 * here.abs().max(), f"row {row}, token {first}: {lead} ahead"
+
+
 @pytest.mark.parametrize("name", ["GPT2", "GPTNeoX", "Gemma", "Llama", "Phi3", "Qwen3"])
 def test_greedy_in_bfloat16(name: str) -> None:
     """In bfloat16 a last-bit difference in rounding decides near-ties of random weights.
 
-    So tokens are compared with a dense attention that rounds where attention on pages rounds, and the logits with
-    those of transformers' own attention on the dense cache, along the same tokens, within bfloat16's rounding.
+    So tokens are compared with a dense attention that rounds where attention on pages rounds, up to the first such tie
+    if there is any, and the logits with those of transformers' own attention on the dense cache, along the same tokens,
+    within bfloat16's rounding.
     """
     model = tiny(name, torch.bfloat16)
     for ids, mask in requests():
         model.set_attn_implementation("dense_float32")
-        expected = generate(model, ids, cache_for(model), attention_mask=mask)
+        kept = {"output_logits": True, "return_dict_in_generate": True}
+        dense = generate(model, ids, cache_for(model), attention_mask=mask, **kept)
+        expected = dense.sequences
         model.set_attn_implementation("sdpa")
         paged = cache_for(model)
         with fibkv.attention(model):
             actual = generate(model, ids, paged, attention_mask=mask)
-        assert torch.equal(actual, expected)
+        assert_equal_up_to_a_tie(actual, expected, torch.stack(dense.logits, 1).float())
         assert paged.report().materialized == 0
     chunks = expected[:1, :116].split([100] + [1] * 16, 1)
     with torch.no_grad():
