@@ -8,6 +8,7 @@ from pydantic import Field
 
 from fibkv.contract import Contract, Count, Total
 from fibkv.pool_stats import PoolStats
+from fibkv.quality import PoisonOutcome
 
 
 class PressureSettings(Contract):
@@ -96,6 +97,7 @@ class PressureResult(Contract):
         ticks: one by one.
         step_seconds: median time of a step of one sequence.
         seconds: duration of the run.
+        poison: the poison test on the last sequence that finished; None if none did.
     """
 
     model: str
@@ -107,6 +109,7 @@ class PressureResult(Contract):
     ticks: tuple[Tick, ...]
     step_seconds: float
     seconds: float
+    poison: PoisonOutcome | None
 
     @property
     def finished(self) -> int:
@@ -126,7 +129,8 @@ class PressureResult(Contract):
 
     @property
     def passed(self) -> bool:
-        """Whether the budget held to one page per layer, pages were read in place, and none was lost while waiting."""
+        """Whether the budget held to one page per layer, pages were read, in place, and none was lost while waiting."""
         within = self.peak <= self.budget + self.layers * self.page_nbytes
         in_place = all(row.materialized == 0 for row in self.sequences)
-        return within and in_place and (not self.settings.waits or self.finished == self.settings.sequences)
+        is_read = self.finished == 0 or (self.poison is not None and self.poison.passed)
+        return within and in_place and is_read and (not self.settings.waits or self.finished == self.settings.sequences)

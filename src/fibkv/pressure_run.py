@@ -24,7 +24,7 @@ from fibkv.machine import process_nbytes
 from fibkv.policy import Policy
 from fibkv.pool import Pool
 from fibkv.pressure_result import PressureResult, PressureSettings, SequenceRow, Tick
-from fibkv.quality import CausalLM
+from fibkv.quality import CausalLM, PoisonOutcome, poison_filled
 from fibkv.regions import ProtectedRegions
 from fibkv.threads import torch_threads
 
@@ -87,10 +87,15 @@ class _Sequence:
         Raises:
             BudgetError: there is no room; the sequence is as it was.
         """
+        self.filled.reserve(1)
+        length = self.filled.get_seq_length()
+        self.logits.append(model(self.ids[None, length : length + 1], past_key_values=self.filled).logits[0, -1])
+
+    @property
+    def filled(self) -> Cache:
+        """The cache of a live sequence."""
         assert self.cache is not None
-        self.cache.reserve(1)
-        length = self.cache.get_seq_length()
-        self.logits.append(model(self.ids[None, length : length + 1], past_key_values=self.cache).logits[0, -1])
+        return self.cache
 
     @property
     def is_done(self) -> bool:
@@ -129,6 +134,7 @@ class _Run:
         self.ticks: list[Tick] = []
         self.step_seconds: list[float] = []
         self.stalled = 0
+        self.poison: PoisonOutcome | None = None
         dense_nbytes, self.page_nbytes, self.layers = _sizes(model)
         self.pool = Pool(settings.fits * settings.tokens * dense_nbytes, ladder=LADDER)
 
@@ -152,6 +158,7 @@ class _Run:
             ticks=tuple(self.ticks),
             step_seconds=median(self.step_seconds) if self.step_seconds else 0.0,
             seconds=perf_counter() - started,
+            poison=self.poison,
         )
 
     def _tick(self) -> None:
@@ -193,6 +200,9 @@ class _Run:
             return False
         self.step_seconds.append(perf_counter() - started)
         if sequence.is_done:
+            if self.live == [sequence] and not self.waiting and not self.coming:
+                # The last one: its forks have room, and cost no other sequence a page.
+                self.poison = poison_filled(self.model, sequence.filled, sequence.ids[-1:])
             sequence.end()
             self.live.remove(sequence)
             self.done.append(sequence)

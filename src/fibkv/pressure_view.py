@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from fibkv.demo_view import verdict
 from fibkv.ladder import RUNGS
 from fibkv.plot import new_figure
 from fibkv.pool_stats import PoolStats
@@ -110,6 +111,8 @@ def _rows(result: PressureResult) -> Iterator[tuple[str, str]]:
         ),
     )
     yield "steps refused", f"{last.refusals}, and tried again later" if used.waits else str(last.refusals)
+    if result.poison is not None:
+        yield "poison test", verdict(result.poison)
     top1s = [row.top1 for row in result.sequences if row.top1 is not None]
     if top1s:
         yield "against dense", f"KL {result.kl:.4f}, top-1 {sum(top1s) / len(top1s):.1%}, over the finished sequences"

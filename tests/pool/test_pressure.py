@@ -42,6 +42,9 @@ def test_with_room_nothing_is_compressed(results: dict[str, PressureResult]) -> 
 def test_all_are_live_at_once_in_half_of_their_memory(results: dict[str, PressureResult]) -> None:
     half = results["half"]
     assert half.passed
+    assert half.poison is not None
+    assert half.poison.passed
+    assert not half.model_copy(update={"poison": None}).passed
     assert half.finished == 8
     assert max(tick.live for tick in half.ticks) == 8
     assert half.peak <= half.budget + half.layers * half.page_nbytes
