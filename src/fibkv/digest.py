@@ -26,6 +26,10 @@ DigestOrNone = Annotated[str, StringConstraints(pattern=r"^(blake3:[0-9a-f]{64}|
 TENSOR_DOMAIN = "fib_quant_kv_tensor_f32_v1"
 """Domain of the digest of a tensor's values."""
 
+# BLAKE3 is fastest where much lies in one piece and begins on a boundary of 1 KiB: a page takes two thirds of the time
+# when it is joined, in the processor's cache, before it is hashed. Copies that leave the cache would cost more.
+_MAX_JOINED_NBYTES = 1 << 18
+
 JsonValue = BaseModel | Mapping[str, object] | Sequence[object] | str | int | float | bool | None
 """What :func:`canonical_json` takes: contracts and plain JSON values, nested at will."""
 
@@ -76,9 +80,13 @@ def digest_bytes(domain: str, *chunks: bytes | memoryview | npt.NDArray[np.gener
     """
     if not domain or "\0" in domain:
         raise ContractError("digest.domain", "a non-empty text without zero bytes", domain)
-    hasher = blake3(domain.encode() + b"\0")
-    for chunk in chunks:
-        hasher.update(_array_bytes(chunk) if isinstance(chunk, np.ndarray) else chunk)
+    parts: list[bytes | memoryview] = [domain.encode(), b"\0"]
+    parts += [_array_bytes(chunk) if isinstance(chunk, np.ndarray) else chunk for chunk in chunks]
+    if sum(map(len, parts)) <= _MAX_JOINED_NBYTES:
+        return f"blake3:{blake3(b''.join(parts)).hexdigest()}"
+    hasher = blake3()
+    for part in parts:
+        hasher.update(part)
     return f"blake3:{hasher.hexdigest()}"
 
 

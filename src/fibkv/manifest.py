@@ -27,7 +27,7 @@ from fibkv.prefix import root
 from fibkv.sealing import LayerSettings
 from fibkv.shape import Dtype, KVShape
 from fibkv.states import LayerState, StateForm, raw_tensor, states_from_bytes
-from fibkv.wire import PageReader, StoredPage, load_pages, pages_nbytes, write_pages
+from fibkv.wire import PageDraft, PageReader, StoredPage, load_pages, write_pages
 
 Weights = Annotated[str, StringConstraints(pattern=r"^(blake3:[0-9a-f]{64}|name:[^\x00-\x1f]{1,200})$")]
 
@@ -199,8 +199,9 @@ def span_to_bytes(name: str, previous: str, pages: Sequence[Page]) -> memoryview
         tokens=pages[0].tokens,
         pages=tuple(page.digest for page in pages),
     )
-    draft = Draft("span", header.to_json().encode(), pages_nbytes(pages))
-    write_pages(pages, draft.sections)
+    drafts = [PageDraft.of(page) for page in pages]
+    draft = Draft("span", header.to_json().encode(), [page.nbytes for page in drafts])
+    write_pages(drafts, draft.sections)
     draft.finish()
     return draft.data
 
@@ -241,8 +242,9 @@ def end_to_bytes(
     """
     held = [tensor for state in states for tensor in state.tensors.values()]
     raw = [tensor_bytes(tensor) for tensor in (*(tensor for pair in tails for tensor in pair), *held)]
-    draft = Draft("end", header.to_json().encode(), [*pages_nbytes(pages), *map(len, raw)])
-    write_pages(pages, draft.sections[: len(pages)])
+    drafts = [PageDraft.of(page) for page in pages]
+    draft = Draft("end", header.to_json().encode(), [*(page.nbytes for page in drafts), *map(len, raw)])
+    write_pages(drafts, draft.sections[: len(pages)])
     for place, held_bytes in zip(draft.sections[len(pages) :], raw, strict=True):
         place[:] = held_bytes
     draft.finish()

@@ -7,7 +7,7 @@ else is a segment of the profile's codec, or raw too where the codec cannot repr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -170,20 +170,29 @@ def _segment_header(
 
 
 @lru_cache(maxsize=256)
-def _segments_json(forms: tuple[_SegmentForm, ...]) -> str:
-    return canonical_json([_segment_header(*form) for form in forms])
+def _stored_form(forms: tuple[_SegmentForm, ...]) -> tuple[str, tuple[int, ...]]:
+    """Canonical JSON of segments' headers, and the bytes of their codes."""
+    headers = [_segment_header(*form) for form in forms]
+    return canonical_json(headers), tuple(header.nbytes for header in headers)
 
 
-def header_json(header: Contract | Mapping[str, object], segments: Sequence[Segment]) -> bytes:
-    """The headers of a page and its segments as canonical JSON: what is hashed, and what a stored page begins with."""
-    forms = tuple(segment._form for segment in segments)
-    return f'{{"page":{canonical_json(header)},"segments":{_segments_json(forms)}}}'.encode()
+_as_json = lru_cache(maxsize=256)(canonical_json)
 
 
-def segments_digest(header: Contract | Mapping[str, object], segments: Sequence[Segment]) -> str:
+def segments_digest(header: Contract, segments: Sequence[Segment]) -> str:
     """Digest over a page's header, its segments' headers and the canonical bytes of their codes."""
-    text = header_json(header, segments)
+    return _digest(canonical_json(header), segments)
+
+
+def _digest(header: str, segments: Sequence[Segment]) -> str:
+    text, _ = _headers(header, segments)
     return digest_bytes(PAGE_DOMAIN, text, b"\0", *(segment.to_bytes() for segment in segments))
+
+
+def _headers(header: str, segments: Sequence[Segment]) -> tuple[bytes, tuple[int, ...]]:
+    """A page's header and its segments' ones as canonical JSON, and the bytes of the segments' codes."""
+    text, sizes = _stored_form(tuple(segment._form for segment in segments))
+    return f'{{"page":{header},"segments":{text}}}'.encode(), sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,18 +252,23 @@ class Page:
 
     def header(self) -> PageHeader:
         """The page without its segments."""
-        return PageHeader.model_validate(self._fields())
+        return PageHeader.model_validate({name: getattr(self, name) for name in PageHeader.model_fields})
 
-    def header_json(self) -> bytes:
-        """`header_json` of the page."""
-        return header_json(self._fields(), (*self.keys, *self.values))
+    def headers(self) -> tuple[bytes, tuple[int, ...]]:
+        """What its stored form begins with, canonical JSON, and the bytes of the codes of each segment."""
+        return _headers(self._header_json, (*self.keys, *self.values))
 
-    def _fields(self) -> dict[str, object]:
-        return {name: getattr(self, name) for name in PageHeader.model_fields}
+    @property
+    def _header_json(self) -> str:
+        # Written out: every page is asked for it when it is sealed, saved and checked.
+        return (
+            f'{{"layer":{self.layer},"start":{self.start},"tokens":{self.tokens},'
+            f'"key_profile":{_as_json(self.key_profile)},"value_profile":{_as_json(self.value_profile)}}}'
+        )
 
     def compute_digest(self) -> str:
         """The digest of what the page holds now."""
-        return segments_digest(self._fields(), (*self.keys, *self.values))
+        return _digest(self._header_json, (*self.keys, *self.values))
 
     def verify(self) -> None:
         """Checks the page against its digest.

@@ -1,13 +1,17 @@
 """Saving a prefix: what the caches of all layers hold of one row, span by span, into a store.
 
 Spans are written in order, each whole or not at all, so that whatever interrupts a save leaves a shorter prefix. They
-are shared by all prompts that begin alike: what the store has already is not written again.
+are shared by all prompts that begin alike: what the store has already is not written again. While one span is written,
+the next is made on a second thread, which never touches the store.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+
+import torch
 
 from fibkv.cache import LayerCache
 from fibkv.contract import Contract, Total
@@ -70,12 +74,14 @@ def save_prefix(
     length = _length(layers)
     if len(token_ids) < length:
         raise ContractError("save.token_ids", f"the ids of the {length} tokens held", f"{len(token_ids)} ids")
-    writer = _Writer(store)
     failure = None
-    try:
-        _save(writer, binding, layers, token_ids[:length], states)
-    except StoreError as error:
-        failure = str(error)
+    _wait_for(layers)
+    with ThreadPoolExecutor(1, "fibkv-save") as making:
+        writer = _Writer(store, making)
+        try:
+            _save(writer, binding, layers, token_ids[:length], states)
+        except StoreError as error:
+            failure = str(error)
     return Saved(tokens=length, written=writer.written, shared=writer.shared, nbytes=writer.nbytes, failure=failure)
 
 
@@ -122,19 +128,28 @@ def _length(layers: Sequence[LayerCache]) -> int:
     return max(lengths)
 
 
+def _wait_for(layers: Sequence[LayerCache]) -> None:
+    """Waits for what the caller's streams still do to the layers: another thread's stream would not."""
+    for device in {layer.tail.keys.device for layer in layers}:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+
+
 def _is_span(pages: Sequence[Page], start: int, tokens: int) -> bool:
     return all((page.start, page.tokens) == (start, tokens) for page in pages)
 
 
 @dataclass(slots=True)
 class _Writer:
-    """Writes what the store does not have, and counts."""
+    """Writes what the store does not have, and counts. At most one object is made and not yet written."""
 
     store: Store
+    making: ThreadPoolExecutor
     written: int = 0
     shared: int = 0
     nbytes: int = 0
     keys: list[str] = field(default_factory=list)
+    _coming: tuple[str, Future[bytes | memoryview]] | None = None
 
     def put_root(self, root: Root) -> None:
         """Writes the root, or checks that the one which is there speaks of the same profiles."""
@@ -152,16 +167,25 @@ class _Writer:
         self.keys.append(key)
 
     def put(self, key: str, make: Callable[..., bytes | memoryview], *contents: object) -> None:
-        """Writes one object unless it is there."""
+        """Writes one object unless it is there: when the next one is being made, or when all are done."""
+        self.keys.append(key)
         if self.store.exists(key):
             self.shared += 1
-        else:
-            data = make(*contents)
-            self.store.put(key, data)
-            self.written += 1
-            self.nbytes += len(data)
-        self.keys.append(key)
+            return
+        making = self.making.submit(make, *contents)
+        self._write_made()
+        self._coming = (key, making)
 
     def finish(self) -> None:
-        """The beginning, which everything behind it needs, counts as used last."""
+        """Writes the last one. The beginning, which everything behind it needs, counts as used last."""
+        self._write_made()
         self.store.touch(self.keys[::-1])
+
+    def _write_made(self) -> None:
+        if self._coming is None:
+            return
+        (key, made), self._coming = self._coming, None
+        data = made.result()
+        self.store.put(key, data)
+        self.written += 1
+        self.nbytes += len(data)

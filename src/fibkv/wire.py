@@ -227,44 +227,62 @@ def _page(stored: StoredPage) -> Page:
     return Page(head.layer, head.start, head.tokens, keys, values, *profiles, stored.container.digest)
 
 
-def pages_nbytes(pages: Sequence[Page]) -> list[int]:
-    """Bytes of the containers of pages."""
-    return [packed_nbytes(len(page.header_json()), _section_sizes(page)) for page in pages]
+@dataclass(frozen=True, slots=True, eq=False)
+class PageDraft:
+    """A page that is to be written, with what its container begins with.
+
+    Attributes:
+        page: it.
+        header: of its container.
+        sizes: of the sections.
+    """
+
+    page: Page
+    header: bytes
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, page: Page) -> PageDraft:
+        """The draft of a page."""
+        return cls(page, *page.headers())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the container."""
+        return packed_nbytes(len(self.header), self.sizes)
 
 
-def write_pages(pages: Sequence[Page], places: Sequence[memoryview]) -> None:
+def write_pages(drafts: Sequence[PageDraft], places: Sequence[memoryview]) -> None:
     """Writes the containers of pages, the codes of all of them together.
 
     Args:
-        pages: what to write.
-        places: for each page as many writable zeros as `pages_nbytes` says.
+        drafts: what to write.
+        places: for each as many writable zeros as its `PageDraft.nbytes`.
 
     Raises:
         DigestMismatch: a page was damaged after it was sealed, and must not get a stored form.
     """
-    pairs = zip(pages, places, strict=True)
-    drafts = [Draft("page", page.header_json(), _section_sizes(page), place) for page, place in pairs]
+    pairs = zip(drafts, places, strict=True)
+    containers = [Draft("page", draft.header, draft.sizes, place) for draft, place in pairs]
     packed: list[tuple[Packed, memoryview]] = []
-    for page, draft in zip(pages, drafts, strict=True):
-        for segment, section in zip((*page.keys, *page.values), draft.sections, strict=True):
+    for draft, container in zip(drafts, containers, strict=True):
+        for segment, section in zip((*draft.page.keys, *draft.page.values), container.sections, strict=True):
             if isinstance(segment.held, Packed):
                 packed.append((segment.held, section))
             else:
                 section[:] = segment.to_bytes()
     write_runs([codes for codes, _ in packed], [section for _, section in packed])
-    for page, draft in zip(pages, drafts, strict=True):
-        require_digest(f"Page(layer={page.layer}, start={page.start})", page.digest, draft.finish())
+    for draft, container in zip(drafts, containers, strict=True):
+        page = draft.page
+        require_digest(f"Page(layer={page.layer}, start={page.start})", page.digest, container.finish())
 
 
 def page_to_bytes(page: Page) -> bytes:
     """The container of a page; see `write_pages`."""
-    data = bytearray(*pages_nbytes([page]))
-    write_pages([page], [memoryview(data)])
+    draft = PageDraft.of(page)
+    data = bytearray(draft.nbytes)
+    write_pages([draft], [memoryview(data)])
     return bytes(data)
-
-
-def _section_sizes(page: Page) -> list[int]:
-    return [segment.header().nbytes for segment in (*page.keys, *page.values)]
 
 
 def _split(container: Container) -> tuple[PageHeader, bytes]:

@@ -69,6 +69,14 @@ def test_ambiguous_domains_are_refused(domain: str) -> None:
         digest(domain, {})
 
 
+@pytest.mark.parametrize("nbytes", [1 << 10, 1 << 20])
+def test_a_digest_does_not_depend_on_how_the_bytes_are_cut(nbytes: int) -> None:
+    data = bytes(range(256)) * (nbytes // 256)
+    pieces = [data[start : start + 1000] for start in range(0, nbytes, 1000)]
+    assert digest_bytes("d", *pieces) == digest_bytes("d", data)
+    assert digest_bytes("d", data) == f"blake3:{blake3.blake3(b'd' + bytes(1) + data).hexdigest()}"
+
+
 def test_chunks_count_as_one() -> None:
     whole = digest_bytes("d", b"abcdef")
     assert digest_bytes("d", b"ab", memoryview(b"cd"), np.frombuffer(b"ef", dtype=np.uint8)) == whole
