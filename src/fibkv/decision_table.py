@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fibkv.constants import constant
+
 SIDE = 256
 
 
@@ -38,7 +40,7 @@ class DecisionTable:
         """
         places = (points + self.extent) * (self.side / (2 * self.extent))
         row, column = places.to(torch.int32).clamp(0, self.side - 1).unbind(-1)
-        return self.cells.to(points.device)[row, column].to(torch.int32)
+        return constant(self.cells, points.device)[row, column].to(torch.int32)
 
 
 def decision_table(codewords: Tensor) -> DecisionTable:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fibkv.constants import constant
+
 LIMIT = 127
 # Powers of two that float32 holds exactly together with any integer up to LIMIT.
 MIN_EXPONENT, MAX_EXPONENT = -126, 120
@@ -26,7 +28,7 @@ def encode_means(mean: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
         The codes ``[..., 1 + d]`` int8 as in `fibkv.codes.FibCodes`, and what they take from each vector of their
         group: `means_in_place` of them.
     """
-    codes = _encode(mean @ rotation.to(mean.device, torch.float64).T)
+    codes = _encode(mean @ constant(rotation, mean.device, torch.float64).T)
     return codes, means_in_place(codes, rotation)
 
 
@@ -47,7 +49,7 @@ def decode_means(codes: Tensor) -> Tensor:
 
 def means_in_place(codes: Tensor, rotation: Tensor) -> Tensor:
     """Means ``[..., d]`` float32 in the space of the vectors."""
-    return (_decode(codes) @ rotation.to(codes.device, torch.float64)).to(torch.float32)
+    return (_decode(codes) @ constant(rotation, codes.device, torch.float64)).to(torch.float32)
 
 
 def _encode(mean: Tensor) -> Tensor:

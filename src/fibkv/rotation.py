@@ -16,6 +16,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+from fibkv.constants import constant
 from fibkv.digest import digest_bytes
 from fibkv.errors import ContractError
 from fibkv.parameters import Rotation as RotationKind
@@ -58,11 +59,11 @@ class Rotation:
 
     def apply(self, x: Tensor) -> Tensor:
         """Rotates vectors ``[..., d]`` of any floating dtype; returns ``[..., d]`` float32 on the same device."""
-        return x.to(torch.float32) @ self.matrix.to(x.device).T
+        return x.to(torch.float32) @ constant(self.matrix, x.device).T
 
     def invert(self, y: Tensor) -> Tensor:
         """Turns rotated vectors ``[..., d]`` back: the inverse of `apply`, in float32 on the same device."""
-        return y.to(torch.float32) @ self.matrix.to(y.device)
+        return y.to(torch.float32) @ constant(self.matrix, y.device)
 
 
 @lru_cache(maxsize=64)

@@ -135,7 +135,7 @@ class Trellis:
         It is above the outermost level by half of the farthest distance: what is beyond costs more at any level, but
         nearly as much more at each.
         """
-        return int(self.levels.abs().max()) + self.farthest // 2
+        return max(map(abs, self.code.levels)) + self.farthest // 2
 
     @property
     def _memory(self) -> int:

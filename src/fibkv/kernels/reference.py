@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from fibkv.codes import AffineChannelCodes, AffineCodes, ChannelCodes, Codes, FibCodes, RawCodes, ScaledCodes
+from fibkv.constants import constant
 from fibkv.errors import EncodingError
 from fibkv.kernels import reference_trellis
-from fibkv.kernels.refusals import FLOAT16_MAX, mismatch, require_finite, require_norms
+from fibkv.kernels.refusals import FLOAT16_MAX, mismatch, refuse_if, require_finite, require_norms
 from fibkv.means import decode_means, subtract_means
 from fibkv.packing import pack, unpack
 from fibkv.tables import AffineTables, ChannelTables, FibTables, RawTables, ScaledTables, Tables
@@ -208,8 +209,10 @@ def _vectors(codes: Codes, tables: Tables) -> Tensor:
 
 def _encode_raw(rows: Tensor, tables: RawTables) -> RawCodes:
     values = rows.to(tables.dtype, copy=True).contiguous()
-    if bool((torch.isinf(values) & torch.isfinite(rows)).any()):
-        raise EncodingError(f"vectors exceed {tables.dtype}: largest magnitude {float(rows.abs().max()):.4g}")
+    refuse_if(
+        (torch.isinf(values) & torch.isfinite(rows)).any(),
+        lambda: EncodingError(f"vectors exceed {tables.dtype}: largest magnitude {float(rows.abs().max()):.4g}"),
+    )
     return RawCodes(values=values)
 
 
@@ -233,9 +236,11 @@ def _round_up_bfloat16(positive: Tensor) -> Tensor:
 def _encode_affine(rows: Tensor, tables: AffineTables) -> AffineCodes:
     rows = rows.to(torch.float32)
     require_finite(rows)
-    peak = float(rows.abs().max())
-    if peak > FLOAT16_MAX:
-        raise EncodingError(f"numbers must be at most {FLOAT16_MAX:g} for grids in float16, got {peak:.6g}")
+    peak = rows.abs().max()
+    refuse_if(
+        peak > FLOAT16_MAX,
+        lambda: EncodingError(f"numbers must be at most {FLOAT16_MAX:g} for grids in float16, got {float(peak):.6g}"),
+    )
     most = 2**tables.bits - 1
     if tables.per_channel:
         low, high = rows.amin(-2), rows.amax(-2)
@@ -270,7 +275,7 @@ def _encode_fib(rows: Tensor, tables: FibTables) -> FibCodes:
     wide = rows.to(torch.float64)
     length = wide.square().sum(-1, keepdim=True).sqrt()
     unit = wide / length.masked_fill(length == 0, 1.0)
-    rotated = (unit @ tables.rotation.matrix.to(unit.device, torch.float64).T).to(torch.float32)
+    rotated = (unit @ constant(tables.rotation.matrix, unit.device, torch.float64).T).to(torch.float32)
     indices = _search(rotated, tables)
     norms = length.squeeze(-1)
     if tables.gain_corrected:
@@ -307,14 +312,14 @@ def _codewords(vectors: Tensor, tables: FibTables) -> Tensor:
     flat = blocks.reshape(-1, blocks.shape[-1])
     if tables.decisions is not None:
         return tables.decisions.look_up(flat).view(blocks.shape[:-1])
-    return _nearest(flat, tables.codewords.to(vectors.device)).view(blocks.shape[:-1])
+    return _nearest(flat, constant(tables.codewords, vectors.device)).view(blocks.shape[:-1])
 
 
 def _directions(indices: Tensor, tables: FibTables) -> Tensor:
     """The vectors ``[..., d]`` float32 that indices ``[..., m]`` stand for, before their norms."""
     if tables.trellis is not None:
         indices = reference_trellis.windows(indices, tables.trellis.code)
-    return embedding(indices, tables.codewords.to(indices.device)).flatten(-2)
+    return embedding(indices, constant(tables.codewords, indices.device)).flatten(-2)
 
 
 def _nearest(blocks: Tensor, codewords: Tensor) -> Tensor:

@@ -12,11 +12,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fibkv.constants import constant
 from fibkv.trellis import STATE_BITS, Trellis, TrellisCode
 
 STATES = 1 << STATE_BITS
-# Vectors searched at a time, so that the costs of a step stay inside the second-level cache.
-SEARCH_TILE = 128
+# Vectors searched at a time: on the CPU so that the costs of a step stay inside the second-level cache; on a device,
+# where a step is a dozen launches whatever its size, so that they stay below 256 MiB.
+SEARCH_TILE, DEVICE_TILE = 128, 1 << 14
 
 
 def windows(symbols: Tensor, code: TrellisCode) -> Tensor:
@@ -37,7 +39,8 @@ def symbols(vectors: Tensor, trellis: Trellis) -> Tensor:
     to have there; then one over the vector, from this state and back to it.
     """
     flat = vectors.reshape(-1, vectors.shape[-1])
-    tiles = [_tile_symbols(rows, trellis) for rows in flat.split(SEARCH_TILE)]
+    tile = SEARCH_TILE if flat.device.type == "cpu" else DEVICE_TILE
+    tiles = [_tile_symbols(rows, trellis) for rows in flat.split(tile)]
     return torch.cat(tiles).view(vectors.shape)
 
 
@@ -69,7 +72,7 @@ def _search(points: Tensor, cost: Tensor, trellis: Trellis) -> tuple[Tensor, lis
         which state of its group each state was reached best, ``[256, V]`` uint8.
     """
     n = 1 << trellis.code.bits
-    labels = trellis.labels.to(points.device, torch.int64)
+    labels = constant(trellis.labels, points.device, torch.int64)
     own = torch.arange(STATES, dtype=torch.int32, device=points.device).unsqueeze(1) % n
     choices, plain = [], cost - own
     for row in points:
@@ -89,7 +92,7 @@ def _distances(row: Tensor, trellis: Trellis) -> Tensor:
     In units of 2^-(6 + 2b) of a coordinate's variance, and at most ``trellis.most``.
     """
     bits = trellis.code.bits
-    away = (row - trellis.levels.to(row.device).unsqueeze(1)).abs()
+    away = (row - constant(trellis.levels, row.device).unsqueeze(1)).abs()
     scaled = (away.clamp(max=trellis.farthest) << bits - 1).to(torch.int64)
     return (scaled.square() >> 16).to(torch.int32) & -(1 << bits)
 

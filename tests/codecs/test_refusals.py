@@ -1,0 +1,63 @@
+"""What cannot be encoded is refused at once, or, where nobody may wait for a device, found later."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fibkv import kernels
+from fibkv.codecs import codec_for
+from fibkv.errors import EncodingError
+from fibkv.kernels.refusals import checked_later
+from fibkv.parameters import named_parameters
+from tests.codecs.conformance import equal, gaussian
+from tests.codecs.waits import Waits
+
+TRITON = ["triton"] if kernels.available()["triton"] == "yes" else []
+CODECS = ["fib4", "fib2", "scalar4", "key3", "trellis2", "affine4", "int8", "fp8", "raw"]
+AXES = ["per_token", "per_channel"]
+
+
+def encoder(name: str, axis: str):
+    return codec_for(named_parameters(name, 64, "f16"), axis)
+
+
+@pytest.mark.parametrize("implementation", ["reference", *TRITON])
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("name", CODECS)
+def test_encoding_waits_for_no_device_if_refusals_can_wait(name: str, axis: str, implementation: str) -> None:
+    codec, rows = encoder(name, axis), gaussian(2, 8, 64)
+    expected = codec.encode(rows, implementation=implementation)
+    with checked_later() as checks, Waits() as waits:
+        codes = codec.encode(rows, implementation=implementation)
+        broken = checks.any()
+    assert waits.found == []
+    assert not broken
+    assert equal(codes, expected)
+
+
+# Triton's interpreter takes the least of nothing but NaN for an error; tests/gpu has NaN on a device.
+@pytest.mark.parametrize(
+    ("implementation", "bad"),
+    [("reference", torch.nan), ("reference", torch.inf), *((name, 1e30) for name in ("reference", *TRITON))],
+)
+@pytest.mark.parametrize("name", CODECS)
+def test_what_is_refused_at_once_is_found_later(name: str, implementation: str, bad: float) -> None:
+    codec, rows = encoder(name, "per_token"), gaussian(2, 8, 64)
+    rows[1, 3, 5] = bad
+    with checked_later() as checks:
+        codec.encode(rows, implementation=implementation)
+    try:
+        codec.encode(rows, implementation=implementation)
+    except EncodingError:
+        assert checks.any()
+    else:
+        assert not checks.any()
+
+
+def test_later_ends_with_its_context() -> None:
+    codec, rows = encoder("fib4", "per_token"), torch.full((1, 2, 64), torch.nan)
+    with checked_later():
+        codec.encode(rows, implementation="reference")
+    with pytest.raises(EncodingError, match="must be finite"):
+        codec.encode(rows, implementation="reference")
