@@ -155,7 +155,3 @@ class ChunkCodec:
             ),
             nbytes=tuple(codec.encoded_nbytes(layers * heads, tokens) for codec in codecs),
         )
-
-
-def _digest(codec: Codec) -> str:
-    return digest(CODEC_DOMAIN, (codec.parameters, codec.codebook_digest, codec.rotation_digest))

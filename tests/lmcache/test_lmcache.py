@@ -1,96 +1,134 @@
-"""LMCache's own storage manager, with its file adapter and our serde: run by .ci/run in an environment that has it."""
+"""LMCache with its file adapter and with a real redis-server: run by .ci/run in an environment that has it."""
 
 from __future__ import annotations
 
-import argparse
 import json
+import os
+import re
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor
+from redis import Redis
 
 pytest.importorskip("lmcache.v1.distributed", reason="LMCache has an environment of its own, see .ci/run")
 
-from lmcache.v1.distributed.api import GroupedObjectKeys, MemoryLayoutDesc, ObjectKey, PrefetchTaskSpec
-from lmcache.v1.distributed.config import EvictionConfig, L1ManagerConfig, L1MemoryManagerConfig, StorageManagerConfig
-from lmcache.v1.distributed.l2_adapters.config import parse_args_to_l2_adapters_config
 from lmcache.v1.distributed.serde.base import SerdeConfig
 from lmcache.v1.distributed.serde.factory import create_serde_processor
-from lmcache.v1.distributed.storage_manager import StorageManager
 
 from fibkv.chunks import ChunkCodec
 from fibkv.errors import ContractError
 from fibkv.lmcache import register
+from tests.lmcache.worker import CHUNKS, SHAPE
+from tests.store.servers import redis_server, unused_port
 
-SHAPE = torch.Size([2, 4, 64, 256])
-LAYOUT = MemoryLayoutDesc([SHAPE], [torch.bfloat16])
-KEYS = [ObjectKey(chunk_hash=bytes([number]) * 32, model_name="test", kv_rank=0) for number in range(3)]
-CHUNKS = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-NBYTES = ChunkCodec(128).encoded_nbytes(SHAPE, torch.bfloat16)
+ROOT = Path(__file__).parents[2]
+NBYTES = ChunkCodec(128).encoded_nbytes(SHAPE, CHUNKS.dtype)
+BFLOAT16_NBYTES = SHAPE.numel() * 2
 
 
-def manager(path: Path, **serde: object) -> StorageManager:
-    register()
-    adapter = {"type": "fs", "base_path": str(path), "serde": {"type": "fibkv", "head_dim": 128, **serde}}
-    memory = L1MemoryManagerConfig(size_in_bytes=64 << 20, use_lazy=False, init_size_in_bytes=64 << 20)
-    return StorageManager(
-        StorageManagerConfig(
-            l1_manager_config=L1ManagerConfig(memory_config=memory),
-            eviction_config=EvictionConfig(eviction_policy="LRU"),
-            l2_adapter_config=parse_args_to_l2_adapters_config(argparse.Namespace(l2_adapter=[json.dumps(adapter)])),
+@dataclass(frozen=True)
+class Tier:
+    """Where chunks lie: LMCache's adapter for it, the example's name of it, and what lies there."""
+
+    adapter: dict[str, object]
+    place: str
+    names: Callable[[], list[str]]
+    read: Callable[[str], bytes]
+    write: Callable[[str, bytes], object]
+
+    def configured(self, **serde: object) -> str:
+        return json.dumps({**self.adapter, "serde": {"type": "fibkv", "head_dim": 128, **serde}})
+
+
+@pytest.fixture(params=["fs", "resp"])
+def tier(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Tier]:
+    if request.param == "fs":
+        adapter: dict[str, object] = {"type": "fs", "base_path": str(tmp_path)}
+        names = lambda: sorted(str(path) for path in tmp_path.glob("**/*.data"))  # noqa: E731
+        read, write = lambda name: Path(name).read_bytes(), lambda name, data: Path(name).write_bytes(data)
+        yield Tier(adapter, str(tmp_path), names, read, write)
+        return
+    port = unused_port()
+    with redis_server(tmp_path, "--port", str(port)), Redis(port=port) as client:
+        names = lambda: sorted(key.decode() for key in client.scan_iter())  # noqa: E731
+        yield Tier(
+            {"type": "resp", "host": "127.0.0.1", "port": port},
+            f"redis://127.0.0.1:{port}",
+            names,
+            client.get,
+            client.set,
         )
+
+
+def started(*command: str) -> subprocess.Popen[str]:
+    paths = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
+    environment = {**os.environ, "PYTHONPATH": paths, "LMCACHE_DISABLE_BANNER": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, *command], env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True
     )
 
 
-@pytest.fixture
-def stored(tmp_path: Path) -> Iterator[Path]:
-    """A directory with three chunks."""
-    storage = manager(tmp_path)
-    reserved = storage.reserve_write(KEYS, LAYOUT)
-    for key, chunk in zip(KEYS, CHUNKS, strict=True):
-        reserved[key].tensor.copy_(chunk)
-    storage.finish_write(KEYS)
-    deadline = time.monotonic() + 20
-    while len(list(tmp_path.glob("**/*.data"))) < 3 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    storage.close()
-    return tmp_path
+def ended(process: subprocess.Popen[str]) -> str:
+    """What a process has said; it must end well, whatever LMCache makes of what it finds."""
+    said, complaints = process.communicate()
+    assert process.returncode == 0, complaints
+    return said
 
 
-def fetched(path: Path, **serde: object) -> tuple[int, list[Tensor]]:
-    """Hits in a fresh manager, and what they are."""
-    storage = manager(path, **serde)
-    handle = storage.submit_prefetch_task(PrefetchTaskSpec([GroupedObjectKeys(KEYS, 0, LAYOUT)]))
-    assert storage.wait_prefetch_status(handle, 20)
-    hits = storage.query_prefetch_status(handle).hit_cells[0].popcount()
-    found = []
-    if hits:
-        with storage.read_prefetched_results(KEYS[:hits]) as objects:
-            found = [one.tensor.clone() for one in objects]
-        storage.finish_read_prefetched(KEYS[:hits])
-    storage.close()
-    return hits, found
+def fetched(*adapters: str) -> list[list[float]]:
+    """What another process finds with each adapter: the errors of its hits."""
+    return json.loads(ended(started("-m", "tests.lmcache.worker", "load", *adapters)).splitlines()[-1])
 
 
-def test_chunks_are_stored_small_and_come_back(stored: Path) -> None:
-    assert {path.stat().st_size for path in stored.glob("**/*.data")} == {NBYTES}
-    assert SHAPE.numel() * 2 / 3.6 > NBYTES
-    hits, found = fetched(stored)
-    assert hits == 3
-    for exact, one in zip(CHUNKS.float(), found, strict=True):
-        assert 0.004 < (one.float() - exact).square().mean() / exact.square().mean() < 0.012
+def test_what_one_process_stores_another_one_hits(tier: Tier) -> None:
+    first = started("-m", "tests.lmcache.worker", "store", tier.configured())
+    while first.poll() is None and [len(tier.read(name)) for name in tier.names()] != [NBYTES] * len(CHUNKS):
+        time.sleep(0.1)
+    ended(first)
+    assert len(tier.names()) == len(CHUNKS)
+    print(f"{NBYTES} bytes a chunk, {NBYTES / BFLOAT16_NBYTES:.3f} of bfloat16")
+    assert NBYTES <= 0.29 * BFLOAT16_NBYTES
+
+    # Codes of scalar4 have the size of those of fib4: nothing but what the chunk says tells them apart.
+    same, codec, profile = tier.configured(), {"keys": "int8", "values": "int8"}, {"keys": "scalar4"}
+    assert ChunkCodec(128, **profile).encoded_nbytes(SHAPE, CHUNKS.dtype) == NBYTES
+    hits, *misses = fetched(same, tier.configured(**codec), tier.configured(**profile), tier.configured(head_dim=64))
+    assert len(hits) == len(CHUNKS)
+    assert all(0.004 < error < 0.012 for error in hits)
+    assert misses == [[], [], []]
+
+    for name, damaged in zip(tier.names(), (flipped, zeroed, swapped), strict=True):
+        tier.write(name, damaged(tier.read(name)))
+    assert fetched(same) == [[]]
 
 
-def test_what_is_damaged_or_of_another_codec_is_a_miss(stored: Path) -> None:
-    assert fetched(stored, values="scalar4")[0] == 0
-    first = min(stored.glob("**/*.data"))
-    data = bytearray(first.read_bytes())
-    data[-500] ^= 1
-    first.write_bytes(data)
-    assert fetched(stored)[0] < 3
+def flipped(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+def zeroed(data: bytes) -> bytes:
+    return bytes(len(data))
+
+
+def swapped(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[middle:] + data[:middle]
+
+
+@pytest.mark.parametrize("tier", ["resp"], indirect=True)
+def test_the_example_of_two_servers(tier: Tier) -> None:
+    said = ended(started("examples/lmcache_two_servers.py", tier.place))
+    print(said)
+    found = re.findall(r"(\d+) of 4 chunks found", said)
+    assert found == ["0", "4", "0"]
+    assert float(re.findall(r"([\d.]+) of bfloat16", said)[0]) <= 0.29
 
 
 def test_options_are_checked() -> None:

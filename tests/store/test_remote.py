@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +20,7 @@ from fibkv.store.redis import RedisStore
 from fibkv.store.retries import Retries
 from tests.store.conformance import StoreConformance
 from tests.store.prefixes import binding, fed
+from tests.store.servers import redis_server, unused_port
 from tests.store.test_prefixes import loaded, same
 
 IDS = list(range(70))
@@ -29,21 +28,8 @@ IDS = list(range(70))
 
 @pytest.fixture(scope="module")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    program = shutil.which("redis-server")
-    assert program is not None, "these tests start a redis-server: apt-get install redis-server"
-    path = tmp_path_factory.mktemp("redis")
-    server = subprocess.Popen(
-        [program, "--port", "0", "--unixsocket", str(path / "socket"), "--save", "", "--dir", str(path)],
-        stdout=subprocess.DEVNULL,
-    )
-    try:
-        while not (path / "socket").exists():
-            assert server.poll() is None
-            time.sleep(0.01)
-        yield f"unix://{path / 'socket'}"
-    finally:
-        server.terminate()
-        server.wait()
+    with redis_server(tmp_path_factory.mktemp("redis"), "--port", "0") as place:
+        yield f"unix://{place}"
 
 
 @pytest.fixture(scope="module")
@@ -139,15 +125,9 @@ def test_prefixes_come_back_from_the_network(kind: str, redis_url: str, s3: dict
     assert same(layers, fed(IDS))
 
 
-def _unused_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 @pytest.mark.parametrize("kind", ["redis", "s3"])
 def test_a_server_that_is_not_there_costs_a_miss(kind: str, s3: dict[str, object]) -> None:
-    port = _unused_port()
+    port = unused_port()
     if kind == "redis":
         store: Store = RedisStore(f"redis://127.0.0.1:{port}", attempts=2)
     else:
