@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fibkv.bench_settings import profile_choice
 from fibkv.cache import LayerCache
+from fibkv.page_memory import PageMemory
 from fibkv.quarantine import Quarantine
-from fibkv.sealing import resident
 from fibkv.settings import CacheSettings
 from fibkv.slabs import Slabs
 from fibkv.view import PageRows, View
@@ -136,10 +136,8 @@ class PagedForm(Form[View]):
 
     def _copied(self) -> View:
         view = self.first
-        slabs = Slabs()
-        rows = PageRows(
-            tuple(resident([page.copied() for page in row], view.implementation, slabs)) for row in view.rows
-        )
+        memory = PageMemory(Slabs(), view.tail.keys.device)
+        rows = PageRows(tuple(memory.place([page.copied() for page in row], view.implementation)) for row in view.rows)
         return View(rows, view.tail.map(Tensor.clone), view.length, view.implementation)
 
     def decoded(self) -> tuple[Tensor, Tensor]:

@@ -9,20 +9,21 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fibkv.ahead import Pending
 from fibkv.errors import PageError
-from fibkv.hard_statistics import key_flags
+from fibkv.hard_statistics import key_flags, key_statistics
 from fibkv.inventory import Inventory
 from fibkv.ladder import Rung
-from fibkv.packed import Stored
-from fibkv.page import METADATA_NBYTES, Page, Segment
+from fibkv.page import METADATA_NBYTES, Page
+from fibkv.page_memory import PageMemory
 from fibkv.quarantine import Quarantine
-from fibkv.sealing import LayerSettings, Span, full_spans, resident, seal
+from fibkv.sealing import LayerSettings, Span, full_spans, in_blocks, seal
 from fibkv.space import KeySpace
 from fibkv.tables import Tables
 from fibkv.view import PageRows, Tail, View
@@ -43,11 +44,13 @@ class LayerCache:
         quarantine: Quarantine,
         inventory: Inventory | None = None,
         rungs: Mapping[Rung, LayerSettings] | None = None,
+        memory: PageMemory | None = None,
     ) -> None:
         """An empty cache for tensors like ``keys [B, H, t, d]`` and ``values [B, H, t, d_value]``.
 
         Layers of one model, and all caches of a pool, share their ``inventory``: memory, pages, accounts. In a pool
-        with a ladder, ``rungs`` are the settings at each of its rungs, of which ``settings`` is one.
+        with a ladder, ``rungs`` are the settings at each of its rungs, of which ``settings`` is one. ``memory`` is
+        where pages lie, and whether they are sealed beside the model; by default the layer waits for them.
         """
         self.settings = settings
         self.quarantine = quarantine
@@ -58,6 +61,9 @@ class LayerCache:
         self._lock = threading.Lock()
         self._inventory = inventory or Inventory()
         self._account = self._inventory.open(self)
+        self._home = memory or PageMemory(self._inventory.slabs, keys.device)
+        self._memory = self._home
+        self._pending: Pending | None = None
         self._rows = PageRows([()] * keys.shape[0])
         self._capacity = settings.tokens_per_page + settings.last_tokens_raw
         with _plain_tensors(keys):
@@ -84,18 +90,21 @@ class LayerCache:
     @property
     def rows(self) -> PageRows:
         """The page tables."""
+        self.settle()
         return self._rows
 
     @property
     def tail(self) -> Tail:
         """The newest tokens."""
+        self.settle()
         return self._tail
 
     def append(self, keys: Tensor, values: Tensor, *, hold_back: int = 0) -> View:
         """Adds tokens and returns what attention over all tokens has to read.
 
         Full pages are sealed behind the returned snapshot: this call still reads the new tokens exactly, later ones
-        read their codes. With ``read_through`` sealing comes first.
+        read their codes. With ``read_through`` sealing comes first. Beside the model it is begun here, and waited for
+        when something asks for the pages, at the latest by the next append.
 
         Args:
             keys: ``[B, H, t, d]``.
@@ -115,13 +124,15 @@ class LayerCache:
             length = self._length + keys.shape[2]
             before = View(self._rows, recent, length, self.implementation)
             held = 0 if self.settings.read_through else hold_back
-            self._seal(recent, length, full_spans(self.settings, recent.length - held, length))
+            # A pool counts what there is, and must know.
+            wait = self.settings.read_through or self._inventory.tracked
+            self._seal(recent, length, full_spans(self.settings, recent.length - held, length), wait=wait)
         return self.view() if self.settings.read_through else before
 
     def view(self) -> View:
         """A snapshot of everything held."""
         self._refuse_quarantined()
-        return View(self._rows, self._tail, self._length, self.implementation)
+        return View(self.rows, self._tail, self._length, self.implementation)
 
     def adopt(self, pages: Sequence[Page], keys: Tensor, values: Tensor) -> None:
         """Takes over what another cache of these settings held, in place of what is held: one row.
@@ -139,9 +150,9 @@ class LayerCache:
         if self.batch != 1 or stops[:-1] != [page.start for page in pages]:
             raise PageError(f"layer {self.settings.layer}: expected one row, and pages from 0 on without gaps")
         with _plain_tensors(keys):
+            self._pending = None
             device = self._tail.keys.device
-            here = [page.to(device) for page in pages]
-            self._rows = PageRows([tuple(self._placed(here))])
+            self._rows = PageRows([tuple(self._placed(pages))])
             self._tail = self._tail_of(Tail(keys.to(device), values.to(device), keys.shape[2]), 0, keys.shape[2])
             self._length = stops[-1] + keys.shape[2]
             self._count()
@@ -152,13 +163,14 @@ class LayerCache:
         Tokens that `append` held back leave no trace: it is as if they had never been added.
         """
         with _plain_tensors(self._tail.keys):
+            is_encodable = self.settle()
             if length < self._length:
                 tail_start = self._length - self._tail.length
                 if length < tail_start:
                     self._map_pages(lambda page: self._resident(page.cut(length - page.start)))
                 self._tail = self._tail_of(self._tail, 0, max(0, length - tail_start))
                 self._length = length
-            self._seal_due()
+            self._seal_due(beside=is_encodable)
             self._count()
 
     def select(self, indices: Sequence[int]) -> None:
@@ -169,6 +181,7 @@ class LayerCache:
         """
         if not all(0 <= index < self.batch for index in indices):
             raise PageError(f"layer {self.settings.layer}: expected rows of 0..{self.batch - 1}, got {list(indices)}")
+        self.settle()
         where = torch.as_tensor(indices, dtype=torch.long, device=self._tail.keys.device)
         with self._lock:
             self._rows = PageRows(self._rows[index] for index in indices)
@@ -176,9 +189,13 @@ class LayerCache:
             self._tail = self._tail.map(lambda tensor: tensor.index_select(0, where))
         self._count()
 
-    def to(self, device: torch.device) -> None:
-        """Moves everything to a device."""
-        self._map_pages(lambda page: self._resident(page.to(device)))
+    def to(self, device: torch.device, *, parked: bool = False) -> None:
+        """Moves everything to a device; with ``parked``, only to come back: pages are not put in order to be read."""
+        self.settle()
+        if device == self._tail.keys.device:
+            return
+        self._memory = self._home if device == self._home.device else PageMemory(self._inventory.slabs, device)
+        self._map_pages(lambda page: in_blocks([page], device)[0] if parked else self._resident(page))
         self._tail = self._tail.map(lambda tensor: tensor.to(device))
         self._count()
 
@@ -193,7 +210,7 @@ class LayerCache:
 
     def pages(self) -> Iterator[Page]:
         """Every distinct page once, however many rows share it."""
-        yield from {id(page): page for row in self._rows for page in row}.values()
+        yield from {id(page): page for row in self.rows for page in row}.values()
 
     def verify(self) -> None:
         """Checks every page against its digest; damaged ones go to quarantine and are refused from then on."""
@@ -209,11 +226,11 @@ class LayerCache:
 
     def raw_parts(self) -> tuple[int, int]:
         """Elements that are kept raw, row by row, and bytes behind them (shared pages once), the tail included."""
-        tail = self._tail
+        tail = self.tail
         elements = tail.length * sum(t.shape[0] * t.shape[1] * t.shape[3] for t in (tail.keys, tail.values))
-        for page in (page for row in self._rows for page in row):
-            elements += sum(s.header().num_vectors * s.codec.head_dim for s in _raw_segments(page))
-        held = (segment.held.nbytes for page in self.pages() for segment in _raw_segments(page))
+        for page in (page for row in self.rows for page in row):
+            elements += sum(s.header().num_vectors * s.codec.head_dim for s in page.raw_segments())
+        held = (segment.held.nbytes for page in self.pages() for segment in page.raw_segments())
         return elements, tail.nbytes + sum(held)
 
     def tables(self) -> Iterator[Tables | KeySpace]:
@@ -235,20 +252,9 @@ class LayerCache:
                 counts[header.raw_reason] += header.num_vectors
         return counts
 
-    @contextmanager
-    def corrupted(self, row: int, page: int) -> Iterator[None]:
-        """For poison tests: damages one page in memory and restores it on exit.
-
-        The payload of its keys is put in reverse token order, so that every code stays valid and every key wrong.
-        """
-        segments = self._rows[row][page].keys
-        for segment in segments:
-            _reverse_tokens(segment)
-        try:
-            yield
-        finally:
-            for segment in segments:
-                _reverse_tokens(segment)
+    def corrupted(self, row: int, page: int) -> AbstractContextManager[None]:
+        """For poison tests: damages one page in memory and restores it on exit, see `fibkv.page.Page.damaged`."""
+        return self.rows[row][page].damaged()
 
     def fits(self, keys: Tensor, values: Tensor) -> bool:
         """Whether tensors have the batch size, heads, widths, dtypes and device of what the cache holds."""
@@ -277,22 +283,55 @@ class LayerCache:
                 if self.quarantine.is_quarantined("page", _name(page)):
                     raise PageError(f"page {_name(page)} is in quarantine: its codes do not match its digest")
 
-    def _seal_due(self) -> None:
-        """Seals what was held back and has not been taken back."""
-        if spans := full_spans(self.settings, self._tail.length, self._length):
-            self._seal(self._tail, self._length, spans)
+    def settle(self) -> bool:
+        """Takes over the pages that are under way, waiting for them; False = they could not be encoded.
 
-    def _seal(self, recent: Tail, length: int, spans: Sequence[Span]) -> None:
-        """Seals spans, then takes over: nothing of the cache changes before every page is encoded."""
-        sealed = seal(self.settings, recent, length, spans)
-        done = spans[-1][1] if spans else 0
-        if any(sealed):
+        What could not be encoded is due still: the next append or crop keeps it raw, or refuses.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return True
+        with _plain_tensors(self._tail.keys):
+            sealed = pending.pages()
+            if sealed is None:
+                self._count()
+                return False
             if self.flags is None:
-                protected = self.settings.keys.policy.protected.first_tokens_raw
-                self.flags = key_flags(recent.keys[0, :, protected : spans[0][1]])
-            placed = [self._placed(pages) for pages in sealed]
+                self.flags = pending.flags()
+            self._take_over(self._tail, self._length, sealed, pending.stop)
+        return True
+
+    def _seal_due(self, *, beside: bool = True) -> None:
+        """Seals what was held back and has not been taken back."""
+        is_encodable = self.settle() and beside
+        if spans := full_spans(self.settings, self._tail.length, self._length):
+            self._seal(self._tail, self._length, spans, wait=True, beside=is_encodable)
+
+    def _seal(self, recent: Tail, length: int, spans: Sequence[Span], *, wait: bool, beside: bool = True) -> None:
+        """Seals spans, then takes over: nothing of the cache changes before every page is encoded, or under way."""
+        if spans and beside:
+            pending = self._memory.begin(self, self.settings, recent, length, spans, self.flags is None)
+            if pending is not None:
+                before = self._tail, self._length
+                self._pending, self._tail, self._length = pending, recent, length
+                self._count()
+                if not wait or self.settle():
+                    return
+                self._tail, self._length = before
+        sealed = seal(self.settings, recent, length, spans)
+        if any(sealed) and self.flags is None:
+            protected = self.settings.keys.policy.protected.first_tokens_raw
+            self.flags = key_flags(key_statistics(recent.keys[0, :, protected : spans[0][1]]))
+        placed = [self._memory.place(pages, self.implementation) for pages in sealed]
+        self._take_over(recent, length, placed, spans[-1][1] if spans else 0)
+
+    def _take_over(self, recent: Tail, length: int, sealed: Sequence[Sequence[Page]], done: int) -> None:
+        """Appends sealed pages, which are in their place, to the rows, and keeps what is behind them."""
+        if any(sealed):
+            rung = self.settings.rung
+            adopted = [self._inventory.adopt(self, pages, rung) for pages in sealed]
             with self._lock:
-                self._rows = PageRows((*row, *pages) for row, pages in zip(self._rows, placed, strict=True))
+                self._rows = PageRows((*row, *pages) for row, pages in zip(self._rows, adopted, strict=True))
         has_room = done == 0 and recent.length < recent.keys.shape[2]
         kept = recent if has_room else self._tail_of(recent, done, recent.length)
         # Working copies exist beside each other for a moment, and count.
@@ -302,13 +341,14 @@ class LayerCache:
 
     def _placed(self, pages: Sequence[Page]) -> list[Page]:
         """New pages where kernels read them, or those of the same content that the pool has already."""
-        placed = resident(pages, self.implementation, self._inventory.slabs)
+        placed = self._memory.place(pages, self.implementation)
         return self._inventory.adopt(self, placed, self.settings.rung)
 
     def _count(self, *beside: Tail) -> None:
         """Tells the account what is held beside pages: tails, further entries of the page tables."""
         entries = sum(len(row) for row in self._rows[1:])
-        self._account.set(8 * entries + sum(tail.nbytes for tail in (self._tail, *beside)))
+        under_way = 0 if self._pending is None else self._pending.nbytes
+        self._account.set(8 * entries + under_way + sum(tail.nbytes for tail in (self._tail, *beside)))
 
     def _map_pages(self, function: Callable[[Page], Page | None]) -> None:
         """Replaces every distinct page once, so that rows go on sharing it; None removes it."""
@@ -324,9 +364,10 @@ class LayerCache:
         return self._inventory.adopt(self, [new], self.settings.rung, like=old)[0]
 
     def _resident(self, page: Page | None) -> Page | None:
-        return None if page is None else resident([page], self.implementation, self._inventory.slabs)[0]
+        return None if page is None else self._memory.place([page], self.implementation)[0]
 
     def __getstate__(self) -> dict[str, Any]:
+        self.settle()
         return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_account")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -350,23 +391,5 @@ def _plain_tensors(like: Tensor) -> Iterator[None]:
         yield
 
 
-def _kind(tensor: Tensor) -> tuple[object, ...]:
-    return *tensor.shape[:2], tensor.shape[3], tensor.dtype, tensor.device
-
-
-def _raw_segments(page: Page) -> Iterator[Segment]:
-    return (s for s in (*page.keys, *page.values) if s.header().raw_reason is not None)
-
-
 def _name(page: Page) -> str:
     return f"layer {page.layer}, tokens {page.start}..{page.start + page.tokens - 1}, {page.digest}"
-
-
-def _reverse_tokens(segment: Segment) -> None:
-    """Reverses the token order of the payload, in place; doing it twice restores it."""
-    codes = segment.codes
-    *_, (_, payload) = codes.named()
-    raw = payload.view(torch.uint8)
-    raw.copy_(raw.flip(1))
-    assert not isinstance(segment.held, Stored)  # a cache has its codes in memory of its own
-    segment.held.store(codes)

@@ -156,16 +156,30 @@ class RoleCoder:
         ]
         return tuple(segments[0] for segments in sealed)
 
-    def _seal_run(self, values: Tensor, run: Run) -> list[Segment]:
+    def encode(self, values: Tensor, run: Run) -> Column:
+        """One segment of each page, side by side.
+
+        Args:
+            values: ``[pages, heads, T, d]``.
+            run: a rectangle of the policy's, with a token range relative to the page.
+
+        Raises:
+            EncodingError: a page cannot be encoded.
+            DecisionError: the policy asks for a calibration that is missing.
+            ContractError: the policy asks for another axis than the profile's.
+        """
         block = values[:, run.heads[0] : run.heads[1], run.tokens[0] : run.tokens[1]]
         codec = self.codec_of(run.decision)
         space = self.space if run.decision.action == "compress" else None
+        rows = block if space is None else space.enter(block, slice(*run.heads))
+        codes = codec.encode(rows, implementation=self.implementation)
+        return Column(run, run.decision.reasons, codec, codes, space)
+
+    def _seal_run(self, values: Tensor, run: Run) -> list[Segment]:
         try:
-            rows = block if space is None else space.enter(block, slice(*run.heads))
-            codes = codec.encode(rows, implementation=self.implementation)
+            return self.encode(values, run).segments()
         except EncodingError as error:
             return self._fall_back(values, run, error)
-        return _segments(run, run.decision.reasons, codec, codes, len(values), space)
 
     def _fall_back(self, values: Tensor, run: Run, error: EncodingError) -> list[Segment]:
         if len(values) > 1:
@@ -180,21 +194,38 @@ class RoleCoder:
     def _kept_raw(self, values: Tensor, run: Run, reason: str) -> list[Segment]:
         block = values[:, run.heads[0] : run.heads[1], run.tokens[0] : run.tokens[1]]
         codes = self.raw.encode(block, implementation=self.implementation)
-        return _segments(run, (*run.decision.reasons, reason), self.raw, codes, len(values))
+        return Column(run, (*run.decision.reasons, reason), self.raw, codes).segments()
 
 
-def _segments(
-    run: Run, reasons: tuple[str, ...], codec: Codec, codes: Codes, pages: int, space: KeySpace | None = None
-) -> list[Segment]:
-    """One segment per page of ``codes [pages, heads, T, ...]``.
+@dataclass(frozen=True, eq=False)
+class Column:
+    """One segment of each of several pages that are alike.
 
-    Clones: a page must not keep the memory of the whole prefill alive, nor be kept by it.
+    Attributes:
+        run: the policy's rectangle.
+        reasons: as in `Segment`.
+        codec: how it is coded.
+        codes: ``[pages, heads, T, ...]``.
+        space: as in `Segment`.
     """
 
-    def row(page: int) -> Codes:
-        return codes.map(lambda tensor: tensor[page].clone())
+    run: Run
+    reasons: tuple[str, ...]
+    codec: Codec
+    codes: Codes
+    space: KeySpace | None = None
 
-    return [Segment(run.heads, run.tokens, run.decision, reasons, codec, row(page), space) for page in range(pages)]
+    def segments(self) -> list[Segment]:
+        """The segments. Clones: a page must not keep the memory of the whole prefill alive, nor be kept by it."""
+        return [self.segment(self.of(page).map(Tensor.clone)) for page in range(self.codes.axes[0])]
+
+    def segment(self, codes: Codes) -> Segment:
+        """The segment of one page, with its codes ``[heads, T, ...]``."""
+        return Segment(self.run.heads, self.run.tokens, self.run.decision, self.reasons, self.codec, codes, self.space)
+
+    def of(self, page: int) -> Codes:
+        """The codes of one page ``[heads, T, ...]``, as views."""
+        return self.codes.map(lambda tensor: tensor[page])
 
 
 def bind_coder(

@@ -36,6 +36,7 @@ from fibkv.hf_states import has_state, take_state
 from fibkv.hf_stock import holds_state, nbytes_of, num_rows, report_of, why_not_cropped
 from fibkv.inventory import Inventory
 from fibkv.ladder import Choice
+from fibkv.page_memory import PageMemories
 from fibkv.policy import Policy
 from fibkv.pool import Pool
 from fibkv.prefix import TokenIds
@@ -143,14 +144,15 @@ class Cache(StockCache):
             self.settings = self.settings.on_ladder(self.pool.ladder, self._membership.rungs)
         self.quarantine = Quarantine()
         self.inventory = Inventory() if self.pool is None else self.pool.inventory
+        self._memories = PageMemories(self.inventory)
         super().__init__(layers=[self._layer(index, layer) for index, layer in enumerate(self.plan.layers)])
 
     def _layer(self, index: int, layer: LayerPlan) -> Any:
         if layer.why_stock is not None:
             return copy.deepcopy(layer.stock)  # the plan's own stays empty, for `reset`
         if isinstance(layer.stock, LinearAttentionAndFullAttentionLayer):
-            return CompressedHybridLayer(index, self.settings, self.quarantine, self.inventory, layer.stock)
-        return CompressedLayer(index, self.settings, self.quarantine, self.inventory, self.plan.latent_widths)
+            return CompressedHybridLayer(index, self.settings, self.quarantine, self._memories, layer.stock)
+        return CompressedLayer(index, self.settings, self.quarantine, self._memories, self.plan.latent_widths)
 
     @outside_graphs
     def update(

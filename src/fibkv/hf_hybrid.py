@@ -9,7 +9,7 @@ from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, Linea
 
 from fibkv.hf_layer import CompressedLayer
 from fibkv.hf_stock import state_tensors
-from fibkv.inventory import Inventory
+from fibkv.page_memory import PageMemories
 from fibkv.quarantine import Quarantine
 from fibkv.report import LayerReport
 from fibkv.settings import CacheSettings
@@ -25,7 +25,7 @@ class CompressedHybridLayer(CompressedLayer, LinearAttentionAndFullAttentionLaye
         index: of the layer.
         settings: of the cache.
         quarantine: of the cache.
-        inventory: of the cache, or of its pool.
+        memories: of the cache's pages.
         stock: transformers' layer, whose place it takes.
     """
 
@@ -36,10 +36,10 @@ class CompressedHybridLayer(CompressedLayer, LinearAttentionAndFullAttentionLaye
         index: int,
         settings: CacheSettings,
         quarantine: Quarantine,
-        inventory: Inventory,
+        memories: PageMemories,
         stock: LinearAttentionAndFullAttentionLayer,
     ) -> None:
-        super().__init__(index, settings, quarantine, inventory)
+        super().__init__(index, settings, quarantine, memories)
         LinearAttentionLayer.__init__(self, number_of_states=stock.number_of_states)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:

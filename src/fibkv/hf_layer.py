@@ -13,8 +13,8 @@ from fibkv.cache import LayerCache
 from fibkv.errors import ModelError
 from fibkv.forecast import Growth, forecast_append
 from fibkv.handle import Handle, Source
-from fibkv.inventory import Inventory
 from fibkv.ladder import Rung
+from fibkv.page_memory import PageMemories
 from fibkv.quarantine import Quarantine
 from fibkv.report import LayerReport
 from fibkv.settings import CacheSettings
@@ -37,7 +37,7 @@ class CompressedLayer(CacheLayerMixin):
         index: of the layer.
         settings: of the cache.
         quarantine: of the cache.
-        inventory: of the cache, or of its pool.
+        memories: of the cache's pages.
         latent_widths: see `fibkv.hf_model.ModelPlan`; tensors of other widths are taken for keys and values.
     """
 
@@ -50,11 +50,12 @@ class CompressedLayer(CacheLayerMixin):
         index: int,
         settings: CacheSettings,
         quarantine: Quarantine,
-        inventory: Inventory,
+        memories: PageMemories,
         latent_widths: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.inventory = inventory
+        self.memories = memories
+        self.inventory = memories.inventory
         self.index = index
         self.settings = settings
         self.quarantine = quarantine
@@ -74,7 +75,8 @@ class CompressedLayer(CacheLayerMixin):
             if rungs
             else self.settings.for_layer(self.index, key_states, value_states, is_latent=self.is_latent)
         )
-        self.store = LayerCache(settings, key_states, value_states, self.quarantine, self.inventory, rungs)
+        memory = self.memories.on(key_states.device)
+        self.store = LayerCache(settings, key_states, value_states, self.quarantine, self.inventory, rungs, memory)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
@@ -171,7 +173,7 @@ class CompressedLayer(CacheLayerMixin):
     def offload(self) -> None:
         """Moves the layer to the CPU."""
         if self.store is not None:
-            self.store.to(torch.device("cpu"))
+            self.store.to(torch.device("cpu"), parked=True)
 
     def prefetch(self) -> None:
         """Moves the layer back to the device of its model."""

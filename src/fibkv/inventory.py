@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fibkv.ladder import Rung
 from fibkv.packed import Held, Packed
-from fibkv.page import METADATA_NBYTES, Page
+from fibkv.page import Page
 from fibkv.sealing import LayerSettings
 from fibkv.slabs import Slabs
 from fibkv.space import KeySpace
@@ -285,9 +285,8 @@ class Inventory:
         return page
 
     def _enter(self, page: Page, serial: int, path: tuple[Rung, ...]) -> Entry:
-        outside = METADATA_NBYTES + sum(
-            segment.held.nbytes for segment in (*page.keys, *page.values) if not isinstance(segment.held, Packed)
-        )
+        held = (segment.held for segment in (*page.keys, *page.values))
+        outside = page.nbytes - sum(one.nbytes for one in held if isinstance(one, Packed))
         entry = Entry(serial, path, page.nbytes, outside, page.digest, weakref.ref(page))
         weakref.finalize(page, self._gone.append, (id(page), entry)).atexit = False
         self._entries[id(page)] = self._by_digest[page.digest] = entry

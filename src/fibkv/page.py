@@ -7,20 +7,22 @@ else is a segment of the profile's codec, or raw too where the codec cannot repr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
+from fibkv.blocks import rounded
 from fibkv.codecs import Codec
 from fibkv.codes import Codes
 from fibkv.contract import Contract, Total
 from fibkv.digest import canonical_json, digest_bytes
 from fibkv.errors import DigestMismatch, PageError
 from fibkv.kernels.refusals import FLOAT16_MAX
-from fibkv.packed import Held
+from fibkv.packed import Held, Stored
 from fibkv.policy import Decision
 from fibkv.space import KeySpace
 
@@ -122,6 +124,15 @@ class Segment:
         """The segment on a device."""
         return replace(self, held=self.held.to(device), space=None if self.space is None else self.space.to(device))
 
+    def reverse_tokens(self) -> None:
+        """Reverses the token order of the payload, in place; doing it twice restores it."""
+        codes = self.codes
+        *_, (_, payload) = codes.named()
+        raw = payload.view(torch.uint8)
+        raw.copy_(raw.flip(1))
+        assert not isinstance(self.held, Stored)  # a cache has its codes in memory of its own
+        self.held.store(codes)
+
     def cut(self, tokens: int) -> Segment | None:
         """The segment's part before token ``tokens`` of its page, copied, or None if nothing is left."""
         stop = min(self.tokens[1], tokens)
@@ -184,9 +195,16 @@ def segments_digest(header: Contract, segments: Sequence[Segment]) -> str:
     return _digest(canonical_json(header), segments)
 
 
-def _digest(header: str, segments: Sequence[Segment]) -> str:
+def _digest(header: str, segments: Sequence[Segment], payload: Iterable[bytes | memoryview] | None = None) -> str:
     text, _ = _headers(header, segments)
-    return digest_bytes(PAGE_DOMAIN, text, b"\0", *(segment.to_bytes() for segment in segments))
+    octets = (segment.to_bytes() for segment in segments) if payload is None else payload
+    return digest_bytes(PAGE_DOMAIN, text, b"\0", *octets)
+
+
+# One copy for all pages of a layer.
+@lru_cache(maxsize=256)
+def _space_on(space: KeySpace, device: torch.device) -> KeySpace:
+    return space.to(device)
 
 
 def _headers(header: str, segments: Sequence[Segment]) -> tuple[bytes, tuple[int, ...]]:
@@ -231,6 +249,7 @@ class Page:
         keys: tuple[Segment, ...],
         values: tuple[Segment, ...],
         profiles: tuple[str, str],
+        payload: Iterable[bytes | memoryview] | None = None,
     ) -> Page:
         """A page with the digest of what it holds now.
 
@@ -240,12 +259,13 @@ class Page:
             keys: segments of the keys.
             values: segments of the values.
             profiles: digests of the keys' and the values' bound profiles.
+            payload: the canonical bytes of the codes in order, if they are at hand; None = they are taken from them.
 
         Raises:
             PageError: keys and values differ in segments.
         """
         unsealed = cls(layer, span[0], span[1] - span[0], keys, values, *profiles, digest="")
-        return replace(unsealed, digest=unsealed.compute_digest())
+        return replace(unsealed, digest=_digest(unsealed._header_json, (*keys, *values), payload))
 
     def __deepcopy__(self, memo: dict[int, object]) -> Page:
         return self  # immutable: copies of a cache share their pages
@@ -298,8 +318,14 @@ class Page:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, as they are held, and metadata."""
-        return METADATA_NBYTES + sum(segment.held.nbytes for segment in (*self.keys, *self.values))
+        """Bytes of codes, as they are held, and metadata. On a device they fill a block of its allocator."""
+        nbytes = sum(segment.held.nbytes for segment in (*self.keys, *self.values))
+        return METADATA_NBYTES + (nbytes if self.device.type == "cpu" else rounded(nbytes))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes are."""
+        return self.keys[0].held.device
 
     def cut(self, tokens: int) -> Page | None:
         """The page's first ``tokens`` tokens: itself, a shorter page with the same codes bit for bit, or nothing.
@@ -326,11 +352,32 @@ class Page:
         keys, values = (tuple(segment.to(device) for segment in side) for side in (self.keys, self.values))
         return replace(self, keys=keys, values=values)
 
+    def raw_segments(self) -> Iterator[Segment]:
+        """The segments that are kept raw, by decision or fallback."""
+        return (segment for segment in (*self.keys, *self.values) if segment.header().raw_reason is not None)
+
+    @contextmanager
+    def damaged(self) -> Iterator[None]:
+        """For poison tests: damages the keys in memory and restores them on exit.
+
+        Their payload is put in reverse token order, so that every code stays valid and every key wrong.
+        """
+        for segment in self.keys:
+            segment.reverse_tokens()
+        try:
+            yield
+        finally:
+            for segment in self.keys:
+                segment.reverse_tokens()
+
     def copied(self) -> Page:
         """The page with a copy of its codes, in canonical order."""
         return self.holding([segment.codes.map(Tensor.clone) for segment in (*self.keys, *self.values)])
 
     def holding(self, held: Sequence[Held]) -> Page:
         """The page with the same codes in another order or place, for its keys' segments and then its values'."""
-        segments = [replace(old, held=new) for old, new in zip((*self.keys, *self.values), held, strict=True)]
+        segments = [
+            replace(old, held=new, space=None if old.space is None else _space_on(old.space, new.device))
+            for old, new in zip((*self.keys, *self.values), held, strict=True)
+        ]
         return replace(self, keys=tuple(segments[: len(self.keys)]), values=tuple(segments[len(self.keys) :]))

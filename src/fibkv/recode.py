@@ -35,7 +35,7 @@ def recode(page: Page, settings: LayerSettings, slabs: Slabs) -> Page:
         # Seen from where the page is old: its newest tokens are not the newest of the layer.
         length = page.start + page.tokens + settings.last_tokens_raw
         ((sealed,),) = seal(settings, Tail(keys, values, page.tokens), length, [(0, page.tokens)], page.start)
-        return resident([sealed], implementation, slabs)[0]
+        return resident([sealed], implementation, slabs, page.device)[0]
 
 
 def _dense(segments: Sequence[Segment], tokens: int, implementation: str) -> Tensor:

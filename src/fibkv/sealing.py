@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from fibkv import kernels
+from fibkv.blocks import Layout
 from fibkv.coder import RoleCoder
+from fibkv.codes import Codes
 from fibkv.kernels.native import Native
 from fibkv.ladder import Rung
 from fibkv.packed import Held, Stored
@@ -108,14 +110,11 @@ def seal(
     if not spans:
         return rows
     start = length - tail.length if start is None else start
-    plans = _Plans(settings, length)
     profiles = (settings.keys.profile_digest, settings.values.profile_digest)
-    # Pages of equal length under equal decisions are encoded together: one call for a whole prefill.
-    for (key_runs, value_runs), group in groupby(spans, key=lambda s: plans.runs(start + s[0], start + s[1])):
-        same = list(group)
-        keys = settings.keys.seal(_pages_of(tail.keys, same), key_runs)
-        values = settings.values.seal(_pages_of(tail.values, same), value_runs)
-        # `_pages_of` puts the pages of row 0 first, then those of row 1, and so on.
+    for same, key_runs, value_runs in alike(settings, length, spans, start):
+        keys = settings.keys.seal(pages_of(tail.keys, same), key_runs)
+        values = settings.values.seal(pages_of(tail.values, same), value_runs)
+        # `pages_of` puts the pages of row 0 first, then those of row 1, and so on.
         for index, (key, value) in enumerate(zip(keys, values, strict=True)):
             first, stop = same[index % len(same)]
             row = index // len(same)
@@ -123,6 +122,27 @@ def seal(
             sides = _within_budget(settings, start + first, exact, (key, value), (key_runs, value_runs))
             rows[row].append(Page.seal(settings.layer, (start + first, start + stop), *sides, profiles))
     return rows
+
+
+def alike(
+    settings: LayerSettings, length: int, spans: Sequence[Span], start: int
+) -> Iterator[tuple[list[Span], tuple[Run, ...], tuple[Run, ...]]]:
+    """Spans of equal length under equal decisions, with these decisions as token ranges relative to a page.
+
+    Their pages are encoded together: one call for a whole prefill.
+
+    Args:
+        settings: of the layer.
+        length: tokens of the layer.
+        spans: page spans relative to a tail.
+        start: first token of the tail.
+
+    Raises:
+        DecisionError: the policy can neither compress nor keep raw.
+    """
+    plans = _Plans(settings, length)
+    for (keys, values), group in groupby(spans, key=lambda s: plans.runs(start + s[0], start + s[1])):
+        yield list(group), keys, values
 
 
 def _within_budget(
@@ -143,18 +163,24 @@ def _within_budget(
     )
 
 
-def resident(pages: Sequence[Page], implementation: str, slabs: Slabs) -> list[Page]:
-    """Pages with their codes as the kernels read them: in place, neighbours in memory; or in canonical order.
+def resident(pages: Sequence[Page], implementation: str, slabs: Slabs, device: torch.device) -> list[Page]:
+    """Pages with their codes as the kernels read them: on the CPU in place, neighbours in memory, or in canonical
+    order; on a device in canonical order, each page in a block of its own.
 
     Args:
-        pages: on one device.
+        pages: from any device.
         implementation: of the kernels.
         slabs: the memory of packed pages.
+        device: where they are read.
     """
     placed: list[Page] = []
     for _, group in groupby(pages, key=lambda page: page.form):
         same = list(group)
-        kernels_ = kernels.resolve(implementation, same[0].keys[0].held.device)
+        if device.type != "cpu":
+            placed += in_blocks(same, device)
+            continue
+        same = [page.to(device) for page in same]
+        kernels_ = kernels.resolve(implementation, device)
         rectangles = [_rectangles(page) for page in same]
         if not isinstance(kernels_, Native):
             placed += [_read(page) for page in same]
@@ -165,6 +191,34 @@ def resident(pages: Sequence[Page], implementation: str, slabs: Slabs) -> list[P
         packed = kernels_.pack(rectangles, slabs)
         placed += [page.holding(held) for page, held in zip(same, packed, strict=True)]
     return placed
+
+
+def in_blocks(pages: Sequence[Page], device: torch.device) -> list[Page]:
+    """Pages of one form, each in a block of its own on a device; those that are there already stay.
+
+    Args:
+        pages: all on one device, maybe another one: they get there in one copy.
+        device: where to.
+    """
+    if all(_is_block(page, device) for page in pages):
+        return list(pages)
+    codes = [[segment.codes for segment in (*page.keys, *page.values)] for page in pages]
+    layout, before = Layout.of(codes[0]), codes[0][0].device
+    pinned = before.type == "cpu" and device.type == "cuda"
+    here = torch.empty(len(pages), layout.nbytes, dtype=torch.uint8, device=before, pin_memory=pinned)
+    layout.write([type(column[0]).stack(column) for column in zip(*codes, strict=True)], here)
+    there = here.to(device, non_blocking=True)
+    blocks = [torch.empty(layout.nbytes, dtype=torch.uint8, device=device) for _ in pages]
+    torch._foreach_copy_(blocks, list(there.unbind(0)))
+    return [page.holding(layout.read(block, codes[0])) for page, block in zip(pages, blocks, strict=True)]
+
+
+def _is_block(page: Page, device: torch.device) -> bool:
+    held = [segment.held for segment in (*page.keys, *page.values) if isinstance(segment.held, Codes)]
+    if page.device != device or len(held) < len(page.keys) + len(page.values):
+        return False
+    memory = {tensor.untyped_storage().data_ptr() for codes in held for _, tensor in codes.named() if tensor.numel()}
+    return len(memory) == 1
 
 
 def _read(page: Page) -> Page:
@@ -194,6 +248,6 @@ class _Plans:
         return tuple(run.relative_to(start) for run in keys), tuple(run.relative_to(start) for run in values)
 
 
-def _pages_of(tensor: Tensor, spans: Sequence[Span]) -> Tensor:
+def pages_of(tensor: Tensor, spans: Sequence[Span]) -> Tensor:
     """``[B, H, tokens, d]`` to ``[B * P, H, T, d]``, row by row, for spans of equal length."""
     return torch.stack([tensor[:, :, start:stop] for start, stop in spans], 1).flatten(0, 1)

@@ -15,6 +15,7 @@ from fibkv.hf_layer import ROLLBACK_TOKENS, CompressedLayer
 from tests.hf.calls import POLICY
 from tests.hf.oracle import LAST, PAGE, RoundTripLayer
 
+pytestmark = pytest.mark.usefixtures("sealed")
 CONFIG = tf.LlamaConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, vocab_size=8)
 MAX_ROWS = 4
 

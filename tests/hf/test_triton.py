@@ -17,6 +17,7 @@ POLICY = fibkv.Policy.per_token(ProtectedRegions(first_tokens_raw=4, last_tokens
 PROMPT, PADDING, STEPS = 38, 11, 3
 
 
+@pytest.mark.usefixtures("sealed")
 def test_steps_of_a_padded_batch() -> None:
     """The logits are those of the reference kernels, and so are the pages, of which one is sealed on the way."""
     model = build("llama")

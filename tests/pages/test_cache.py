@@ -20,6 +20,9 @@ from fibkv.regions import FallbackSettings, ProtectedRegions
 from fibkv.sealing import LayerSettings
 from tests.pages.helpers import DIM, HEADS, coder, gaussian, layer_settings, protecting, shape_of
 
+pytestmark = pytest.mark.usefixtures("sealed")
+AT_ONCE = pytest.mark.parametrize("sealed", ["at once"], indirect=True)
+
 
 def make(layer: LayerSettings | None = None, batch: int = 1) -> LayerCache:
     empty = torch.zeros(batch, HEADS, 0, DIM)
@@ -256,6 +259,7 @@ def test_bytes_are_those_of_the_tensors() -> None:
     assert cache.nbytes == shared
 
 
+@AT_ONCE  # beside the model each page has one block, of which its tensors are views
 def test_pages_own_their_memory() -> None:
     """A page must not keep a whole prefill's storage alive."""
     cache = make()
@@ -266,6 +270,7 @@ def test_pages_own_their_memory() -> None:
                 assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
+@AT_ONCE  # beside the model the next append finds out, see test_ahead.py
 class TestFallback:
     def bad_values(self) -> tuple[Tensor, Tensor]:
         keys, values = gaussian(2, HEADS, 32, DIM), gaussian(2, HEADS, 32, DIM, seed=1)
