@@ -36,23 +36,59 @@ OwnedSide::Canonical canonical(const Bytes& codes, const Bytes& norms, const Byt
   return {codes.data(), norms.data(), ranges.data(), channels.data(), means.data()};
 }
 
-// Rectangles of equal size between canonical bytes in one run and the side's own order, at addresses that the caller
-// vouches for.
-void pack_runs(const OwnedSide& side, int heads, int tokens, const std::vector<uintptr_t>& runs,
+// Objects with Python's buffer protocol: contiguous bytes, held until this one goes.
+class Buffers {
+ public:
+  // Refuses buffers of another size; `writable` or not.
+  Buffers(const nb::sequence& objects, size_t nbytes, bool writable) {
+    const int flags = writable ? PyBUF_WRITABLE : PyBUF_SIMPLE;
+    views_.reserve(nb::len(objects));
+    for (nb::handle object : objects) {
+      Py_buffer view;
+      if (PyObject_GetBuffer(object.ptr(), &view, flags)) {
+        release();
+        throw nb::python_error();
+      }
+      views_.push_back(view);
+      if (static_cast<size_t>(view.len) != nbytes) {
+        release();
+        throw nb::value_error("a buffer of another size than its codes");
+      }
+    }
+  }
+  Buffers(const Buffers&) = delete;
+  Buffers& operator=(const Buffers&) = delete;
+  ~Buffers() { release(); }
+
+  size_t size() const { return views_.size(); }
+  uint8_t* at(size_t i) const { return static_cast<uint8_t*>(views_.at(i).buf); }
+
+ private:
+  void release() {
+    for (Py_buffer& view : views_) PyBuffer_Release(&view);
+    views_.clear();
+  }
+
+  std::vector<Py_buffer> views_;
+};
+
+// Rectangles of equal size between canonical bytes in one run and the side's own order, the latter at addresses that
+// the caller vouches for.
+void pack_runs(const OwnedSide& side, int heads, int tokens, const nb::sequence& runs,
                const std::vector<uintptr_t>& packed) {
+  const Buffers from(runs, side.canonical_nbytes(heads, tokens), false);
   nb::gil_scoped_release unlocked;
-  for (size_t i = 0; i < runs.size(); ++i) {
-    const auto from = side.in_one_run(heads, tokens, reinterpret_cast<uint8_t*>(runs[i]));
-    side.pack(heads, tokens, from, reinterpret_cast<uint8_t*>(packed.at(i)));
+  for (size_t i = 0; i < from.size(); ++i) {
+    side.pack(heads, tokens, side.in_one_run(heads, tokens, from.at(i)), reinterpret_cast<uint8_t*>(packed.at(i)));
   }
 }
 
 void unpack_runs(const OwnedSide& side, int heads, int tokens, const std::vector<uintptr_t>& packed,
-                 const std::vector<uintptr_t>& runs) {
+                 const nb::sequence& runs) {
+  const Buffers to(runs, side.canonical_nbytes(heads, tokens), true);
   nb::gil_scoped_release unlocked;
-  for (size_t i = 0; i < packed.size(); ++i) {
-    const auto to = side.in_one_run(heads, tokens, reinterpret_cast<uint8_t*>(runs.at(i)));
-    side.unpack(heads, tokens, reinterpret_cast<const uint8_t*>(packed[i]), to);
+  for (size_t i = 0; i < to.size(); ++i) {
+    side.unpack(heads, tokens, reinterpret_cast<const uint8_t*>(packed.at(i)), side.in_one_run(heads, tokens, to.at(i)));
   }
 }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, TypeVar, get_args
 
 from fibkv.contract import Contract
@@ -39,6 +40,8 @@ _DOMAINS: dict[Kind, str] = {
 _SELF_VERIFYING: frozenset[Kind] = frozenset({"span"})
 _HEAD = struct.Struct("<8sHHIQQ32s")
 assert _HEAD.size == ALIGNMENT
+# Where the digest lies in it.
+_DIGEST = slice(_HEAD.size - 32, _HEAD.size)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,6 +101,21 @@ class Container:
         return cls(found, header, tuple(sections), f"blake3:{stated.hex()}")
 
     @classmethod
+    def expected(cls, data: Bytes, kind: Kind, header: bytes, sizes: Sequence[int]) -> Container | None:
+        """The container in ``data``, if it is one of this header and of sections of these sizes; else None.
+
+        Without a parser: so many bytes can only begin in one way.
+        """
+        view, layout = memoryview(data).cast("B"), _layout(kind, len(header), tuple(sizes))
+        found = bytes(view[: layout.start])
+        if len(view) != layout.nbytes or not layout.begins(found, header):
+            return None
+        if any(bytes(view[stop:end]).strip(b"\0") for _, stop, end in layout.places):
+            return None
+        sections = tuple([view[start:stop] for start, stop, _ in layout.places])
+        return cls(kind, header, sections, f"blake3:{found[_DIGEST].hex()}")
+
+    @classmethod
     def read(cls, data: Bytes, kind: Kind | None = None) -> Container:
         """`parse` and `check_digest`."""
         container = cls.parse(data, kind)
@@ -135,21 +153,15 @@ class Draft:
             raise PageError(f"{kind} header: expected at most {MAX_HEADER_NBYTES} bytes, got {len(header)}")
         self.kind = kind
         self.header = header
-        self.data = memoryview(bytearray(packed_nbytes(len(header), sizes))) if into is None else into
-        body = ALIGNMENT + 8 * len(sizes)
-        struct.pack_into(f"<{len(sizes)}Q", self.data, ALIGNMENT, *sizes)
-        self.data[body : body + len(header)] = header
-        sections, offset = [], aligned(body + len(header))
-        for size in sizes:
-            sections.append(self.data[offset : offset + size])
-            offset += aligned(size)
-        self.sections = tuple(sections)
+        layout = _layout(kind, len(header), tuple(sizes))
+        self.data = memoryview(bytearray(layout.nbytes)) if into is None else into
+        self.data[: layout.start] = layout.beginning(header)
+        self.sections = tuple([self.data[start:stop] for start, stop, _ in layout.places])
 
     def finish(self) -> str:
         """Seals what was written; returns the digest."""
         digest = _digest(self.kind, self.header, self.sections)
-        numbers = (_KINDS[self.kind], len(self.sections), len(self.header), len(self.data))
-        _HEAD.pack_into(self.data, 0, MAGIC, VERSION, *numbers, bytes.fromhex(digest.removeprefix("blake3:")))
+        self.data[_DIGEST] = bytes.fromhex(digest.removeprefix("blake3:"))
         return digest
 
 
@@ -168,7 +180,7 @@ def pack(kind: Kind, header: bytes, sections: Sequence[Bytes]) -> bytes:
 
 def packed_nbytes(header_nbytes: int, sizes: Sequence[int]) -> int:
     """Bytes of a container with a header of so many bytes and sections of these sizes."""
-    return aligned(ALIGNMENT + 8 * len(sizes) + header_nbytes) + sum(aligned(size) for size in sizes)
+    return _layout("page", header_nbytes, tuple(sizes)).nbytes
 
 
 def canonical(container: Container, contract: type[Parsed]) -> Parsed:
@@ -186,6 +198,49 @@ def canonical(container: Container, contract: type[Parsed]) -> Parsed:
 def aligned(nbytes: int) -> int:
     """``nbytes`` rounded up to `ALIGNMENT`."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where everything lies in a container of a kind, a header's length and sections' sizes.
+
+    Attributes:
+        head: its first bytes, up to the digest.
+        table: the sizes of its sections.
+        start: of the first section.
+        places: of each section its start, its end, and the end of the filling behind it.
+        nbytes: of the container.
+    """
+
+    head: bytes
+    table: bytes
+    start: int
+    places: tuple[tuple[int, int, int], ...]
+    nbytes: int
+
+    def beginning(self, header: bytes) -> bytes:
+        """What comes before the sections; the digest is zeros."""
+        return b"".join((self.head, bytes(32), self.table, header)).ljust(self.start, b"\0")
+
+    def begins(self, beginning: bytes, header: bytes) -> bool:
+        """Whether these bytes are so, whatever the digest."""
+        expected = self.beginning(header)
+        return (
+            beginning[: _DIGEST.start] == expected[: _DIGEST.start]
+            and beginning[_DIGEST.stop :] == expected[_DIGEST.stop :]
+        )
+
+
+# The pages of a cache have a handful of forms, and headers of a few lengths.
+@lru_cache(maxsize=64)
+def _layout(kind: Kind, header_nbytes: int, sizes: tuple[int, ...]) -> _Layout:
+    start = end = aligned(ALIGNMENT + 8 * len(sizes) + header_nbytes)
+    places = []
+    for size in sizes:
+        places.append((end, end + size, end + aligned(size)))
+        end += aligned(size)
+    head = _HEAD.pack(MAGIC, VERSION, _KINDS[kind], len(sizes), header_nbytes, end, bytes(32))
+    return _Layout(head[: _DIGEST.start], struct.pack(f"<{len(sizes)}Q", *sizes), start, tuple(places), end)
 
 
 def _digest(kind: Kind, header: bytes, sections: Sequence[Bytes]) -> str:

@@ -70,7 +70,10 @@ def _fill(cache: Cache, loader: PrefixLoader, root: Root, device: torch.device) 
     stateful = {index: layer for index, layer in enumerate(cache.layers) if has_state(layer)}
     try:
         settings = [_initialize(layers[form.layer], form, device) for form in root.layers]
-        prefix = loader.load(settings, with_states=bool(stateful))
+        memory = next(layer.inventory for layer in layers.values())
+        # In a pool nothing is put into memory before there is room for all of it.
+        slabs = memory.slabs if device.type == "cpu" and not memory.tracked else None
+        prefix = loader.load(settings, with_states=bool(stateful), slabs=slabs)
         if prefix.length and [state.layer for state in prefix.states] != list(stateful):
             raise ModelError(f"expected states of layers {list(stateful)}")
         for state in prefix.states:

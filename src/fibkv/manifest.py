@@ -22,12 +22,13 @@ from fibkv.contract import Contract, Count, Total
 from fibkv.digest import Digest, require_digest
 from fibkv.errors import ContractError, PageError
 from fibkv.page import Page
+from fibkv.page_draft import PageDraft, write_pages
 from fibkv.policy import Policy
 from fibkv.prefix import root
 from fibkv.sealing import LayerSettings
 from fibkv.shape import Dtype, KVShape
 from fibkv.states import LayerState, StateForm, raw_tensor, states_from_bytes
-from fibkv.wire import PageDraft, PageReader, StoredPage, load_pages, write_pages
+from fibkv.wire import Packing, PageReader, StoredPage, load_pages
 
 Weights = Annotated[str, StringConstraints(pattern=r"^(blake3:[0-9a-f]{64}|name:[^\x00-\x1f]{1,200})$")]
 
@@ -206,13 +207,16 @@ def span_to_bytes(name: str, previous: str, pages: Sequence[Page]) -> memoryview
     return draft.data
 
 
-def span_from_bytes(data: Bytes, place: tuple[str, str, int, int], readers: Sequence[PageReader]) -> tuple[Page, ...]:
+def span_from_bytes(
+    data: Bytes, place: tuple[str, str, int, int], readers: Sequence[PageReader], pack: Packing | None = None
+) -> tuple[Page, ...]:
     """The pages of a span, one per layer, all checked.
 
     Args:
         data: the container.
         place: name, previous name, first token and number of tokens that it must have.
         readers: of the layers.
+        pack: see `fibkv.wire.load_pages`.
 
     Raises:
         DigestMismatch, PageError, ContractError: it is not what it must be.
@@ -223,7 +227,7 @@ def span_from_bytes(data: Bytes, place: tuple[str, str, int, int], readers: Sequ
         raise PageError(f"span: expected (name, previous, start, tokens) {place}, got {header}")
     _require_count("span", len(readers), header.pages, container.sections)
     pairs = zip(readers, header.pages, container.sections, strict=True)
-    return tuple(load_pages([_open(section, digest, place[2:], reader) for reader, digest, section in pairs]))
+    return tuple(load_pages([_open(section, digest, place[2:], reader) for reader, digest, section in pairs], pack))
 
 
 def end_to_bytes(
@@ -286,11 +290,11 @@ def end_from_bytes(data: Bytes, place: tuple[str, str, int, int], readers: Seque
 
 
 def _open(data: memoryview, digest: str, span: tuple[int, int], reader: PageReader) -> StoredPage:
-    stored = reader.open(data)
-    if (stored.header.start, stored.header.tokens) != span:
-        actual = (stored.header.start, stored.header.tokens)
-        raise PageError(f"page of layer {stored.header.layer}: expected (start, tokens) {span}, got {actual}")
-    require_digest(f"page of layer {stored.header.layer}", digest, stored.container.digest)
+    stored = reader.open(data, span[0])
+    if (stored.start, stored.form.tokens) != span:
+        actual = (stored.start, stored.form.tokens)
+        raise PageError(f"page of layer {stored.layer}: expected (start, tokens) {span}, got {actual}")
+    require_digest(f"page of layer {stored.layer}", digest, stored.container.digest)
     return stored
 
 

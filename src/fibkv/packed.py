@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,9 +55,9 @@ class Packed:
 
     def to_bytes(self) -> memoryview:
         """The canonical bytes, as `fibkv.codecs.Codec.to_bytes` gives them."""
-        out = torch.empty(self.side.canonical_nbytes(self.heads, self.tokens), dtype=torch.uint8)
-        self.side.unpack_runs(self.heads, self.tokens, [self.data.data_ptr()], [out.data_ptr()])
-        return out.numpy().data
+        out = memoryview(bytearray(self.side.canonical_nbytes(self.heads, self.tokens)))
+        self.side.unpack_runs(self.heads, self.tokens, [self.data.data_ptr()], [out])
+        return out
 
     def store(self, codes: Codes) -> None:
         """Overwrites the bytes with other codes of the same rectangle."""
@@ -105,12 +104,6 @@ class Stored:
         """The CPU."""
         return torch.device("cpu")
 
-    @property
-    def address(self) -> int:
-        """Of the bytes, for as long as this object lives."""
-        where: int = np.frombuffer(self.data, dtype=np.uint8).__array_interface__["data"][0]
-        return where
-
     def canonical(self) -> Codes:
         """The codes ``[heads, tokens, ...]``, copied."""
         return self.read(self.data, self.heads, self.tokens)
@@ -138,12 +131,13 @@ def write_runs(packed: Sequence[Packed], places: Sequence[memoryview]) -> None:
         packed: codes.
         places: for each as many writable bytes as `Packed.to_bytes` gives.
     """
-    alike: dict[tuple[Any, int, int], list[tuple[int, int]]] = {}
+    alike: dict[tuple[Any, int, int], tuple[list[int], list[memoryview]]] = {}
     for one, place in zip(packed, places, strict=True):
-        there = torch.frombuffer(place, dtype=torch.uint8).data_ptr()
-        alike.setdefault((one.side, one.heads, one.tokens), []).append((one.data.data_ptr(), there))
-    for (side, heads, tokens), pairs in alike.items():
-        side.unpack_runs(heads, tokens, *map(list, zip(*pairs, strict=True)))
+        addresses, runs = alike.setdefault((one.side, one.heads, one.tokens), ([], []))
+        addresses.append(one.data.data_ptr())
+        runs.append(place)
+    for (side, heads, tokens), (addresses, runs) in alike.items():
+        side.unpack_runs(heads, tokens, addresses, runs)
 
 
 def _identity(codes: Codes) -> Codes:

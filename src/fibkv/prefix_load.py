@@ -11,25 +11,32 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from threading import BoundedSemaphore
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
+from fibkv import kernels
 from fibkv.contract import Contract, Total
 from fibkv.errors import FibkvError, StoreError
+from fibkv.kernels.native import Native
 from fibkv.manifest import Binding, End, Root, end_from_bytes, root_from_bytes, span_from_bytes
 from fibkv.page import Page
 from fibkv.prefix import TokenIds, chain, chain_names
 from fibkv.prefix_places import end_place, ends_folder, root_key, span_key
 from fibkv.sealing import LayerSettings
+from fibkv.slabs import Lanes, Slabs
 from fibkv.states import LayerState
 from fibkv.store.base import Store, set_aside
-from fibkv.wire import PageReader
+from fibkv.wire import Packing, PageReader
 
 Loaded = TypeVar("Loaded")
 
 # Spans that are read at the same time: what is far away comes as fast as the network can, not as it answers.
 AHEAD = 4
+# Of them, how many are checked at the same time. More would wait for one another: a third of the work is Python's.
+CHECKERS = 2
 # Spans behind which the end of a prefix with states is looked for, from the last that is stored on.
 MAX_BACK = 64
 
@@ -88,12 +95,16 @@ class PrefixLoader:
         """The root of the binding: which layers there are. None = nothing is stored for it."""
         return self._fetch(root_key(self.binding), root_from_bytes, self.binding)
 
-    def load(self, settings: Sequence[LayerSettings], *, with_states: bool = False) -> Prefix:
+    def load(
+        self, settings: Sequence[LayerSettings], *, with_states: bool = False, slabs: Slabs | None = None
+    ) -> Prefix:
         """The longest beginning that is stored whole.
 
         Args:
             settings: of the layers that the root speaks of.
             with_states: only beginnings that end as one was saved, states included, and before the last token.
+            slabs: memory that spans are put into as they come, in the order in which native kernels read them; None =
+                codes stay where they were read until a layer adopts them, which other kernels do in any case.
         """
         size = self.binding.tokens_per_page
         readers = [PageReader(layer) for layer in settings]
@@ -104,7 +115,7 @@ class PrefixLoader:
         if with_states:
             back = range(count, max(-1, count - MAX_BACK), -1)
             count = next((number for number in back if self._ends(starts[number], number * size, longest)), 0)
-        spans = self._spans(starts[: count + 1], readers)
+        spans = self._spans(starts[: count + 1], readers, None if slabs is None else _packing(settings, slabs, count))
         end = self._end(starts[len(spans)], size * len(spans), longest, readers)
         # The beginning, which everything behind it needs, counts as used last.
         self._try(self.store.touch, [*map(span_key, names[: len(spans)][::-1]), root_key(self.binding)])
@@ -118,19 +129,31 @@ class PrefixLoader:
         whole = tuple((*before, *behind) for before, (behind, _, _) in zip(columns, end.layers, strict=True))
         return Prefix(end.length, whole, tuple((keys, values) for _, keys, values in end.layers), end.states)
 
-    def _spans(self, starts: Sequence[str], readers: Sequence[PageReader]) -> list[tuple[Page, ...]]:
+    def _spans(
+        self, starts: Sequence[str], readers: Sequence[PageReader], pack: Packing | None
+    ) -> list[tuple[Page, ...]]:
         """The pages of the spans between names, as many from the first on as are sound."""
         size = self.binding.tokens_per_page
         keys = [span_key(name) for name in starts[1:]]
-        spans: list[tuple[Page, ...]] = []
-        with ThreadPoolExecutor(AHEAD) as reading:
-            coming = deque(reading.submit(self.store.get, key) for key in keys[:AHEAD])
-            for index, key in enumerate(keys):
+        checking = BoundedSemaphore(CHECKERS)
+
+        def load(index: int) -> tuple[tuple[Page, ...], int] | None:
+            data = self.store.get(keys[index])
+            if data is None:
+                return None
+            with checking:
                 place = (starts[index + 1], starts[index], size * index, size)
-                pages = self._checked(key, coming.popleft().result, span_from_bytes, place, readers)
+                return span_from_bytes(data, place, readers, pack), len(data)
+
+        spans: list[tuple[Page, ...]] = []
+        with ThreadPoolExecutor(AHEAD, "fibkv-load") as loading:
+            coming = deque(loading.submit(load, index) for index in range(min(AHEAD, len(keys))))
+            for index, key in enumerate(keys):
+                pages = self._checked(key, coming.popleft().result)
                 if pages is None:
                     break
-                coming += [reading.submit(self.store.get, ahead) for ahead in keys[index + AHEAD : index + AHEAD + 1]]
+                if index + AHEAD < len(keys):
+                    coming.append(loading.submit(load, index + AHEAD))
                 spans.append(pages)
         return spans
 
@@ -163,23 +186,30 @@ class PrefixLoader:
 
     def _fetch(self, key: str, parse: Callable[..., Loaded], *context: object) -> Loaded | None:
         """One object, checked; see `_checked`."""
-        return self._checked(key, partial(self.store.get, key), parse, *context)
 
-    def _checked(
-        self, key: str, get: Callable[[], bytes | None], parse: Callable[..., Loaded], *context: object
-    ) -> Loaded | None:
-        """What is got of an object, checked; None if it is not there. What does not stand the check is moved aside."""
-        data = self._try(get)
-        if data is None:
-            return None
+        def load() -> tuple[Loaded, int] | None:
+            data = self.store.get(key)
+            return None if data is None else (parse(data, *context), len(data))
+
+        return self._checked(key, load)
+
+    def _checked(self, key: str, load: Callable[[], tuple[Loaded, int] | None]) -> Loaded | None:
+        """What an object holds; None if it is not there. What does not stand the check is moved aside.
+
+        Args:
+            key: of the object.
+            load: gets and checks it; also its bytes.
+        """
         try:
-            found = parse(data, *context)
+            found = self._try(load)
         except FibkvError as error:
             self.failures.append(f"{key}: {error}")
             self._try(set_aside, self.store, key)
             return None
-        self.nbytes += len(data)
-        return found
+        if found is None:
+            return None
+        self.nbytes += found[1]
+        return found[0]
 
     def _try(self, call: Callable[..., Loaded], *args: object) -> Loaded | None:
         """What the store answers; None and a failure noted if it fails."""
@@ -188,3 +218,9 @@ class PrefixLoader:
         except StoreError as error:
             self.failures.append(str(error))
             return None
+
+
+def _packing(settings: Sequence[LayerSettings], slabs: Slabs, spans: int) -> Packing | None:
+    """Puts the codes of so many spans in the order of the layers' kernels, if these are native."""
+    found = kernels.resolve(settings[0].keys.implementation, torch.device("cpu"))
+    return partial(found.pack, memory=Lanes(slabs, spans)) if isinstance(found, Native) else None

@@ -15,7 +15,7 @@ from fibkv.coder import RoleCoder
 from fibkv.codes import Codes
 from fibkv.kernels.native import Native
 from fibkv.ladder import Rung
-from fibkv.packed import Held, Stored
+from fibkv.packed import Stored
 from fibkv.page import Page, Segment
 from fibkv.policy import Run
 from fibkv.sampling import PageSampler
@@ -181,15 +181,15 @@ def resident(pages: Sequence[Page], implementation: str, slabs: Slabs, device: t
             continue
         same = [page.to(device) for page in same]
         kernels_ = kernels.resolve(implementation, device)
-        rectangles = [_rectangles(page) for page in same]
         if not isinstance(kernels_, Native):
             placed += [_read(page) for page in same]
             continue
-        if all(kernels_.holds(*one) for page in rectangles for one in page):
+        sides, held = _sides(same[0]), [[s.held for s in (*page.keys, *page.values)] for page in same]
+        if kernels_.hold(sides, held):
             placed += same
             continue
-        packed = kernels_.pack(rectangles, slabs)
-        placed += [page.holding(held) for page, held in zip(same, packed, strict=True)]
+        packed = kernels_.pack(sides, held, slabs)
+        placed += [page.holding(codes) for page, codes in zip(same, packed, strict=True)]
     return placed
 
 
@@ -229,9 +229,9 @@ def _read(page: Page) -> Page:
     return page.holding([codes.canonical() if isinstance(codes, Stored) else codes for codes in held])
 
 
-def _rectangles(page: Page) -> list[tuple[Held, Tables, Role]]:
-    keys: list[tuple[Held, Tables, Role]] = [(s.held, s.codec.tables, "key") for s in page.keys]
-    return [*keys, *((s.held, s.codec.tables, "value") for s in page.values)]
+def _sides(page: Page) -> list[tuple[Tables, Role]]:
+    keys: list[tuple[Tables, Role]] = [(segment.codec.tables, "key") for segment in page.keys]
+    return [*keys, *((segment.codec.tables, "value") for segment in page.values)]
 
 
 class _Plans:

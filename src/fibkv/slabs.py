@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +20,13 @@ from torch import Tensor
 from fibkv.ranges import Ranges, RegionForm, Released, Taken
 
 ALIGNMENT = 64
+
+
+class Blocks(Protocol):
+    """Where blocks of memory come from."""
+
+    def take(self, nbytes: int, count: int) -> list[Tensor]:
+        """``count`` tensors ``[nbytes]`` uint8, uninitialized."""
 
 
 class Slabs:
@@ -108,6 +116,37 @@ class Slabs:
         if region not in self._memory:
             self._memory[region] = _mapped(self._ranges.form_of(region))
         return self._memory[region][1]
+
+
+class Lanes:
+    """Blocks that are taken round by round, one for each lane: those of a lane follow one another.
+
+    Pages of a prefix come span by span, a page for each layer, and are read layer by layer. Safe to use from several
+    threads.
+
+    Args:
+        slabs: where the blocks come from.
+        rounds: how many there will be.
+    """
+
+    def __init__(self, slabs: Slabs, rounds: int) -> None:
+        self._slabs = slabs
+        self._left = rounds
+        self._lock = threading.Lock()
+        self._ready: dict[tuple[int, int], deque[list[Tensor]]] = {}
+
+    def take(self, nbytes: int, lanes: int) -> list[Tensor]:
+        """A round of ``lanes`` blocks. What is asked for twice gets memory for all rounds that are left."""
+        with self._lock:
+            left, self._left = max(1, self._left), self._left - 1
+            ready = self._ready.get((nbytes, lanes))
+            if ready is None:
+                self._ready[nbytes, lanes] = deque()
+                return self._slabs.take(nbytes, lanes)
+            if not ready:
+                blocks = self._slabs.take(nbytes, lanes * left)
+                ready.extend(blocks[index::left] for index in range(left))
+            return ready.popleft()
 
 
 def block_nbytes(nbytes: int) -> int:

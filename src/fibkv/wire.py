@@ -7,8 +7,8 @@ then do its bytes mean anything. Codes lie in canonical order, so that one vecto
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,16 +16,20 @@ from torch import Tensor
 
 from fibkv.codecs import Codec
 from fibkv.coder import RoleCoder
-from fibkv.container import Bytes, Container, Draft, canonical, packed_nbytes
+from fibkv.container import Bytes, Container, canonical
 from fibkv.contract import Contract
 from fibkv.digest import require_digest
 from fibkv.errors import ContractError, PageError
-from fibkv.packed import Held, Packed, Stored, write_runs
+from fibkv.packed import Held, Packed, Stored
 from fibkv.page import FALLBACKS, Page, PageHeader, Segment, SegmentHeader
 from fibkv.policy import Decision, Run
 from fibkv.sealing import LayerSettings
 from fibkv.shape import Role
 from fibkv.space import KeySpace
+from fibkv.tables import Tables
+
+Packing = Callable[[Sequence[tuple[Tables, Role]], Sequence[Sequence[Held]]], Sequence[Sequence[Packed]]]
+"""Tables and roles of the segments of pages that are alike, and their codes, page by page -> the same in memory."""
 
 # The header of a page in canonical JSON, so that equal segments are recognized by their bytes.
 _BEFORE, _BETWEEN = b'{"page":', b',"segments":'
@@ -88,34 +92,47 @@ class SegmentForm:
         header = self.header
         return Segment(header.heads, header.tokens, self.decision, header.reasons, self.codec, codes, self.space)
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class StoredSegment:
-    """One segment of a stored page: what it is, and its canonical bytes where they lie."""
-
-    form: SegmentForm
-    codes: memoryview
-
-    def segment(self) -> Segment:
-        """The segment, with its codes where they lie."""
-        form = self.form
-        return form.segment(Stored(self.codes, form.groups, form.tokens, form.codec.from_bytes))
-
-    def vector(self, head: int, token: int) -> Tensor:
+    def vector(self, codes: memoryview, head: int, token: int) -> Tensor:
         """One vector ``[d]`` float32 of a head of the layer and a token of the page; reads no other."""
-        form = self.form
-        group, step = head - form.header.heads[0], token - form.header.tokens[0]
+        group, step = head - self.header.heads[0], token - self.header.tokens[0]
         picked, offset = [], 0
-        for one, two, all_ in zip(*(form.codec.layout(count) for count in (1, 2, form.tokens)), strict=True):
+        for one, two, all_ in zip(*(self.codec.layout(count) for count in (1, 2, self.tokens)), strict=True):
             # What the tokens of a group share comes once; else the bytes of one token follow those of another.
             stride = two.nbytes - one.nbytes
             start = offset + group * all_.nbytes + step * stride
-            picked.append(bytes(self.codes[start : start + one.nbytes]))
-            offset += form.groups * all_.nbytes
-        codes = form.codec.from_bytes(memoryview(b"".join(picked)), 1, 1)
-        out = torch.empty(1, 1, form.codec.head_dim)
-        replace(form.segment(codes), heads=(head, head + 1), tokens=(0, 1)).decode(out)
+            picked.append(bytes(codes[start : start + one.nbytes]))
+            offset += self.groups * all_.nbytes
+        of_one = self.codec.from_bytes(memoryview(b"".join(picked)), 1, 1)
+        out = torch.empty(1, 1, self.codec.head_dim)
+        replace(self.segment(of_one), heads=(head, head + 1), tokens=(0, 1)).decode(out)
         return out[0, 0]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PageForm:
+    """What a page's header says of its segments, in the terms of the layer that it belongs to.
+
+    Attributes:
+        text: the segments' headers in canonical JSON, with what ends the page's header behind them.
+        tokens: of the page.
+        segments: forms of the keys' segments, then of the values'.
+    """
+
+    text: bytes
+    tokens: int
+    segments: tuple[SegmentForm, ...]
+    sizes: tuple[int, ...] = field(init=False)
+    rectangles: tuple[tuple[Codec, int, int], ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sizes", tuple(one.header.nbytes for one in self.segments))
+        rectangles = tuple((one.codec, one.groups, one.tokens) for one in self.segments)
+        object.__setattr__(self, "rectangles", rectangles)
+
+    @property
+    def half(self) -> int:
+        """Segments of one role."""
+        return len(self.segments) // 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,15 +140,17 @@ class StoredPage:
     """A page in the bytes that it came in, which may be a mapped file. Structure is checked, contents are not yet.
 
     Attributes:
-        header: of the page.
-        keys: segments of the keys.
-        values: segments of the values.
-        container: it all.
+        layer: that it belongs to.
+        start: its first token.
+        form: its tokens and segments.
+        profiles: digests of the keys' and the values' profile.
+        container: it all; section i is the codes of segment i.
     """
 
-    header: PageHeader
-    keys: tuple[StoredSegment, ...]
-    values: tuple[StoredSegment, ...]
+    layer: int
+    start: int
+    form: PageForm
+    profiles: tuple[str, str]
     container: Container
 
     def vector(self, role: Role, head: int, token: int) -> Tensor:
@@ -146,15 +165,24 @@ class StoredPage:
             ContractError: the page has no such head or token.
             PageError: a vector that no encoder makes.
         """
-        for segment in self.keys if role == "key" else self.values:
-            (h0, h1), (t0, t1) = segment.form.header.heads, segment.form.header.tokens
+        half = self.form.half
+        side = slice(0, half) if role == "key" else slice(half, None)
+        for form, codes in zip(self.form.segments[side], self.container.sections[side], strict=True):
+            (h0, h1), (t0, t1) = form.header.heads, form.header.tokens
             if h0 <= head < h1 and t0 <= token < t1:
-                return segment.vector(head, token)
-        raise ContractError("StoredPage.vector", f"a head and a token below {self.header.tokens}", (head, token))
+                return form.vector(codes, head, token)
+        raise ContractError("StoredPage.vector", f"a head and a token below {self.form.tokens}", (head, token))
+
+    def page(self, held: Sequence[Held]) -> Page:
+        """The page with these codes, of its keys' segments and then of its values'."""
+        segments = tuple(form.segment(codes) for form, codes in zip(self.form.segments, held, strict=True))
+        half = self.form.half
+        sides = (segments[:half], segments[half:])
+        return Page(self.layer, self.start, self.form.tokens, *sides, *self.profiles, self.container.digest)
 
 
 class PageReader:
-    """Opens stored pages of one layer. What segments of equal headers are is worked out once.
+    """Opens stored pages of one layer, for any thread. What segments of equal headers are is worked out once.
 
     Args:
         settings: of the layer.
@@ -162,32 +190,53 @@ class PageReader:
 
     def __init__(self, settings: LayerSettings) -> None:
         self.settings = settings
-        self._forms: dict[tuple[int, bytes], tuple[SegmentForm, ...]] = {}
+        self._profiles = settings.keys.profile_digest, settings.values.profile_digest
+        self._forms: dict[tuple[int, bytes], PageForm] = {}
+        # Of the page that was opened last: the next one is likely to be alike.
+        self._likely: PageForm | None = None
 
-    def open(self, data: Bytes) -> StoredPage:
+    def open(self, data: Bytes, start: int | None = None) -> StoredPage:
         """Opens a stored page. Reads its headers only.
 
         Args:
             data: the container.
+            start: its first token, if that is known: a page that is there, in the form of the one before it, is
+                recognized without a parser.
 
         Raises:
             DigestMismatch: it is coded by other profiles than the layer's.
             PageError, ContractError: it is no page, of another layer, or its segments do not cover its rectangle once.
         """
-        container = Container.parse(data, "page")
+        if start is not None and (form := self._likely) is not None:
+            header = self._header(start, form)
+            container = Container.expected(data, "page", header, form.sizes)
+            if container is not None:
+                return StoredPage(self.settings.layer, start, form, self._profiles, container)
+        return self._parse(Container.parse(data, "page"))
+
+    def _header(self, start: int, form: PageForm) -> bytes:
+        """The header of a page of this layer, as `_PAGE` reads it."""
+        keys, values = self._profiles
+        text = (
+            f'{{"page":{{"layer":{self.settings.layer},"start":{start},"tokens":{form.tokens},'
+            f'"key_profile":"{keys}","value_profile":"{values}"}},"segments":'
+        )
+        return text.encode() + form.text
+
+    def _parse(self, container: Container) -> StoredPage:
         page, segments = _split(container)
         if page.layer != self.settings.layer:
             raise PageError(f"page: expected layer {self.settings.layer}, got {page.layer}")
-        for name, coder in (("key_profile", self.settings.keys), ("value_profile", self.settings.values)):
-            require_digest(f"page of layer {page.layer} {name}", coder.profile_digest, getattr(page, name))
-        forms = self._forms.get((page.tokens, segments))
-        if forms is None:
-            forms = self._learn(page, segments, container)
-        _check_sizes([form.header for form in forms], container)
-        stored, half = tuple(map(StoredSegment, forms, container.sections)), len(forms) // 2
-        return StoredPage(page, stored[:half], stored[half:], container)
+        for name, profile in zip(("key_profile", "value_profile"), self._profiles, strict=True):
+            require_digest(f"page of layer {page.layer} {name}", profile, getattr(page, name))
+        form = self._forms.get((page.tokens, segments))
+        if form is None:
+            form = self._learn(page, segments, container)
+        _check_sizes([one.header for one in form.segments], container)
+        self._likely = form
+        return StoredPage(page.layer, page.start, form, self._profiles, container)
 
-    def _learn(self, page: PageHeader, segments: bytes, container: Container) -> tuple[SegmentForm, ...]:
+    def _learn(self, page: PageHeader, text: bytes, container: Container) -> PageForm:
         """What the segments of a page are, keys first: checked, and remembered by their header."""
         headers = PageContents.of(container).segments
         half, forms = len(headers) // 2, []
@@ -197,92 +246,52 @@ class PageReader:
             _check_cover(page, side, self.settings.key_shape.kv_heads)
         if len(self._forms) >= MAX_FORMS:
             self._forms.clear()
-        self._forms[page.tokens, segments] = found = tuple(forms)
+        self._forms[page.tokens, text] = found = PageForm(text, page.tokens, tuple(forms))
         return found
 
 
-def load_pages(stored: Sequence[StoredPage]) -> list[Page]:
-    """Pages, checked against their digests. Their codes are still where they were read; a cache takes them over.
+def load_pages(stored: Sequence[StoredPage], pack: Packing | None = None) -> list[Page]:
+    """Pages, checked against their digests.
 
-    Segments of one codec and size are checked together: of all layers, for the pages of a span.
+    Segments of one codec and size are checked, and put in order, together: of all layers, for the pages of a span.
+
+    Args:
+        stored: what was opened.
+        pack: puts codes into memory of their own, in the order of kernels (`fibkv.kernels.native.Native.pack`);
+            None = they are still where they were read, and a cache takes them over.
 
     Raises:
         DigestMismatch: the contents are not those that were sealed.
         PageError: codes that no encoder makes.
     """
-    for page in stored:
-        page.container.check_digest()
-    alike: dict[tuple[Codec, int, int], list[StoredSegment]] = {}
-    for segment in (segment for page in stored for segment in (*page.keys, *page.values)):
-        alike.setdefault((segment.form.codec, segment.form.groups, segment.form.tokens), []).append(segment)
-    for (codec, groups, tokens), same in alike.items():
-        codec.check_bytes([one.codes for one in same], groups, tokens)
-    return [_page(page) for page in stored]
+    for one in stored:
+        one.container.check_digest()
+    alike: dict[tuple[tuple[Codec, int, int], ...], list[int]] = {}
+    for index, one in enumerate(stored):
+        alike.setdefault(one.form.rectangles, []).append(index)
+    parts: dict[tuple[Codec, int, int], list[memoryview]] = {}
+    for rectangles, indices in alike.items():
+        for at, rectangle in enumerate(rectangles):
+            parts.setdefault(rectangle, []).extend(stored[index].container.sections[at] for index in indices)
+    for (codec, groups, tokens), same in parts.items():
+        codec.check_bytes(same, groups, tokens)
+    pages: dict[int, Page] = {}
+    for rectangles, indices in alike.items():
+        read = [_held(stored[index], rectangles) for index in indices]
+        held = read if pack is None else pack(_sides(rectangles), read)
+        pages.update((index, stored[index].page(codes)) for index, codes in zip(indices, held, strict=True))
+    return [pages[index] for index in range(len(stored))]
 
 
-def _page(stored: StoredPage) -> Page:
-    head = stored.header
-    keys, values = (tuple(one.segment() for one in side) for side in (stored.keys, stored.values))
-    profiles = (head.key_profile, head.value_profile)
-    return Page(head.layer, head.start, head.tokens, keys, values, *profiles, stored.container.digest)
+def _held(stored: StoredPage, rectangles: Sequence[tuple[Codec, int, int]]) -> Sequence[Held]:
+    pairs = zip(stored.container.sections, rectangles, strict=True)
+    return [Stored(section, groups, tokens, codec.from_bytes) for section, (codec, groups, tokens) in pairs]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PageDraft:
-    """A page that is to be written, with what its container begins with.
-
-    Attributes:
-        page: it.
-        header: of its container.
-        sizes: of the sections.
-    """
-
-    page: Page
-    header: bytes
-    sizes: tuple[int, ...]
-
-    @classmethod
-    def of(cls, page: Page) -> PageDraft:
-        """The draft of a page."""
-        return cls(page, *page.headers())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the container."""
-        return packed_nbytes(len(self.header), self.sizes)
-
-
-def write_pages(drafts: Sequence[PageDraft], places: Sequence[memoryview]) -> None:
-    """Writes the containers of pages, the codes of all of them together.
-
-    Args:
-        drafts: what to write.
-        places: for each as many writable zeros as its `PageDraft.nbytes`.
-
-    Raises:
-        DigestMismatch: a page was damaged after it was sealed, and must not get a stored form.
-    """
-    pairs = zip(drafts, places, strict=True)
-    containers = [Draft("page", draft.header, draft.sizes, place) for draft, place in pairs]
-    packed: list[tuple[Packed, memoryview]] = []
-    for draft, container in zip(drafts, containers, strict=True):
-        for segment, section in zip((*draft.page.keys, *draft.page.values), container.sections, strict=True):
-            if isinstance(segment.held, Packed):
-                packed.append((segment.held, section))
-            else:
-                section[:] = segment.to_bytes()
-    write_runs([codes for codes, _ in packed], [section for _, section in packed])
-    for draft, container in zip(drafts, containers, strict=True):
-        page = draft.page
-        require_digest(f"Page(layer={page.layer}, start={page.start})", page.digest, container.finish())
-
-
-def page_to_bytes(page: Page) -> bytes:
-    """The container of a page; see `write_pages`."""
-    draft = PageDraft.of(page)
-    data = bytearray(draft.nbytes)
-    write_pages([draft], [memoryview(data)])
-    return bytes(data)
+def _sides(rectangles: Sequence[tuple[Codec, int, int]]) -> list[tuple[Tables, Role]]:
+    half = len(rectangles) // 2
+    keys: list[tuple[Tables, Role]] = [(codec.tables, "key") for codec, _, _ in rectangles[:half]]
+    return [*keys, *((codec.tables, "value") for codec, _, _ in rectangles[half:])]
 
 
 def _split(container: Container) -> tuple[PageHeader, bytes]:

@@ -329,7 +329,7 @@ class TestMemory:
             codes = codec.encode(gaussian(3, 21, codec.head_dim))
             for name in AVAILABLE:
                 for role in ("key", "value"):
-                    ((packed,),) = kernels.resolve(name).pack([[(codes, codec.tables, role)]], Slabs())
+                    ((packed,),) = kernels.resolve(name).pack([(codec.tables, role)], [[codes]], Slabs())
                     assert equal(packed.canonical(), codes), (suite.__name__, name, role)
                     assert packed.to_bytes() == codec.to_bytes(codes), (suite.__name__, name, role)
 

@@ -17,11 +17,12 @@ from fibkv.container import MAGIC, MAX_HEADER_NBYTES, Container, pack
 from fibkv.digest import canonical_json
 from fibkv.errors import ContractError, DigestMismatch, PageError
 from fibkv.page import Page
+from fibkv.page_draft import page_to_bytes
 from fibkv.policy import Policy
 from fibkv.quarantine import Quarantine
 from fibkv.sealing import LayerSettings
 from fibkv.space import KeySpace
-from fibkv.wire import PageReader, load_pages, page_to_bytes
+from fibkv.wire import PageReader, load_pages
 from tests.pages.helpers import DIM, HEADS, gaussian, layer_settings, protecting
 from tests.store.damage import check_damage_is_seen
 

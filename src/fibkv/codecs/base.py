@@ -135,11 +135,11 @@ class Codec(ABC):
             PageError: one of them holds what no encoder makes.
         """
         tensors: dict[str, Tensor] = {}
-        offset = 0
+        free, offset = self.free_fields, 0
         for field in self.layout(tokens):
             stop = offset + groups * field.nbytes
             shape = (groups * len(parts), *field.shape)
-            if field.name in self.free_fields:
+            if field.name in free or not field.nbytes:
                 tensors[field.name] = torch.zeros((), dtype=field.dtype).expand(shape)
             else:
                 together = b"".join([part[offset:stop] for part in parts])

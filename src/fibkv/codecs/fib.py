@@ -70,9 +70,11 @@ class FibCodec(Codec):
 
     @property
     def free_fields(self) -> frozenset[str]:
-        """Indices, where every one is of a codeword and they fill their bytes."""
+        """8-bit norms; indices, where every one is of a codeword and they fill their bytes."""
+        norms = {"norms"} if self.tables.norm_format == "log8" else set()
         whole = self.tables.codewords.shape[0] >= 1 << self.tables.bits
-        return frozenset({"indices"} if whole and self.tables.num_blocks * self.tables.bits % 8 == 0 else ())
+        fill = whole and self.tables.num_blocks * self.tables.bits % 8 == 0
+        return frozenset(norms | {"indices"} if fill else norms)
 
     def check(self, codes: Codes) -> None:
         """Indices are inside the codebook, filling bits zero, norms finite and not negative, means within float32."""

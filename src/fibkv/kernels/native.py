@@ -30,7 +30,7 @@ from fibkv.kernels.native_sides import (
 from fibkv.kernels.runs import Masking, Run, attend_part
 from fibkv.packed import Held, Packed
 from fibkv.shape import Role
-from fibkv.slabs import ALIGNMENT, Slabs
+from fibkv.slabs import ALIGNMENT, Blocks
 from fibkv.tables import Tables
 
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
@@ -81,30 +81,37 @@ class Native:
         """Decodes to ``[..., T, d]``; see `fibkv.kernels.reference.decode`."""
         return native_codes.decode(codes, tables, out=out, isa=self.isa)
 
-    def pack(self, pages: Sequence[Sequence[tuple[Held, Tables, Role]]], slabs: Slabs) -> list[list[Packed]]:
+    def pack(
+        self, sides: Sequence[tuple[Tables, Role]], pages: Sequence[Sequence[Held]], memory: Blocks
+    ) -> list[list[Packed]]:
         """Puts the codes of each page into one block of memory, in the order in which attention reads them.
 
         Args:
-            pages: of equal form; of each its rectangles of codes ``[heads, tokens, ...]`` with their tables and role.
-            slabs: where the blocks come from, neighbours where they are new.
+            sides: tables and role of each rectangle of a page.
+            pages: of equal form; of each its rectangles of codes ``[heads, tokens, ...]``.
+            memory: where the blocks come from, one for each page.
         """
         if not pages:
             return []
-        sides = [side_of(tables, role, self.isa) for _, tables, role in pages[0]]
+        native = [side_of(tables, role, self.isa) for tables, role in sides]
         starts = [0]
-        for side, (codes, _, _) in zip(sides, pages[0], strict=True):
+        for side, codes in zip(native, pages[0], strict=True):
             starts.append(starts[-1] + -(-side.nbytes(*extent(codes)) // ALIGNMENT) * ALIGNMENT)
-        total = starts[-1]
-        blocks = slabs.take(total, len(pages))
+        blocks = memory.take(starts[-1], len(pages))
         columns = [
-            fill_all([page[index][0] for page in pages], pages[0][index][1], side, blocks, starts[index])
-            for index, side in enumerate(sides)
+            fill_all([page[index] for page in pages], sides[index][0], side, blocks, starts[index])
+            for index, side in enumerate(native)
         ]
         return [list(page) for page in zip(*columns, strict=True)]
 
-    def holds(self, codes: Held, tables: Tables, role: Role) -> bool:
-        """Whether codes are in the order that these kernels read in place."""
-        return isinstance(codes, Packed) and codes.side is side_of(tables, role, self.isa)
+    def hold(self, sides: Sequence[tuple[Tables, Role]], pages: Sequence[Sequence[Held]]) -> bool:
+        """Whether the codes of pages, as `pack` takes them, are in the order that these kernels read in place."""
+        native = [side_of(tables, role, self.isa) for tables, role in sides]
+        return all(
+            isinstance(codes, Packed) and codes.side is side
+            for page in pages
+            for codes, side in zip(page, native, strict=True)
+        )
 
     def plan(self, runs: Sequence[Run]) -> Plan:
         """Makes runs ready to be attended to; codes in another order are packed into memory of the plan's own."""

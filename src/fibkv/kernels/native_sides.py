@@ -142,7 +142,7 @@ def fill_all(held: Sequence[Held], tables: Tables, side: Any, blocks: Sequence[T
     heads, tokens = extent(held[0])
     stop = start + side.nbytes(heads, tokens)
     packed = [Packed(block[start:stop], block, heads, tokens, tables, side) for block in blocks]
-    side.pack_runs(heads, tokens, [codes.address for codes in stored], [one.data.data_ptr() for one in packed])
+    side.pack_runs(heads, tokens, [codes.data for codes in stored], [one.data.data_ptr() for one in packed])
     return packed
 
 
