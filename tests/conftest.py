@@ -9,12 +9,16 @@ import pytest
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-@pytest.fixture(params=["at once", "beside"])
+@pytest.fixture(params=["at once", "beside", "offloaded"])
 def sealed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How pages are sealed: as on the CPU, or as on a device, on a stream that is late."""
-    from tests.pages.streams import LateStream, late_memory  # noqa: PLC0415 - imports torch
+    """How pages are sealed: as on the CPU, or as on a device, on a stream that is late, to stay or to go."""
+    from fibkv.page_memory import PageMemories  # noqa: PLC0415 - imports torch
+    from tests.pages import streams  # noqa: PLC0415
 
-    if request.param == "beside":
-        monkeypatch.setattr("fibkv.cache.PageMemory", late_memory)
-        monkeypatch.setattr("fibkv.page_memory.side_stream", lambda device: LateStream())
+    if request.param != "at once":
+        memory = streams.late_memory if request.param == "beside" else streams.offloaded_memory
+        monkeypatch.setattr("fibkv.cache.PageMemory", memory)
+        monkeypatch.setattr("fibkv.page_memory.side_stream", lambda device: streams.LateStream())
+    if request.param == "offloaded":
+        monkeypatch.setattr("fibkv.hf.PageMemories", lambda inventory, **_: PageMemories(inventory, offloading=True))
     return request.param

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from fibkv.quarantine import Quarantine
 from fibkv.sealing import LayerSettings, Span, full_spans, in_blocks, seal
 from fibkv.space import KeySpace
 from fibkv.tables import Tables
-from fibkv.view import PageRows, Tail, View
+from fibkv.view import PageRows, Tail, View, plain_tensors
 
 
 class LayerCache:
@@ -66,7 +66,7 @@ class LayerCache:
         self._pending: Pending | None = None
         self._rows = PageRows([()] * keys.shape[0])
         self._capacity = settings.tokens_per_page + settings.last_tokens_raw
-        with _plain_tensors(keys):
+        with plain_tensors(keys):
             self._tail = self._tail_of(Tail(keys.detach(), values.detach(), 0), 0, 0)
         self._length = 0
         self._inventory.count_tables(self.tables())
@@ -118,11 +118,11 @@ class LayerCache:
         """
         self._check(keys, values)
         self._refuse_quarantined()
-        with _plain_tensors(keys):
+        with plain_tensors(keys):
             self._seal_due()
             recent = self._tail.extended(keys.detach(), values.detach())
             length = self._length + keys.shape[2]
-            before = View(self._rows, recent, length, self.implementation)
+            before = self._view(recent, length)
             held = 0 if self.settings.read_through else hold_back
             # A pool counts what there is, and must know.
             wait = self.settings.read_through or self._inventory.tracked
@@ -132,7 +132,12 @@ class LayerCache:
     def view(self) -> View:
         """A snapshot of everything held."""
         self._refuse_quarantined()
-        return View(self.rows, self._tail, self._length, self.implementation)
+        self.settle()
+        return self._view(self._tail, self._length)
+
+    def _view(self, tail: Tail, length: int) -> View:
+        rows, lease = self._memory.reading(self._rows)
+        return View(rows, tail, length, self.implementation, lease)
 
     def adopt(self, pages: Sequence[Page], keys: Tensor, values: Tensor) -> None:
         """Takes over what another cache of these settings held, in place of what is held: one row.
@@ -149,10 +154,11 @@ class LayerCache:
         stops = [0, *(page.start + page.tokens for page in pages)]
         if self.batch != 1 or stops[:-1] != [page.start for page in pages]:
             raise PageError(f"layer {self.settings.layer}: expected one row, and pages from 0 on without gaps")
-        with _plain_tensors(keys):
+        with plain_tensors(keys):
             self._pending = None
             device = self._tail.keys.device
-            self._rows = PageRows([tuple(self._placed(pages))])
+            self._rows = PageRows([()] * self.batch)
+            self._append_pages([self._memory.place(pages, self.implementation)])
             self._tail = self._tail_of(Tail(keys.to(device), values.to(device), keys.shape[2]), 0, keys.shape[2])
             self._length = stops[-1] + keys.shape[2]
             self._count()
@@ -162,7 +168,7 @@ class LayerCache:
 
         Tokens that `append` held back leave no trace: it is as if they had never been added.
         """
-        with _plain_tensors(self._tail.keys):
+        with plain_tensors(self._tail.keys):
             is_encodable = self.settle()
             if length < self._length:
                 tail_start = self._length - self._tail.length
@@ -184,8 +190,8 @@ class LayerCache:
         self.settle()
         where = torch.as_tensor(indices, dtype=torch.long, device=self._tail.keys.device)
         with self._lock:
-            self._rows = PageRows(self._rows[index] for index in indices)
-        with _plain_tensors(where):
+            self._rows = self._memory.tidied(PageRows(self._rows[index] for index in indices))
+        with plain_tensors(where):
             self._tail = self._tail.map(lambda tensor: tensor.index_select(0, where))
         self._count()
 
@@ -215,7 +221,7 @@ class LayerCache:
     def verify(self) -> None:
         """Checks every page against its digest; damaged ones go to quarantine and are refused from then on."""
         for page in self.pages():
-            self.quarantine.admit("page", _name(page), page.digest, page.compute_digest())
+            self.quarantine.admit("page", page.name, page.digest, page.compute_digest())
 
     @property
     def nbytes(self) -> int:
@@ -223,6 +229,11 @@ class LayerCache:
         pages = list(self.pages())
         entries = sum(len(row) for row in self._rows) - len(pages)
         return sum(page.nbytes for page in pages) + 8 * entries + self._tail.nbytes
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of codes that were offloaded to host memory."""
+        return self._home.host_nbytes(self.pages())
 
     def raw_parts(self) -> tuple[int, int]:
         """Elements that are kept raw, row by row, and bytes behind them (shared pages once), the tail included."""
@@ -252,9 +263,15 @@ class LayerCache:
                 counts[header.raw_reason] += header.num_vectors
         return counts
 
-    def corrupted(self, row: int, page: int) -> AbstractContextManager[None]:
+    @contextmanager
+    def corrupted(self, row: int, page: int) -> Iterator[None]:
         """For poison tests: damages one page in memory and restores it on exit, see `fibkv.page.Page.damaged`."""
-        return self.rows[row][page].damaged()
+        try:
+            with self.rows[row][page].damaged():
+                self._memory.changed()
+                yield
+        finally:
+            self._memory.changed()
 
     def fits(self, keys: Tensor, values: Tensor) -> bool:
         """Whether tensors have the batch size, heads, widths, dtypes and device of what the cache holds."""
@@ -280,8 +297,8 @@ class LayerCache:
     def _refuse_quarantined(self) -> None:
         if self.quarantine.records:
             for page in self.pages():
-                if self.quarantine.is_quarantined("page", _name(page)):
-                    raise PageError(f"page {_name(page)} is in quarantine: its codes do not match its digest")
+                if self.quarantine.is_quarantined("page", page.name):
+                    raise PageError(f"page {page.name} is in quarantine: its codes do not match its digest")
 
     def settle(self) -> bool:
         """Takes over the pages that are under way, waiting for them; False = they could not be encoded.
@@ -291,7 +308,7 @@ class LayerCache:
         pending, self._pending = self._pending, None
         if pending is None:
             return True
-        with _plain_tensors(self._tail.keys):
+        with plain_tensors(self._tail.keys):
             sealed = pending.pages()
             if sealed is None:
                 self._count()
@@ -327,11 +344,7 @@ class LayerCache:
 
     def _take_over(self, recent: Tail, length: int, sealed: Sequence[Sequence[Page]], done: int) -> None:
         """Appends sealed pages, which are in their place, to the rows, and keeps what is behind them."""
-        if any(sealed):
-            rung = self.settings.rung
-            adopted = [self._inventory.adopt(self, pages, rung) for pages in sealed]
-            with self._lock:
-                self._rows = PageRows((*row, *pages) for row, pages in zip(self._rows, adopted, strict=True))
+        self._append_pages(sealed)
         has_room = done == 0 and recent.length < recent.keys.shape[2]
         kept = recent if has_room else self._tail_of(recent, done, recent.length)
         # Working copies exist beside each other for a moment, and count.
@@ -339,10 +352,12 @@ class LayerCache:
         self._tail, self._length = kept, length
         self._count()
 
-    def _placed(self, pages: Sequence[Page]) -> list[Page]:
-        """New pages where kernels read them, or those of the same content that the pool has already."""
-        placed = self._memory.place(pages, self.implementation)
-        return self._inventory.adopt(self, placed, self.settings.rung)
+    def _append_pages(self, placed: Sequence[Sequence[Page]]) -> None:
+        """Appends to each row pages in their place, or those of the same content that the pool has already."""
+        if any(placed):
+            adopted = [self._inventory.adopt(self, pages, self.settings.rung) for pages in placed]
+            with self._lock:
+                self._rows = PageRows((*row, *pages) for row, pages in zip(self._rows, adopted, strict=True))
 
     def _count(self, *beside: Tail) -> None:
         """Tells the account what is held beside pages: tails, further entries of the page tables."""
@@ -354,9 +369,8 @@ class LayerCache:
         """Replaces every distinct page once, so that rows go on sharing it; None removes it."""
         with self._lock:
             changed = {id(page): self._adopted(page, function(page)) for page in self.pages()}
-            self._rows = PageRows(
-                tuple(new for page in row if (new := changed[id(page)]) is not None) for row in self._rows
-            )
+            rows = (tuple(new for page in row if (new := changed[id(page)]) is not None) for row in self._rows)
+            self._rows = self._memory.tidied(PageRows(rows))
 
     def _adopted(self, old: Page, new: Page | None) -> Page | None:
         if new is None or new is old:
@@ -382,14 +396,3 @@ class LayerCache:
         """Tokens ``start:stop`` of a tail with room to fill a page; an empty tail takes no memory."""
         tokens = stop - start
         return tail.kept(start, stop, max(self._capacity, tokens + 1) if tokens else 0)
-
-
-@contextmanager
-def _plain_tensors(like: Tensor) -> Iterator[None]:
-    """What a cache keeps outlives the mode it was made in: no inference tensors, no gradients, no autocast."""
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
-        yield
-
-
-def _name(page: Page) -> str:
-    return f"layer {page.layer}, tokens {page.start}..{page.start + page.tokens - 1}, {page.digest}"

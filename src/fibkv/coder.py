@@ -12,7 +12,7 @@ from torch import Tensor
 from fibkv.codecs import Codec, codec_for
 from fibkv.codes import Codes
 from fibkv.errors import ContractError, DecisionError, EncodingError, PageError
-from fibkv.page import FALLBACKS, NOT_ENCODABLE, OVER_BUDGET, Segment, SegmentHeader
+from fibkv.page import FALLBACKS, NOT_ENCODABLE, OVER_BUDGET, Segment, SegmentHeader, space_on
 from fibkv.parameters import CodecParameters, RawParameters, named_parameters
 from fibkv.policy import Decision, Plan, Policy, Run, decide, plan, role_aware_axis
 from fibkv.profile import Profile
@@ -220,8 +220,9 @@ class Column:
         return [self.segment(self.of(page).map(Tensor.clone)) for page in range(self.codes.axes[0])]
 
     def segment(self, codes: Codes) -> Segment:
-        """The segment of one page, with its codes ``[heads, T, ...]``."""
-        return Segment(self.run.heads, self.run.tokens, self.run.decision, self.reasons, self.codec, codes, self.space)
+        """The segment of one page, with its codes ``[heads, T, ...]``, which may lie on another device."""
+        space = None if self.space is None else space_on(self.space, codes.device)
+        return Segment(self.run.heads, self.run.tokens, self.run.decision, self.reasons, self.codec, codes, space)
 
     def of(self, page: int) -> Codes:
         """The codes of one page ``[heads, T, ...]``, as views."""

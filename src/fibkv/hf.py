@@ -33,6 +33,7 @@ from fibkv.hf_model import LayerPlan, model_digest, plan_model
 from fibkv.hf_pool import Membership
 from fibkv.hf_prefix import plain_ids, why_not_stored
 from fibkv.hf_states import has_state, take_state
+from fibkv.hf_steps import check_rows, check_step
 from fibkv.hf_stock import holds_state, nbytes_of, num_rows, report_of, why_not_cropped
 from fibkv.inventory import Inventory
 from fibkv.ladder import Choice
@@ -77,6 +78,8 @@ class Cache(StockCache):
         pool: that the cache shares memory with others in. Without bits, profile, layer_profiles and calibration the
             pool's ladder says how pages are kept: precision falls as the pool fills.
         budget: instead of a pool: a pool for this cache alone, see `fibkv.Pool`.
+        offloading: compressed layers keep their pages in pinned host memory; while one attends, those of the next one
+            are copied to the device. For a model on a CUDA device, and not in a pool.
         quality_budget: bounds that each layer's codecs must keep by the calibration's measurements; a role of a layer
             that breaks one is kept raw, or the cache is refused, by the budget's fallback.
         sample_pages: beside both, the page of every so many that is also measured when it is sealed (1 = all): of one
@@ -105,7 +108,10 @@ class Cache(StockCache):
         sample_pages: int | None = None,
         pool: Pool | None = None,
         budget: int | str | None = None,
+        offloading: bool = False,
     ) -> None:
+        if offloading and (pool is not None or budget is not None):
+            raise ContractError("Cache.offloading", "False in a pool or with a budget: they count one memory", True)
         if pool is not None and budget is not None:
             raise ContractError("Cache.budget", "either a pool or a budget", budget)
         self.pool = Pool(budget) if pool is None and budget is not None else pool
@@ -144,7 +150,7 @@ class Cache(StockCache):
             self.settings = self.settings.on_ladder(self.pool.ladder, self._membership.rungs)
         self.quarantine = Quarantine()
         self.inventory = Inventory() if self.pool is None else self.pool.inventory
-        self._memories = PageMemories(self.inventory)
+        self._memories = PageMemories(self.inventory, offloading=offloading)
         super().__init__(layers=[self._layer(index, layer) for index, layer in enumerate(self.plan.layers)])
 
     def _layer(self, index: int, layer: LayerPlan) -> Any:
@@ -166,8 +172,8 @@ class Cache(StockCache):
             BudgetError: the step does not fit into the pool's budget. The cache is as it was before the step; where
                 it has recurrent states too, these are a step ahead: `reserve` before the step refuses in time.
         """
-        self._check_rows(layer_idx, key_states.shape[0])
-        self._check_step(layer_idx, key_states.shape[-2])
+        check_rows(self.layers, layer_idx, key_states.shape[0])
+        check_step(self.layers, layer_idx, key_states.shape[-2])
         layer = self.layers[layer_idx]
         if self._membership is None or not isinstance(layer, CompressedLayer):
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -200,33 +206,6 @@ class Cache(StockCache):
         """
         if self._membership is not None and any(layer.store is not None for layer in self._compressed()):
             self._membership.reserve(self.layers, tokens)
-
-    def _check_rows(self, layer_idx: int, rows: int) -> None:
-        layer = self.layers[layer_idx]
-        held = (layer.num_rows if isinstance(layer, CompressedLayer) else 0) or rows
-        if rows != held:
-            expand = f"; for beams or num_return_sequences pass cache.fork({rows // held})" if rows % held == 0 else ""
-            raise ModelError(f"layer {layer_idx}: expected {held} rows, which the cache holds, got {rows}{expand}")
-
-    def _check_step(self, layer_idx: int, tokens: int) -> None:
-        """Layers are filled in turn: the first one leads by `tokens` while the others follow.
-
-        The first layer's turn checks all, the others' turns themselves: a step costs one look at each layer.
-        """
-        layer = self.layers[layer_idx]
-        first = next((other for other in self._compressed() if other.store is not None), None)
-        if first is None or not isinstance(layer, CompressedLayer):
-            return
-        leads = layer is first
-        expected = first.get_seq_length() - (0 if leads else tokens)
-        looked_at = (other for other in self._compressed() if other.store is not None) if leads else (layer,)
-        for other in looked_at:
-            if (held := other.get_seq_length()) != expected:
-                least = min(one.get_seq_length() for one in self._compressed())
-                raise ModelError(
-                    f"cache out of step after a failed call: layer {other.index} holds {held} tokens, "
-                    f"expected {expected}; cache.crop_to({least}) mends it"
-                )
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Removes the newest ``-tokens_to_remove`` tokens (0 or negative, as transformers calls it).
@@ -339,15 +318,18 @@ class Cache(StockCache):
         compressed = list(self._compressed())
         tables = (table for layer in compressed if layer.store for table in layer.store.tables())
         shared = {id(tensor): tensor.nbytes for table in tables for tensor in table.tensors}
+        layers = tuple(
+            layer.report()
+            if isinstance(layer, CompressedLayer)
+            else report_of(index, layer, self.plan.layers[index].why_stock or "")
+            for index, layer in enumerate(self.layers)
+        )
+        host_slack = self._memories.host_nbytes - sum(layer.host_nbytes for layer in layers)
         return CacheReport(
-            layers=tuple(
-                layer.report()
-                if isinstance(layer, CompressedLayer)
-                else report_of(index, layer, self.plan.layers[index].why_stock or "")
-                for index, layer in enumerate(self.layers)
-            ),
+            layers=layers,
             tables_nbytes=sum(shared.values()),
-            slack_nbytes=self.inventory.slabs.slack_nbytes,
+            slack_nbytes=self.inventory.slabs.slack_nbytes + host_slack,
+            buffer_nbytes=self._memories.buffer_nbytes,
             budget_violations=(*self.budget_violations, *self._sampled_violations),
         )
 

@@ -206,6 +206,7 @@ class CompressedLayer(CacheLayerMixin):
             raw_nbytes=raw_nbytes,
             metadata_nbytes=store.metadata_nbytes,
             flags=store.flags or (),
+            host_nbytes=store.host_nbytes,
         )
 
     @property

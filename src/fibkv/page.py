@@ -203,7 +203,8 @@ def _digest(header: str, segments: Sequence[Segment], payload: Iterable[bytes | 
 
 # One copy for all pages of a layer.
 @lru_cache(maxsize=256)
-def _space_on(space: KeySpace, device: torch.device) -> KeySpace:
+def space_on(space: KeySpace, device: torch.device) -> KeySpace:
+    """A space on a device."""
     return space.to(device)
 
 
@@ -312,6 +313,11 @@ class Page:
         return (self.tokens, None if whole else self.start, rectangles)
 
     @property
+    def name(self) -> str:
+        """What it is called where it is refused."""
+        return f"layer {self.layer}, tokens {self.start}..{self.stop - 1}, {self.digest}"
+
+    @property
     def stop(self) -> int:
         """The token behind the last one."""
         return self.start + self.tokens
@@ -377,7 +383,7 @@ class Page:
     def holding(self, held: Sequence[Held]) -> Page:
         """The page with the same codes in another order or place, for its keys' segments and then its values'."""
         segments = [
-            replace(old, held=new, space=None if old.space is None else _space_on(old.space, new.device))
+            replace(old, held=new, space=None if old.space is None else space_on(old.space, new.device))
             for old, new in zip((*self.keys, *self.values), held, strict=True)
         ]
         return replace(self, keys=tuple(segments[: len(self.keys)]), values=tuple(segments[len(self.keys) :]))

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fibkv.ahead import Pending, begin
+from fibkv.errors import ContractError
 from fibkv.inventory import Inventory
-from fibkv.page import Page
+from fibkv.offload import Archive, Offload
+from fibkv.page import METADATA_NBYTES, Page
 from fibkv.sealing import LayerSettings, Span, resident
 from fibkv.slabs import Slabs
 from fibkv.streams import Stream, side_stream
-from fibkv.view import Tail
+from fibkv.view import PageRows, Tail
 
 # Layers of one cache whose pages are under way at a time: their raw tokens take memory until the pages are there.
 MOST_LAYERS = 2
@@ -57,6 +59,21 @@ class PageMemory:
         """Begins to seal spans of a layer, see `fibkv.ahead.begin`; None = the layer must wait for each of them."""
         return None
 
+    def reading(self, rows: PageRows) -> tuple[PageRows, object]:
+        """Page tables as attention reads them, and what keeps them so while it lives."""
+        return rows, None
+
+    def tidied(self, rows: PageRows) -> PageRows:
+        """Page tables of which pages are gone, with the others in less memory if that is worth it."""
+        return rows
+
+    def changed(self) -> None:
+        """Pages were changed in place, as only tests of poison do."""
+
+    def host_nbytes(self, pages: Iterable[Page]) -> int:  # noqa: ARG002
+        """Bytes of the codes of those pages that were offloaded to host memory."""
+        return 0
+
 
 class DevicePageMemory(PageMemory):
     """Pages in blocks on a device, sealed on a stream of its own.
@@ -96,6 +113,51 @@ class DevicePageMemory(PageMemory):
         return self._stream.pinned(pages, nbytes)
 
 
+class HostPageMemory(DevicePageMemory):
+    """Pages in pinned host memory, of which attention reads copies on the device.
+
+    Args:
+        slabs: as for `PageMemory`.
+        device: of the layer.
+        line: as for `DevicePageMemory`.
+        offload: the buffers on the device.
+    """
+
+    def __init__(self, slabs: Slabs, device: torch.device, line: Line, offload: Offload) -> None:
+        # Copies to the device stand behind copies from it, on one stream: what was just sealed can be fetched.
+        super().__init__(slabs, device, offload.stream, line)
+        self.archive = Archive(offload.stream)
+        self._offload = offload
+
+    def place(self, pages: Sequence[Page], implementation: str) -> list[Page]:  # noqa: ARG002 - all read the same
+        """See `PageMemory.place`."""
+        return [self.archive.put(page) for page in pages]
+
+    def on_device(self, pages: int, nbytes: int) -> list[Tensor]:  # noqa: ARG002
+        """See `fibkv.ahead.Room`."""
+        return []
+
+    def on_host(self, pages: int, nbytes: int) -> Tensor:
+        """See `fibkv.ahead.Room`."""
+        return self.archive.take(pages, nbytes)
+
+    def reading(self, rows: PageRows) -> tuple[PageRows, object]:
+        """See `PageMemory.reading`."""
+        return self._offload.read(self.archive, rows)
+
+    def tidied(self, rows: PageRows) -> PageRows:
+        """See `PageMemory.tidied`."""
+        return self.archive.tidied(rows)
+
+    def changed(self) -> None:
+        """See `PageMemory.changed`."""
+        self.archive.version += 1
+
+    def host_nbytes(self, pages: Iterable[Page]) -> int:
+        """See `PageMemory.host_nbytes`."""
+        return sum(page.nbytes - METADATA_NBYTES for page in pages)
+
+
 class Line:
     """Layers of one cache whose pages are under way, the oldest first."""
 
@@ -124,16 +186,41 @@ class PageMemories:
 
     Args:
         inventory: of the cache, or of its pool.
+        offloading: whether pages lie in host memory.
     """
 
-    def __init__(self, inventory: Inventory) -> None:
+    def __init__(self, inventory: Inventory, *, offloading: bool = False) -> None:
         self.inventory = inventory
+        self._offloading = offloading
         self._line = Line()
-        self._streams: dict[torch.device, Stream | None] = {}
+        self._offloads: dict[torch.device, Offload | None] = {}
 
     def on(self, device: torch.device) -> PageMemory:
-        """The memory of a layer on a device."""
-        if device not in self._streams:
-            self._streams[device] = side_stream(device)
-        slabs, stream = self.inventory.slabs, self._streams[device]
-        return PageMemory(slabs, device) if stream is None else DevicePageMemory(slabs, device, stream, self._line)
+        """The memory of a layer on a device.
+
+        Raises:
+            ContractError: offloading from a device that has no streams.
+        """
+        if device not in self._offloads:
+            stream = side_stream(device)
+            self._offloads[device] = None if stream is None else Offload(device, stream)
+        slabs, offload = self.inventory.slabs, self._offloads[device]
+        if self._offloading:
+            if offload is None:
+                raise ContractError("Cache.offloading", "False, or a model on a CUDA device", str(device))
+            return HostPageMemory(slabs, device, self._line, offload)
+        return (
+            PageMemory(slabs, device)
+            if offload is None
+            else DevicePageMemory(slabs, device, offload.stream, self._line)
+        )
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of host memory that pages were offloaded to, what is unused of it included."""
+        return sum(offload.host_nbytes for offload in self._offloads.values() if offload is not None)
+
+    @property
+    def buffer_nbytes(self) -> int:
+        """Bytes on devices that hold copies of pages."""
+        return sum(offload.nbytes for offload in self._offloads.values() if offload is not None)

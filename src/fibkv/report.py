@@ -26,6 +26,7 @@ class LayerReport(Contract):
         raw_nbytes: bytes of these, the tail's unused room included.
         metadata_nbytes: bytes of digests, counts and page tables.
         flags: what is hard about the layer's keys (`fibkv.hard_statistics`), as its first page shows it.
+        host_nbytes: bytes of codes that were offloaded to host memory.
     """
 
     layer: Total
@@ -43,6 +44,7 @@ class LayerReport(Contract):
     raw_nbytes: Total = 0
     metadata_nbytes: Total = 0
     flags: tuple[str, ...] = ()
+    host_nbytes: Total = 0
 
 
 class BudgetViolation(Contract):
@@ -84,12 +86,14 @@ class CacheReport(Contract):
         tables_nbytes: codebooks and rotations, counted once although all caches of a process share them.
         slack_nbytes: memory allocated for pages and used by none, shared with forks of the cache.
         budget_violations: why roles of layers or pages are raw although a codec was chosen for them.
+        buffer_nbytes: memory on devices for copies of pages that are in host memory.
     """
 
     layers: tuple[LayerReport, ...]
     tables_nbytes: Total
     slack_nbytes: Total = 0
     budget_violations: tuple[BudgetViolation, ...] = ()
+    buffer_nbytes: Total = 0
 
     @property
     def materialized(self) -> int:
@@ -98,8 +102,14 @@ class CacheReport(Contract):
 
     @property
     def nbytes(self) -> int:
-        """All bytes: codes, norms, scales, raw windows with their slack, page metadata, tables."""
-        return self.tables_nbytes + self.slack_nbytes + sum(layer.nbytes for layer in self.layers)
+        """All bytes: codes, norms, scales, raw windows with their slack, page metadata, tables, wherever they are."""
+        layers = sum(layer.nbytes for layer in self.layers)
+        return self.tables_nbytes + self.slack_nbytes + self.buffer_nbytes + layers
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of codes that were offloaded to host memory."""
+        return sum(layer.host_nbytes for layer in self.layers)
 
     @property
     def elements(self) -> int:
@@ -128,6 +138,9 @@ class CacheReport(Contract):
             f"(tables {self.tables_nbytes / 1024:.1f} KiB, slack {self.slack_nbytes / 1024:.1f} KiB), "
             f"{self.materialized} materialized"
         ]
+        if self.host_nbytes:
+            host, buffers = (nbytes / 1024 for nbytes in (self.host_nbytes, self.buffer_nbytes))
+            lines.append(f"  {host:.1f} KiB of codes in host memory, {buffers:.1f} KiB of buffers for them on devices")
         lines += [
             f"  layer {layer.layer}: {'compressed' if layer.compressed else 'stock'} ({layer.reason}), "
             f"{layer.tokens} tokens, {layer.pages} pages, {layer.tail_tokens} in the raw tail, {layer.nbytes} bytes"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -109,6 +110,13 @@ class Tail:
         return (self.keys, keys), (self.values, values)
 
 
+@contextmanager
+def plain_tensors(like: Tensor) -> Iterator[None]:
+    """What a cache keeps outlives the mode it was made in: no inference tensors, no gradients, no autocast."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+        yield
+
+
 class PageRows(tuple[tuple[Page, ...], ...]):
     """Page tables, one per batch row, with what kernels that read pages in place derive from them once."""
 
@@ -135,12 +143,14 @@ class View:
         tail: the newest tokens.
         length: tokens in all.
         implementation: of the kernels that read it.
+        lease: what keeps the pages where they are.
     """
 
     rows: PageRows
     tail: Tail
     length: int
     implementation: str = "auto"
+    lease: object = None
 
     @classmethod
     def of_tensors(cls, keys: Tensor, values: Tensor) -> View:

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fibkv.page_memory import DevicePageMemory, Line
+from fibkv.offload import Offload
+from fibkv.page_memory import DevicePageMemory, HostPageMemory, Line
 from fibkv.slabs import Slabs
 
 POISON = 0xA5
@@ -41,6 +42,9 @@ class LateStream:
 
     def __deepcopy__(self, memo: dict[int, object]) -> LateStream:
         return self
+
+    def __reduce__(self) -> tuple[type[LateStream], tuple[()]]:
+        return LateStream, ()
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -75,3 +79,8 @@ class LateStream:
 def late_memory(slabs: Slabs, device: torch.device) -> DevicePageMemory:
     """A memory that seals beside the CPU, in place of `fibkv.page_memory.PageMemory`."""
     return DevicePageMemory(slabs, device, LateStream(), Line())
+
+
+def offloaded_memory(slabs: Slabs, device: torch.device) -> HostPageMemory:
+    """A memory that keeps pages apart from what is read, in place of `fibkv.page_memory.PageMemory`."""
+    return HostPageMemory(slabs, device, Line(), Offload(device, LateStream()))
