@@ -31,6 +31,14 @@ std::shared_ptr<OwnedSide> make_side(Form form, bool is_key, bool tiled, int dim
                                      labels ? labels->data() : nullptr, std::move(rotation));
 }
 
+// Widths [heads][dim / 2] and the codewords of all of them.
+std::shared_ptr<OwnedSide> make_klt_side(bool is_key, int dim, int code_bytes, Array<const float, 2> codewords,
+                                         Array<const uint8_t, 2> widths) {
+  const SideSettings settings{Form::klt, is_key, false, dim,  code_bytes, 1,    2, static_cast<int>(codewords.shape(0)),
+                              8,         8,      true,  false, false};
+  return std::make_shared<OwnedSide>(settings, codewords.data(), widths.data(), static_cast<int>(widths.shape(0)));
+}
+
 OwnedSide::Canonical canonical(const Bytes& codes, const Bytes& norms, const Bytes& ranges, const Bytes& channels,
                                const Bytes& means) {
   return {codes.data(), norms.data(), ranges.data(), channels.data(), means.data()};
@@ -191,6 +199,7 @@ void bind_attention(nb::module_& m) {
       .def(nb::new_(&make_side), nb::kw_only(), "form"_a, "is_key"_a, "tiled"_a, "dim"_a, "code_bytes"_a,
            "norm_bytes"_a, "block"_a, "size"_a, "bits"_a, "window"_a, "log_norms"_a, "channels"_a, "centered"_a,
            "codewords"_a.none(), "labels"_a.none(), "rotation"_a.none())
+      .def_static("klt", &make_klt_side, nb::kw_only(), "is_key"_a, "dim"_a, "code_bytes"_a, "codewords"_a, "widths"_a)
       .def("nbytes", &OwnedSide::nbytes, "heads"_a, "tokens"_a)
       .def("canonical_nbytes", &OwnedSide::canonical_nbytes, "heads"_a, "tokens"_a)
       .def_prop_ro("on_integers", [](const OwnedSide& self) { return self.side().planes > 0; })

@@ -197,7 +197,49 @@ void numbers(const Side& side, const uint8_t* code, float* row) {
     case Form::fib:
       return direction(side, code, row);
     case Form::affine:
-      return;  // decode_affine
+    case Form::klt:
+      return;  // decode_affine, pairs_of
+  }
+}
+
+// Codewords of pairs whose indices have `bits` bits each, from a bit of the code on. Reads up to 7 bytes behind them.
+template <int bits>
+void copy_pairs(const uint8_t* code, int bit, int pairs, const float* book, float* row) {
+  constexpr int most = (64 - 7) / bits;  // in eight bytes, wherever the first one begins
+  for (int pair = 0; pair < pairs; pair += most, bit += most * bits) {
+    uint64_t indices;
+    std::memcpy(&indices, code + (bit >> 3), sizeof indices);
+    indices >>= bit & 7;
+    const int some = pairs - pair < most ? pairs - pair : most;
+    for (int i = 0; i < some; ++i, indices >>= bits) {
+      std::memcpy(row + 2 * (pair + i), book + 2 * (indices & ((1 << bits) - 1)), 2 * sizeof(float));
+    }
+  }
+}
+
+// The codewords of the pairs of one vector.
+void pairs_of(const Side& side, const Span& span, const uint8_t* code, float* row) {
+  uint8_t room[4096 / 2 + 8];
+  std::memcpy(room, code, side.code_bytes);
+  for (int i = 0; i < kPairLevels; ++i) {
+    const PairSection& section = span.sections[i];
+    switch (section.bits) {
+      case 8:
+        copy_pairs<8>(room, section.first_bit, section.pairs, section.book, row);
+        break;
+      case 6:
+        copy_pairs<6>(room, section.first_bit, section.pairs, section.book, row);
+        break;
+      case 4:
+        copy_pairs<4>(room, section.first_bit, section.pairs, section.book, row);
+        break;
+      case 2:
+        copy_pairs<2>(room, section.first_bit, section.pairs, section.book, row);
+        break;
+      default:
+        std::memset(row, 0, 2 * section.pairs * sizeof(float));
+    }
+    row += 2 * section.pairs;
   }
 }
 
@@ -302,7 +344,12 @@ void decode(const Side& side, const Span& span, int first, int tokens, float* ro
   for (int t = 0; t < tokens; ++t) {
     float* row = rows + static_cast<size_t>(t) * width;
     for (int i = width - kPad; i < width; ++i) row[i] = 0;
-    numbers(side, code_row(side, span, first + t, room), row);
+    const uint8_t* code = code_row(side, span, first + t, room);
+    if (side.form == Form::klt) {
+      pairs_of(side, span, code, row);
+    } else {
+      numbers(side, code, row);
+    }
     if (side.norm_bytes) scale(row, side.dim, factors[t]);
     if (side.centered) add_scaled(row, mean, side.dim, 1.0f);
     if (side.channels) undo_channels(side, span, row);

@@ -2,6 +2,7 @@
 #include "encode.h"
 
 #include "encode_fib.h"
+#include "encode_klt.h"
 #include "encode_means.h"
 #include "encode_scaled.h"
 
@@ -14,6 +15,9 @@ static constexpr EncodeKernels kernels() {
       &scratch_bytes,
       &encode_rows<element>,
       &decode_rows<element>,
+      &klt_scratch_bytes,
+      &encode_klt_rows<element>,
+      &decode_klt_rows<element>,
       &encode_scaled_rows<Int8, element>,
       &decode_scaled_rows<Int8, element>,
       &encode_scaled_rows<E4m3, element>,

@@ -91,6 +91,16 @@ struct FibForm {
   [[gnu::always_inline]] int code_bytes() const { return (blocks() * bits + 7) / 8; }
 };
 
+// The form of klt codes: pairs of coordinates, each with an index of its own width. Pointers belong to a KltCoder.
+struct KltForm {
+  int dim, heads, code_bytes;
+  const uint8_t* widths;      // [heads][d / 2]: bits of each pair's index: 0, 2, 4, 6 or 8
+  const double* weights;      // [heads][d / 2]: of the errors in each pair
+  const FibForm* levels[5];   // by half the width: how codewords are found; null for no bits
+  int num_scales;             // as of FibForm
+  const float* scales;
+};
+
 // Kernels for rows of one element type. They run on the calling thread; `scratch` has `scratch_bytes`, aligned to 64.
 // Those that return bool say whether all rows were finite: else what they wrote means nothing.
 struct EncodeKernels {
@@ -102,6 +112,13 @@ struct EncodeKernels {
 
   // codes [count][code_bytes], norms [count] -> out [count][d] in the original space. float16 saturates, as below.
   void (*decode_fib)(const FibForm& form, const uint8_t* codes, const float* norms, int64_t count, void* out,
+                     void* scratch);
+
+  // The same for klt codes of one head.
+  size_t (*klt_scratch_bytes)(const KltForm& form);
+  bool (*encode_klt)(const KltForm& form, int head, const void* rows, int64_t count, uint8_t* codes, double* norms,
+                     void* scratch);
+  void (*decode_klt)(const KltForm& form, int head, const uint8_t* codes, const float* norms, int64_t count, void* out,
                      void* scratch);
 
   // rows [count][d] <-> values [count][d], scales [count] as bfloat16.

@@ -12,6 +12,7 @@
 #include "bindings.h"
 #include "encode.h"
 #include "fib_coder.h"
+#include "klt_coder.h"
 #include "log_norms.h"
 
 namespace nb = nanobind;
@@ -114,6 +115,40 @@ void decode_fib(const FibCoder& coder, uintptr_t codes, uintptr_t norms, int64_t
   });
 }
 
+// Groups of `tokens` vectors, of head 0, 1 and so on, over and over.
+bool encode_klt(const KltCoder& coder, uintptr_t rows, Element element, int64_t groups, int64_t tokens, uintptr_t codes,
+                uintptr_t norms, int threads, Isa isa) {
+  nb::gil_scoped_release unlocked;
+  const EncodeKernels& kernels = encode_kernels(isa, element);
+  const KltForm& form = coder.form();
+  const Scratch scratch(kernels.klt_scratch_bytes(form), threads);
+  std::atomic<bool> finite{true};
+  share(groups, 1, threads, [&](int64_t i, int64_t, int thread) {
+    const int64_t first = i * tokens;
+    if (!kernels.encode_klt(form, static_cast<int>(i % form.heads),
+                            at<char>(rows) + first * form.dim * element_bytes(element), tokens,
+                            at<uint8_t>(codes) + first * form.code_bytes, at<double>(norms) + first,
+                            scratch.of_thread(thread))) {
+      finite = false;
+    }
+  });
+  return finite;
+}
+
+void decode_klt(const KltCoder& coder, uintptr_t codes, uintptr_t norms, int64_t groups, int64_t tokens, uintptr_t out,
+                Element element, int threads, Isa isa) {
+  nb::gil_scoped_release unlocked;
+  const EncodeKernels& kernels = encode_kernels(isa, element);
+  const KltForm& form = coder.form();
+  const Scratch scratch(kernels.klt_scratch_bytes(form), threads);
+  share(groups, 1, threads, [&](int64_t i, int64_t, int thread) {
+    const int64_t first = i * tokens;
+    kernels.decode_klt(form, static_cast<int>(i % form.heads), at<uint8_t>(codes) + first * form.code_bytes,
+                       at<float>(norms) + first, tokens, at<char>(out) + first * form.dim * element_bytes(element),
+                       scratch.of_thread(thread));
+  });
+}
+
 template <auto kernel>
 bool encode_scaled(uintptr_t rows, Element element, int64_t count, int dim, uintptr_t values, uintptr_t scales,
                    int threads, Isa isa) {
@@ -211,10 +246,10 @@ void decode_norms(uintptr_t codes, uintptr_t ranges, int64_t groups, int64_t tok
 
 void make_coder(FibCoder* self, int dim, int block, int size, int bits, bool gain_corrected, uintptr_t codewords,
                 uintptr_t matrix, uintptr_t signs, int rounds, uintptr_t decisions, int side, float extent,
-                std::vector<float> scales) {
+                std::vector<float> scales, float farthest) {
   new (self) FibCoder(FibSettings{dim, block, size, bits, gain_corrected, at<float>(codewords), at<float>(matrix),
                                   at<int8_t>(signs), rounds, at<uint8_t>(decisions), side, extent,
-                                  std::move(scales)});
+                                  std::move(scales), farthest});
 }
 
 void make_trellis_coder(FibCoder* self, int dim, int bits, bool gain_corrected, uintptr_t codewords, uintptr_t matrix,
@@ -235,10 +270,24 @@ void bind_encoding(nb::module_& m) {
       .value("bf16", Element::bf16);
   nb::class_<FibCoder>(m, "FibCoder")
       .def("__init__", &make_coder, nb::kw_only(), "dim"_a, "block"_a, "size"_a, "bits"_a, "gain_corrected"_a,
-           "codewords"_a, "matrix"_a, "signs"_a, "rounds"_a, "decisions"_a, "side"_a, "extent"_a, "scales"_a)
+           "codewords"_a, "matrix"_a, "signs"_a, "rounds"_a, "decisions"_a, "side"_a, "extent"_a, "scales"_a,
+           "farthest"_a = 1.0f)
       .def("__init__", &make_trellis_coder, nb::kw_only(), "dim"_a, "bits"_a, "gain_corrected"_a, "codewords"_a,
            "matrix"_a, "signs"_a, "rounds"_a, "scales"_a, "window"_a, "overlap"_a, "steps"_a, "reach"_a, "farthest"_a,
            "far_cost"_a, "levels"_a, "columns"_a);
+  nb::class_<KltCoder>(m, "KltCoder")
+      .def("__init__",
+           [](KltCoder* self, int dim, int heads, uintptr_t widths, uintptr_t weights, const FibCoder& two,
+              const FibCoder& four, const FibCoder& six, const FibCoder& eight, std::vector<float> scales) {
+             new (self) KltCoder(dim, heads, at<uint8_t>(widths), at<double>(weights), {&two, &four, &six, &eight},
+                                 std::move(scales));
+           },
+           "dim"_a, "heads"_a, "widths"_a, "weights"_a, "two"_a, "four"_a, "six"_a, "eight"_a, "scales"_a,
+           nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>(), nb::keep_alive<1, 8>(), nb::keep_alive<1, 9>());
+  m.def("encode_klt", &encode_klt, "coder"_a, "rows"_a, "element"_a, "groups"_a, "tokens"_a, "codes"_a, "norms"_a,
+        "threads"_a, "isa"_a);
+  m.def("decode_klt", &decode_klt, "coder"_a, "codes"_a, "norms"_a, "groups"_a, "tokens"_a, "out"_a, "element"_a,
+        "threads"_a, "isa"_a);
   m.def("encode_fib", &encode_fib, "coder"_a, "rows"_a, "element"_a, "count"_a, "codes"_a, "norms"_a, "threads"_a,
         "isa"_a);
   m.def("decode_fib", &decode_fib, "coder"_a, "codes"_a, "norms"_a, "count"_a, "out"_a, "element"_a, "threads"_a,

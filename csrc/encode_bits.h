@@ -7,7 +7,8 @@
 namespace fibkv {
 namespace FIBKV_ISA {
 
-static inline int num_words(const FibForm& form) { return (form.code_bytes() + 3) / 4; }
+static inline int num_words(int code_bytes) { return (code_bytes + 3) / 4; }
+static inline int num_words(const FibForm& form) { return num_words(form.code_bytes()); }
 
 // Packs indices [blocks], of a trellis the newest bits of windows, into the little-endian bit stream of each lane.
 // Writes up to one word more than there are.
@@ -48,9 +49,9 @@ static inline void each_tile(int code_bytes, Body body) {
   }
 }
 
-// Codes of `count` rows, from the words of each lane.
-static void write_codes(const FibForm& form, const vi* words, int count, uint8_t* codes) {
-  const int row = form.code_bytes(), length = num_words(form);
+// Codes of `count` rows of so many bytes, from the words of each lane.
+static void write_codes(int row, const vi* words, int count, uint8_t* codes) {
+  const int length = num_words(row);
   each_tile(row, [&](int first, int nbytes) {
     vi tile[kLanes];
     for (int i = 0; i < kLanes; ++i) tile[i] = first + i < length ? words[first + i] : vi{};
@@ -60,8 +61,8 @@ static void write_codes(const FibForm& form, const vi* words, int count, uint8_t
 }
 
 // The way back; lanes without a row repeat the last one.
-static void read_codes(const FibForm& form, const uint8_t* codes, int count, vi* words) {
-  const int row = form.code_bytes(), length = num_words(form);
+static void read_codes(int row, const uint8_t* codes, int count, vi* words) {
+  const int length = num_words(row);
   each_tile(row, [&](int first, int nbytes) {
     vi tile[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {

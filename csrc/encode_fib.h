@@ -106,7 +106,7 @@ static void look_up(const FibForm& form, const vi* index, vf* y) {
 template <Element element>
 static void decode_batch(const FibForm& form, const uint8_t* codes, const float* norms, int count, void* out,
                          const FibScratch& scratch) {
-  read_codes(form, codes, count, scratch.words);
+  read_codes(form.code_bytes(), codes, count, scratch.words);
   unpack_lanes(form, scratch.words, scratch.index);
   if (form.trellis) open_windows(form, scratch.index);
   look_up(form, scratch.index, scratch.unit);

@@ -122,6 +122,14 @@ static inline vd gain(vd along, vd energy) {
   return best > vd{} ? best : vd{};
 }
 
+static inline Wide with_gain(const Wide& length, const Fit& sums) {
+  return {length.low * gain(sums.along.low, sums.energy.low), length.high * gain(sums.along.high, sums.energy.high)};
+}
+
+static inline void write_norms(const Wide& length, int count, double* norms) {
+  for (int lane = 0; lane < count; ++lane) norms[lane] = lane < kHalf ? length.low[lane] : length.high[lane - kHalf];
+}
+
 // cos(u, q) for unit u, and 0 for q = 0.
 static inline vd cosine(vd along, vd energy) { return energy == vd{} ? vd{} : along / square_root(energy); }
 
@@ -136,26 +144,29 @@ static inline vi lanes_above(const Wide& a, const Wide& b) {
 }
 
 // Of all that a scale search found for the unit vectors, lane by lane the codes whose direction fits best, the first of
-// equals: `scratch.best`, and their fit.
+// equals, and their fit.
 struct Best {
   Fit fit;
   Wide cosine;
   bool is_first = true;
 
-  // Takes `scratch.index` where it is better.
   void offer(const FibForm& form, const FibScratch& scratch) {
-    const Fit tried = FIBKV_ISA::fit(form, scratch.unit, scratch.index);
+    offer(FIBKV_ISA::fit(form, scratch.unit, scratch.index), form.blocks(), scratch.index, scratch.best);
+  }
+
+  // Takes indices [blocks] that fit so well to `taken` where they are better.
+  void offer(const Fit& tried, int blocks, const vi* index, vi* taken) {
     const Wide found{FIBKV_ISA::cosine(tried.along.low, tried.energy.low),
                      FIBKV_ISA::cosine(tried.along.high, tried.energy.high)};
     if (is_first) {
       is_first = false;
       fit = tried;
       cosine = found;
-      for (int b = 0; b < form.blocks(); ++b) scratch.best[b] = scratch.index[b];
+      for (int b = 0; b < blocks; ++b) taken[b] = index[b];
       return;
     }
     const vi better = lanes_above(found, cosine);
-    for (int b = 0; b < form.blocks(); ++b) scratch.best[b] = choose(better, scratch.index[b], scratch.best[b]);
+    for (int b = 0; b < blocks; ++b) taken[b] = choose(better, index[b], taken[b]);
     for (int i = 0; i < kHalf; ++i) {
       if (better[i]) {
         cosine.low[i] = found.low[i];
@@ -174,13 +185,10 @@ struct Best {
 // Norms and codes of `count` rows from what was found for them.
 static void write_batch(const FibForm& form, const vi* index, Wide length, const Fit& sums, int count, uint8_t* codes,
                         double* norms, vi* words) {
-  if (form.gain_corrected) {
-    length.low *= gain(sums.along.low, sums.energy.low);
-    length.high *= gain(sums.along.high, sums.energy.high);
-  }
-  for (int lane = 0; lane < count; ++lane) norms[lane] = lane < kHalf ? length.low[lane] : length.high[lane - kHalf];
+  if (form.gain_corrected) length = with_gain(length, sums);
+  write_norms(length, count, norms);
   pack_lanes(form, index, words);
-  write_codes(form, words, count, codes);
+  write_codes(form.code_bytes(), words, count, codes);
 }
 
 }  // namespace FIBKV_ISA

@@ -175,9 +175,9 @@ void FibCoder::choose_search(const FibSettings& settings) {
                                            [](float a, float b) { return std::abs(a) < std::abs(b); });
     const float reach = std::abs(extent);
     form_.square = {kGridSide, reach, static_cast<float>(kGridSide / (2.0 * reach))};
-    // Coordinates of unit vectors are at most 1, and the scale search multiplies them.
+    // The scale search multiplies what is coded.
     const float stretch = *std::max_element(scales_.begin(), scales_.end());
-    CodewordGrid grid = codeword_grid(form_.codewords, form_.size, kGridSide, reach, reach + 1.01 * stretch);
+    CodewordGrid grid = codeword_grid(form_.codewords, form_.size, kGridSide, reach, reach + 1.01 * stretch * settings.farthest);
     candidates_ = std::move(grid.candidates);
     form_.candidates = candidates_.data();
     form_.long_lists = grid.long_lists;

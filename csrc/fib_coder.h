@@ -20,6 +20,7 @@ struct FibSettings {
   int side;
   float extent;
   std::vector<float> scales;      // of the scale search; one for none
+  float farthest = 1;             // the largest coordinate of what is coded: 1 for unit vectors
 };
 
 // Of a trellis; see TrellisForm.

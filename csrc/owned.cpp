@@ -34,6 +34,12 @@ std::vector<int> round_unbiased(const std::vector<double>& numbers, const std::v
   return rounded;
 }
 
+// A side that float kernels read, in rows.
+Side plain_side(const SideSettings& s, const Rotation* rotation) {
+  return {s.form, Order::rows, s.dim, s.code_bytes, s.norm_bytes, s.block, s.size, s.bits, s.window, s.log_norms,
+          s.channels, s.centered, nullptr, rotation, nullptr, 0, 0, 0, nullptr, nullptr, 1.0f, nullptr, 1.0f};
+}
+
 }  // namespace
 
 OwnedRotation::OwnedRotation(const float* rows, int dim, const float* of_rounds, int rounds)
@@ -61,12 +67,34 @@ OwnedKeySpace::OwnedKeySpace(const float* means, const float* matrices, int head
   space = {dim, mean.data(), matrices ? queries.data() : nullptr};
 }
 
+OwnedSide::OwnedSide(const SideSettings& s, const float* codewords, const uint8_t* widths, int heads)
+    : side_(plain_side(s, nullptr)),
+      codewords_(codewords, codewords + static_cast<size_t>(s.size) * s.block),
+      sections_(static_cast<size_t>(heads) * kPairLevels) {
+  const int pairs = s.dim / 2;
+  for (int head = 0; head < heads; ++head) {
+    const uint8_t* of_head = widths + static_cast<size_t>(head) * pairs;
+    int pair = 0, bit = 0;
+    // Widths do not rise: from 8 bits down to none.
+    for (int level = 0; level < kPairLevels; ++level) {
+      PairSection& section = sections_[static_cast<size_t>(head) * kPairLevels + level];
+      section.bits = 2 * (kPairLevels - 1 - level);
+      section.first_bit = bit;
+      // Behind the codewords of fewer bits, 1 + 4 + ... of them.
+      section.book = codewords_.data() + 2 * (((1 << section.bits) - 1) / 3);
+      while (pair + section.pairs < pairs && of_head[pair + section.pairs] == section.bits) ++section.pairs;
+      pair += section.pairs;
+      bit += section.pairs * section.bits;
+    }
+  }
+  side_.sections = sections_.data();
+  side_.heads = heads;
+}
+
 OwnedSide::OwnedSide(const SideSettings& s, const float* codewords, const uint8_t* labels,
                      std::shared_ptr<OwnedRotation> rotation)
     : rotation_(std::move(rotation)) {
-  side_ = Side{s.form, Order::rows, s.dim, s.code_bytes, s.norm_bytes, s.block, s.size, s.bits, s.window,
-               s.log_norms, s.channels, s.centered, nullptr, rotation_ ? &rotation_->rotation : nullptr, 0, 0, nullptr,
-               nullptr, 1.0f, nullptr, 1.0f};
+  side_ = plain_side(s, rotation_ ? &rotation_->rotation : nullptr);
   if (s.form == Form::fib) {
     // Room for every index of the width, so that no damaged code can read outside the book.
     codewords_.assign((size_t{1} << s.window) * s.block, 0.0f);

@@ -36,9 +36,11 @@ struct SideSettings {
 
 class OwnedSide {
  public:
-  // `codewords` [size][block], null unless fib; `labels` [size], null unless a trellis; `rotation` may be null.
+  // `codewords` [size][block], null unless fib or klt; `labels` [size], null unless a trellis; `rotation` may be null.
   OwnedSide(const SideSettings& settings, const float* codewords, const uint8_t* labels,
             std::shared_ptr<OwnedRotation> rotation);
+  // klt: `widths` [heads][dim / 2] are the bits of the pairs of each head, `codewords` those of all widths.
+  OwnedSide(const SideSettings& settings, const float* codewords, const uint8_t* widths, int heads);
 
   const Side& side() const { return side_; }
   // Bytes of a rectangle of codes.
@@ -69,6 +71,7 @@ class OwnedSide {
   void build_labels(const uint8_t* labels);
   Side side_{};
   std::vector<float> codewords_;
+  std::vector<PairSection> sections_;
   std::vector<int8_t> tables_;
   std::vector<int32_t> words_;
   std::vector<uint64_t> matrices_;

@@ -6,7 +6,7 @@
 
 namespace fibkv {
 
-enum class Form : int32_t { f32, f16, bf16, int8, fp8, affine, fib };
+enum class Form : int32_t { f32, f16, bf16, int8, fp8, affine, fib, klt };
 
 // In which order the code bytes of a span (T tokens of one head, B bytes a token) stand.
 //   rows         [T][B], the canonical order
@@ -36,6 +36,17 @@ struct Rotation {
   int rounds;
 };
 
+// klt: consecutive pairs of coordinates whose indices have one width.
+struct PairSection {
+  int bits;  // of an index; 0: the pairs are zero
+  int pairs;
+  int first_bit;     // of the section in a vector's code
+  const float* book;  // [1 << bits][2]
+};
+
+// Widths that a pair can have: 0, 2, 4, 6 and 8 bits.
+constexpr int kPairLevels = 5;
+
 // One side (keys or values) of one codec. Immutable; shared by all spans that it codes.
 struct Side {
   Form form;
@@ -53,6 +64,11 @@ struct Side {
   bool centered;   // fib: vectors are their code plus the mean of their head
   const float* codewords;    // fib: [size][block]
   const Rotation* rotation;  // or null; of a side with channels, the inner one
+
+  // klt: the sections of each head's vectors, [heads][kPairLevels], some of them empty. Spans are of these heads, over
+  // and over.
+  const PairSection* sections;
+  int heads;
 
   // For integer kernels: what one code byte stands for, as `planes` coordinates in int8 times `plane_step`.
   // tables [planes][256]; int8 has one plane and no table. 0 planes: only float kernels can read this side.
@@ -124,12 +140,14 @@ struct Span {
   const uint8_t* range;
   const uint8_t* channels;
   const int8_t* mean;
-  int padded;  // tokens with padding: the pitch of value tiles
+  const PairSection* sections;  // klt: [kPairLevels]
+  int padded;                   // tokens with padding: the pitch of value tiles
 
   static Span of(const Side& side, const Rectangle& r, const uint8_t* base, int head) {
     return {base + head * r.code_stride, base + r.norm_offset + head * r.norm_stride, base + r.range_offset + 4 * head,
             base + r.channel_offset + head * side.channel_bytes(),
-            reinterpret_cast<const int8_t*>(base + r.mean_offset + head * side.mean_bytes()), side.padded(r.tokens)};
+            reinterpret_cast<const int8_t*>(base + r.mean_offset + head * side.mean_bytes()),
+            side.sections ? side.sections + head % side.heads * kPairLevels : nullptr, side.padded(r.tokens)};
   }
 };
 

@@ -162,5 +162,5 @@ def _forms(coder: RoleCoder, runs: Sequence[Run]) -> list[Form]:
     return [
         (field.dtype, (run.heads[1] - run.heads[0], *field.shape))
         for run in runs
-        for field in coder.codec_of(run.decision).layout(run.tokens[1] - run.tokens[0])
+        for field in coder.codec_of(run.decision, run.heads).layout(run.tokens[1] - run.tokens[0])
     ]

@@ -60,7 +60,7 @@ class RoleCoder:
 
     @cached_property
     def compressing(self) -> Codec:
-        """The codec of everything that is compressed."""
+        """The codec of everything that is compressed, for all KV heads."""
         return codec_for(self.profile.codec, self.axis)
 
     @cached_property
@@ -79,13 +79,13 @@ class RoleCoder:
             return self.profile.digest()
         return self.profile.model_copy(update={"calibration_digest": self.space.digest}).digest()
 
-    def codec_of(self, decision: Decision) -> Codec:
-        """The codec that a decision asks for."""
+    def codec_of(self, decision: Decision, heads: tuple[int, int]) -> Codec:
+        """The codec that a decision on a range of KV heads asks for."""
         match decision.action:
             case "keep_raw":
                 return self.raw
             case "compress" if decision.axis == self.axis:
-                return self.compressing
+                return self.compressing.of_heads(*heads)
             case "compress":
                 raise ContractError("Profile.axis", f"{decision.axis}, as the policy decides", self.profile.axis)
             case _:
@@ -93,7 +93,7 @@ class RoleCoder:
 
     def codec_of_segment(self, header: SegmentHeader, decision: Decision) -> Codec:
         """The codec of a stored segment: the decision's, or the raw one where the header says that it fell back."""
-        return self.raw if FALLBACKS.intersection(header.reasons) else self.codec_of(decision)
+        return self.raw if FALLBACKS.intersection(header.reasons) else self.codec_of(decision, header.heads)
 
     def check_segment(self, where: str, header: SegmentHeader, run: Run) -> None:
         """Checks a stored segment's header against the policy's run.
@@ -169,7 +169,7 @@ class RoleCoder:
             ContractError: the policy asks for another axis than the profile's.
         """
         block = values[:, run.heads[0] : run.heads[1], run.tokens[0] : run.tokens[1]]
-        codec = self.codec_of(run.decision)
+        codec = self.codec_of(run.decision, run.heads)
         space = self.space if run.decision.action == "compress" else None
         rows = block if space is None else space.enter(block, slice(*run.heads))
         codes = codec.encode(rows, implementation=self.implementation)

@@ -217,7 +217,7 @@ class _Sizes:
         return _Pages(count, METADATA_NBYTES + nbytes, block if self._native else 0, raw_elements, raw_nbytes, raw)
 
     def _held(self, role: Role, run: Run, heads: int, tokens: int) -> int:
-        codec = self._coder(role).codec_of(run.decision)
+        codec = self._coder(role).codec_of(run.decision, run.heads)
         if self._native is None:
             return codec.encoded_nbytes(heads, tokens)
         return int(side_of(codec.tables, role, self._native.isa).nbytes(heads, tokens))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fibkv.codes import AffineChannelCodes, AffineCodes, ChannelCodes, Codes, FibCodes, RawCodes, ScaledCodes
 from fibkv.packing import packed_nbytes
-from fibkv.tables import AffineTables, ChannelTables, FibTables, RawTables, ScaledTables, Tables
+from fibkv.tables import AffineTables, ChannelTables, FibTables, KltTables, RawTables, ScaledTables, Tables
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,13 +157,13 @@ def empty_codes(tables: Tables, heads: int, tokens: int) -> Codes:
             if tables.per_channel:
                 return AffineChannelCodes(torch.empty(heads, tables.head_dim, 2, dtype=torch.float16), values)
             return AffineCodes(torch.empty(heads, tokens, tables.groups, 2, dtype=torch.float16), values)
-        case FibTables():
+        case FibTables() | KltTables():
             log8 = tables.norm_format == "log8"
             return FibCodes(
                 mean=torch.empty(heads, 1 + tables.head_dim if tables.centered else 0, dtype=torch.int8),
                 norm_range=torch.empty(heads, 2 if log8 else 0, dtype=torch.float16),
                 norms=torch.empty(heads, tokens, dtype=torch.uint8 if log8 else torch.float16),
-                indices=torch.empty(heads, tokens, packed_nbytes(tables.num_blocks, tables.bits), dtype=torch.uint8),
+                indices=torch.empty(heads, tokens, tables.code_nbytes, dtype=torch.uint8),
             )
         case ChannelTables():
             scales = torch.empty(heads, tables.head_dim, dtype=torch.bfloat16)

@@ -27,13 +27,15 @@ def pack(indices: Tensor, bits: int) -> Tensor:
     """
     if bits == 8:
         return indices.to(torch.uint8)
-    count = indices.shape[-1]
     shifts = torch.arange(bits, device=indices.device, dtype=torch.int32)
-    stream = ((indices.to(torch.int32).unsqueeze(-1) >> shifts) & 1).to(torch.uint8).flatten(-2)
-    padding = packed_nbytes(count, bits) * 8 - count * bits
-    octets: Tensor = torch.nn.functional.pad(stream, (0, padding)).unflatten(-1, (-1, 8))
-    weights = 1 << torch.arange(8, device=indices.device, dtype=torch.int32)
-    return (octets * weights).sum(-1).to(torch.uint8)
+    return octets(((indices.to(torch.int32).unsqueeze(-1) >> shifts) & 1).to(torch.uint8).flatten(-2))
+
+
+def octets(stream: Tensor) -> Tensor:
+    """Bits ``[..., n]`` of 0 and 1 as bytes ``[..., ceil(n / 8)]`` uint8, the lowest bit first."""
+    filled: Tensor = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    weights = 1 << torch.arange(8, device=stream.device, dtype=torch.int32)
+    return (filled * weights).sum(-1).to(torch.uint8)
 
 
 def unpack(packed: Tensor, count: int, bits: int) -> Tensor:

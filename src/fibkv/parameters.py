@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from fibkv.allocation import KLT_BITS, KltParameters
 from fibkv.contract import Count, MarkedContract
 from fibkv.errors import ContractError
 from fibkv.shape import Dtype
@@ -261,7 +262,13 @@ class TrellisParameters(MarkedContract):
 
 
 CodecParameters = Annotated[
-    RawParameters | Int8Parameters | Fp8Parameters | AffineParameters | FibParameters | TrellisParameters,
+    RawParameters
+    | Int8Parameters
+    | Fp8Parameters
+    | AffineParameters
+    | FibParameters
+    | TrellisParameters
+    | KltParameters,
     Field(discriminator="codec"),
 ]
 """Field type: the parameters of any codec, told apart by their field ``codec``."""
@@ -321,6 +328,8 @@ def named_parameters(name: str, head_dim: int, dtype: Dtype) -> CodecParameters:
         return AffineParameters(head_dim=head_dim, bits=AFFINE_SETTINGS[name])
     if name in TRELLIS_SETTINGS:
         return TrellisParameters.of(head_dim, TRELLIS_SETTINGS[name], centered=name.startswith("trelliskey"))
+    if name in KLT_BITS:
+        raise ContractError("parameters name", f"a calibration of the model beside keys of {name}", None)
     if name not in FIB_SETTINGS:
         raise ContractError("parameters name", f"one of {', '.join(PARAMETER_NAMES)}", name)
     block_dim, size = FIB_SETTINGS[name]
@@ -334,6 +343,8 @@ def named_block_dim(name: str) -> int:
     """Coordinates that must divide a head_dim for `named_parameters` to serve it; 1 for names that it does not know."""
     if name in TRELLIS_SETTINGS:
         return _TRELLIS_BLOCK_DIM
+    if name in KLT_BITS:
+        return 2
     return FIB_SETTINGS[name][0] if name in FIB_SETTINGS else 1
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import StringConstraints, model_validator
 
+from fibkv.allocation import KltParameters
 from fibkv.contract import Count, MarkedContract
 from fibkv.digest import Digest, DigestOrNone, require_digest
 from fibkv.errors import ContractError
@@ -158,4 +159,6 @@ class Profile(MarkedContract):
             raise ContractError("Profile.role", f"{shape.role} of the shape", self.role)
         if self.codec.head_dim != shape.head_dim:
             raise ContractError("Profile.codec.head_dim", f"{shape.head_dim} of the shape", self.codec.head_dim)
+        if isinstance(self.codec, KltParameters) and len(self.codec.heads) != shape.kv_heads:
+            raise ContractError("Profile.codec.heads", f"{shape.kv_heads} of the shape", len(self.codec.heads))
         require_digest("Profile.codec_digest", self.codec_digest, self.codec.digest())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fibkv.decision_table import DecisionTable
+from fibkv.packing import packed_nbytes
 from fibkv.rotation import Rotation
 from fibkv.trellis import Trellis
 
@@ -91,6 +92,11 @@ class FibTables:
         return self.head_dim // self.codewords.shape[1]
 
     @property
+    def code_nbytes(self) -> int:
+        """Bytes of a vector's indices."""
+        return packed_nbytes(self.num_blocks, self.bits)
+
+    @property
     def window(self) -> int:
         """Bits that name a codeword, the index being the newest of them."""
         return self.bits if self.trellis is None else self.trellis.code.window_bits
@@ -101,6 +107,45 @@ class FibTables:
         looked_up = () if self.decisions is None else (self.decisions.cells,)
         paths = () if self.trellis is None else (self.trellis.labels, self.trellis.levels)
         return self.codewords, self.rotation.matrix, *looked_up, *paths
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KltTables:
+    """Of pairs of coordinates with a static number of bits each, head by head. ``m`` = d / 2 pairs.
+
+    Attributes:
+        head_dim: ``d``.
+        bits: ``[H, m]`` uint8, of the pairs of each head; not rising. With one head, all vectors are of it.
+        weights: ``[H, m]`` float32, of the errors in a pair; the encoder's alone.
+        codewords: ``[341, 2]`` float32, of variance 1 per coordinate: of 0 bits, of 2, 4, 6 and 8 bits, from
+            `start_of` on.
+        scales: factors that the encoder tries on the vector, 1.0 alone without a scale search.
+    """
+
+    head_dim: int
+    bits: Tensor
+    weights: Tensor
+    codewords: Tensor
+    scales: tuple[float, ...]
+
+    rotation: ClassVar[None] = None
+    norm_format: ClassVar[Literal["log8"]] = "log8"
+    centered: ClassVar[bool] = False
+
+    @property
+    def heads(self) -> int:
+        """H."""
+        return len(self.bits)
+
+    @property
+    def code_nbytes(self) -> int:
+        """Bytes of a vector's indices, in every head."""
+        return packed_nbytes(int(self.bits[0].sum()), 1)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What takes memory."""
+        return self.bits, self.weights, self.codewords
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,7 +171,12 @@ class ChannelTables:
 
 
 PlainTables = RawTables | ScaledTables | AffineTables | FibTables
-Tables = PlainTables | ChannelTables
+Tables = PlainTables | KltTables | ChannelTables
+
+
+def start_of(bits: int) -> int:
+    """Where the codewords of so many bits a pair begin in `KltTables.codewords`: behind 1 + 4 + ... of fewer bits."""
+    return ((1 << bits) - 1) // 3
 
 
 def trellis_of(tables: Tables) -> Trellis | None:

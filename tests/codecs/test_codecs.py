@@ -21,6 +21,7 @@ from fibkv.parameters import (
     RawParameters,
     TrellisParameters,
 )
+from tests.codecs.allocations import ONE_HEAD
 from tests.codecs.conformance import CodecConformance, gaussian, relative_mse, write_golden
 
 
@@ -181,6 +182,14 @@ class TestTrellis2PerChannel(CodecConformance):
     name, parameters, axis = "trellis2_d32_per_channel", TrellisParameters.of(32, 2), "per_channel"
     distortion, hard_distortion = 0.081, 0.2
     vector_nbytes, group_nbytes = 9, 4 + 64
+
+
+class TestKlt(CodecConformance):
+    """Made for pairs that fall in variance: white vectors lose the pairs without bits, one-hot ones nearly all."""
+
+    name, parameters = "klt_d64", ONE_HEAD
+    distortion, hard_distortion = 0.234, 0.9
+    vector_nbytes, group_nbytes = 18, 4
 
 
 def test_every_codec_has_a_suite() -> None:

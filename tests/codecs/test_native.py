@@ -18,7 +18,7 @@ from fibkv.errors import KernelError
 from fibkv.kernels import native
 from fibkv.packed import Packed
 from fibkv.page import METADATA_NBYTES
-from fibkv.parameters import FibParameters, named_parameters
+from fibkv.parameters import CodecParameters, FibParameters, named_parameters
 from fibkv.policy import Policy
 from fibkv.quarantine import Quarantine
 from fibkv.ranges import SMALL_GRAIN
@@ -63,7 +63,9 @@ def suites() -> list[type[CodecConformance]]:
     return [suite for suite in found if issubclass(suite, CodecConformance) and suite is not CodecConformance]
 
 
-def parameters(name: str, dim: int) -> object:
+def parameters(name: str | CodecParameters, dim: int) -> object:
+    if not isinstance(name, str):
+        return name
     scalar = {"scalar4": 16, "scalar3": 8, "scalar2": 4}
     if name in ("centered4", "centered2"):
         return FibParameters.of(dim, *{"centered4": (2, 256), "centered2": (4, 256)}[name], centered=True)
@@ -71,7 +73,7 @@ def parameters(name: str, dim: int) -> object:
 
 
 def filled(
-    pair: tuple[str, str],
+    pair: tuple[str | CodecParameters, str],
     implementation: str,
     *,
     tokens: int = 150,

@@ -1,5 +1,6 @@
 """One valid instance of every contract of rank 0, and what the tests share."""
 
+from fibkv.allocation import HeadAllocation, KltParameters
 from fibkv.contract import Contract
 from fibkv.ladder import Ladder
 from fibkv.parameters import (
@@ -39,6 +40,7 @@ KEY_SHAPE = KVShape(
 )
 VALUE_SHAPE = KEY_SHAPE.model_copy(update={"role": "value", "rope_state": "not_applicable"})
 FIB = FibParameters.of(64, 2, 256)
+KLT = KltParameters(head_dim=4, heads=(HeadAllocation(bits=(8, 2), half_octaves=(0, 5)),))
 PROFILE = Profile.bind(
     KEY_SHAPE,
     FIB,
@@ -96,6 +98,8 @@ EXAMPLES: list[Contract] = [
     AffineParameters(head_dim=64, bits=3, group=16),
     FIB,
     TrellisParameters.of(64, 2),
+    KLT,
+    KLT.heads[0],
     TrainingSettings(head_dim=64),
     PROFILE.protected,
     FallbackSettings(),

@@ -62,6 +62,11 @@ class Codec(ABC):
         """``d``, elements per vector."""
         return self.parameters.head_dim
 
+    def of_heads(self, start: int, stop: int) -> Codec:
+        """The codec of KV heads ``start:stop``: itself, unless it codes each head in its own way."""
+        del start, stop
+        return self
+
     @abstractmethod
     def layout(self, tokens: int) -> tuple[Field, ...]:
         """The tensors of one group of ``tokens`` vectors, in canonical order."""

@@ -17,7 +17,7 @@ from fibkv.codes import Codes, FibCodes
 from fibkv.decision_table import decision_table
 from fibkv.errors import ContractError, PageError
 from fibkv.means import LIMIT, MAX_EXPONENT, MIN_EXPONENT
-from fibkv.packing import packed_nbytes, stray_bits, unpack
+from fibkv.packing import stray_bits, unpack
 from fibkv.parameters import FibParameters
 from fibkv.rotation import rotation
 from fibkv.tables import FibTables
@@ -61,7 +61,7 @@ class FibCodec(Codec):
             Field("mean", torch.int8, (1 + self.head_dim if self.tables.centered else 0,)),
             Field("norm_range", torch.float16, (2 if log8 else 0,)),
             Field("norms", torch.uint8 if log8 else torch.float16, (tokens,)),
-            Field("indices", torch.uint8, (tokens, packed_nbytes(self.tables.num_blocks, self.tables.bits))),
+            Field("indices", torch.uint8, (tokens, self.tables.code_nbytes)),
         )
 
     def assemble(self, tensors: dict[str, Tensor]) -> Codes:
@@ -93,10 +93,19 @@ class FibCodec(Codec):
         if self.tables.norm_format == "f16":
             require(torch.isfinite(codes.norms) & ~torch.signbit(codes.norms), "norms", "finite numbers >= 0")
             return
-        low, step = codes.norm_range.to(torch.float32).unbind(-1)
-        # 2**128 is the first norm beyond float32.
-        require(torch.isfinite(low) & (low + 254 * step < 129), "norm_range", "norms within float32")
-        require(step > 0, "norm_range", "a positive step")
+        check_norm_range(codes)
+
+
+def check_norm_range(codes: FibCodes) -> None:
+    """Refuses ranges of 8-bit log norms that no encoder makes.
+
+    Raises:
+        PageError: with the field and the rule.
+    """
+    low, step = codes.norm_range.to(torch.float32).unbind(-1)
+    # 2**128 is the first norm beyond float32.
+    require(torch.isfinite(low) & (low + 254 * step < 129), "norm_range", "norms within float32")
+    require(step > 0, "norm_range", "a positive step")
 
 
 def _check_book(parameters: FibParameters, report: codebook.CodebookReport) -> None:

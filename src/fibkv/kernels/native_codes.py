@@ -15,14 +15,13 @@ from torch import Tensor
 
 from fibkv.codes import ChannelCodes, Codes, FibCodes, RawCodes, ScaledCodes
 from fibkv.errors import KernelError
-from fibkv.kernels import reference
+from fibkv.kernels import native_klt, native_norms, reference
 from fibkv.kernels.native_sides import MAX_EXACT_HADAMARD
 from fibkv.kernels.native_sides import extension as native
 from fibkv.kernels.refusals import mismatch, require_finite, require_norms
 from fibkv.means import encode_means, means_in_place
-from fibkv.packing import packed_nbytes
 from fibkv.rotation import hadamard_signs
-from fibkv.tables import AffineTables, ChannelTables, FibTables, RawTables, ScaledTables, Tables
+from fibkv.tables import AffineTables, ChannelTables, FibTables, KltTables, RawTables, ScaledTables, Tables
 
 Isa = Any
 """An instruction set: ``fibkv.kernels._native.Isa``."""
@@ -57,6 +56,8 @@ def encode(rows: Tensor, tables: Tables, *, isa: Isa | None = None) -> Codes:
             return _encode_scaled(rows, tables, isa)
         case FibTables():
             return _encode_fib(rows, tables, isa)
+        case KltTables():
+            return native_klt.encode(rows, _element(rows), tables, isa)
         case ChannelTables():
             return _encode_channels(rows, tables, isa)
 
@@ -109,7 +110,7 @@ def _decoded_shape(codes: Codes, tables: Tables) -> torch.Size:
             return codes.values.shape
         case ScaledCodes(), ScaledTables():
             return codes.values.shape
-        case FibCodes(), FibTables():
+        case FibCodes(), FibTables() | KltTables():
             return torch.Size((*codes.norms.shape, tables.head_dim))
         case ChannelCodes(), ChannelTables():
             return _decoded_shape(codes.inner, tables.inner)
@@ -128,6 +129,8 @@ def _decode_into(out: Tensor, codes: Codes, tables: Tables, isa: Isa) -> None:
             _decode_scaled(out, codes, isa)
         case FibCodes(), FibTables():
             _decode_fib(out, codes, tables, isa)
+        case FibCodes(), KltTables():
+            native_klt.decode_into(out, _element(out), codes, tables, isa)
         case ChannelCodes(), ChannelTables():
             _decode_channels(out, codes, tables, isa)
 
@@ -170,7 +173,7 @@ def _encode_fib(rows: Tensor, tables: FibTables, isa: Isa) -> FibCodes:
     if tables.centered:
         mean, rows = _subtract_means(rows, tables, isa)
     norms = torch.empty(rows.shape[:-1], dtype=torch.float64)
-    indices = torch.empty((*norms.shape, packed_nbytes(tables.num_blocks, tables.bits)), dtype=torch.uint8)
+    indices = torch.empty((*norms.shape, tables.code_nbytes), dtype=torch.uint8)
     finite = native.encode_fib(
         _coder(tables),
         rows.data_ptr(),
@@ -187,17 +190,8 @@ def _encode_fib(rows: Tensor, tables: FibTables, isa: Isa) -> FibCodes:
     if tables.norm_format == "f16":
         no_range = torch.empty((*norms.shape[:-1], 0), dtype=torch.float16)
         return FibCodes(mean=mean, norm_range=no_range, norms=norms.to(torch.float16), indices=indices)
-    codes = torch.empty(norms.shape, dtype=torch.uint8)
-    ranges = torch.empty((*norms.shape[:-1], 2), dtype=torch.float64)
-    native.encode_norms(
-        norms.data_ptr(),
-        groups=ranges.numel() // 2,
-        tokens=norms.shape[-1],
-        codes=codes.data_ptr(),
-        ranges=ranges.data_ptr(),
-        threads=torch.get_num_threads(),
-    )
-    return FibCodes(mean=mean, norm_range=ranges.to(torch.float16), norms=codes, indices=indices)
+    codes, norm_range = native_norms.encode(norms)
+    return FibCodes(mean=mean, norm_range=norm_range, norms=codes, indices=indices)
 
 
 def _subtract_means(rows: Tensor, tables: FibTables, isa: Isa) -> tuple[Tensor, Tensor]:
@@ -235,7 +229,7 @@ def _decode_fib(out: Tensor, codes: FibCodes, tables: FibTables, isa: Isa) -> No
 
 def _decode_directions(out: Tensor, codes: FibCodes, tables: FibTables, isa: Isa) -> None:
     """Vectors without their means."""
-    norms = _decode_norms(codes)
+    norms = native_norms.decode(codes)
     native.decode_fib(
         _coder(tables),
         codes.indices.data_ptr(),
@@ -246,24 +240,6 @@ def _decode_directions(out: Tensor, codes: FibCodes, tables: FibTables, isa: Isa
         threads=torch.get_num_threads(),
         isa=isa,
     )
-
-
-def _decode_norms(codes: FibCodes) -> Tensor:
-    """Norms ``[..., T]`` float32, contiguous."""
-    if codes.norms.dtype == torch.float16:
-        return codes.norms.to(torch.float32)
-    norms = torch.empty(codes.norms.shape, dtype=torch.float32)
-    # Held by a name: the kernel has only its address.
-    ranges = codes.norm_range.to(torch.float32)
-    native.decode_norms(
-        codes.norms.data_ptr(),
-        ranges.data_ptr(),
-        groups=ranges.numel() // 2,
-        tokens=norms.shape[-1],
-        norms=norms.data_ptr(),
-        threads=torch.get_num_threads(),
-    )
-    return norms
 
 
 def _encode_channels(rows: Tensor, tables: ChannelTables, isa: Isa) -> ChannelCodes:

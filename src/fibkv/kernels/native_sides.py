@@ -16,7 +16,7 @@ from fibkv.packing import packed_nbytes
 from fibkv.rotation import Rotation, hadamard_signs
 from fibkv.shape import Role
 from fibkv.space import KeySpace
-from fibkv.tables import AffineTables, ChannelTables, FibTables, RawTables, ScaledTables, Tables, trellis_of
+from fibkv.tables import AffineTables, ChannelTables, FibTables, KltTables, RawTables, ScaledTables, Tables, trellis_of
 
 # Beyond, the float32 matrix of a Hadamard rotation is not the transform itself, and the matrix is what counts.
 MAX_EXACT_HADAMARD = 256
@@ -45,6 +45,8 @@ def side_of(tables: Tables, role: Role, isa: Any, rotated: bool = True) -> Any:
 # Without a limit: pages are known by their side, and a second one for the same codec would make them look foreign.
 @cache
 def _side(tables: Tables, role: Role, isa: Any, rotated: bool) -> Any:
+    if isinstance(tables, KltTables):
+        return _klt_side(tables, role)
     inner = tables.inner if isinstance(tables, ChannelTables) else tables
     settings: dict[str, Any] = {
         "is_key": role == "key",
@@ -86,7 +88,7 @@ def _side(tables: Tables, role: Role, isa: Any, rotated: bool) -> Any:
             log8 = inner.norm_format == "log8"
             coding = {
                 "form": forms.fib,
-                "code_bytes": packed_nbytes(inner.num_blocks, inner.bits),
+                "code_bytes": inner.code_nbytes,
                 "norm_bytes": 1 if log8 else 2,
                 "block": inner.codewords.shape[1],
                 "size": inner.codewords.shape[0],
@@ -97,6 +99,16 @@ def _side(tables: Tables, role: Role, isa: Any, rotated: bool) -> Any:
                 "labels": None if inner.trellis is None else inner.trellis.labels.contiguous(),
             }
     return extension.Side(**settings, **coding)
+
+
+def _klt_side(tables: KltTables, role: Role) -> Any:
+    return extension.Side.klt(
+        is_key=role == "key",
+        dim=tables.head_dim,
+        code_bytes=tables.code_nbytes,
+        codewords=tables.codewords.contiguous(),
+        widths=tables.bits.contiguous(),
+    )
 
 
 def _tiling_isas(tables: Tables) -> tuple[Any, ...]:

@@ -17,14 +17,13 @@ from torch.nn.functional import embedding
 from fibkv.codes import AffineChannelCodes, AffineCodes, ChannelCodes, Codes, FibCodes, RawCodes, ScaledCodes
 from fibkv.constants import constant
 from fibkv.errors import EncodingError
-from fibkv.kernels import reference_trellis
+from fibkv.kernels import reference_klt, reference_trellis
+from fibkv.kernels.nearest import nearest
 from fibkv.kernels.refusals import FLOAT16_MAX, mismatch, refuse_if, require_finite, require_norms
 from fibkv.means import decode_means, subtract_means
 from fibkv.packing import pack, unpack
-from fibkv.tables import AffineTables, ChannelTables, FibTables, RawTables, ScaledTables, Tables
+from fibkv.tables import AffineTables, ChannelTables, FibTables, KltTables, RawTables, ScaledTables, Tables
 
-# Distances computed at a time by the codeword search: 2**21 float32 stay inside the second-level cache.
-SEARCH_TILE = 1 << 21
 # Steps of an 8-bit log norm: code 0 is the zero vector, codes 1..255 the norms.
 LOG_STEPS = 254
 
@@ -51,6 +50,8 @@ def encode(rows: Tensor, tables: Tables) -> Codes:
             return _encode_affine(rows, tables)
         case FibTables():
             return _encode_fib(rows, tables)
+        case KltTables():
+            return _encode_klt(rows, tables)
         case ChannelTables():
             return _encode_channels(rows, tables)
 
@@ -200,6 +201,10 @@ def _vectors(codes: Codes, tables: Tables) -> Tensor:
             indices = unpack(codes.indices, tables.num_blocks, tables.bits)
             vectors = _directions(indices, tables) * decode_norms(codes.norms, codes.norm_range).unsqueeze(-1)
             return vectors + decode_means(codes.mean).unsqueeze(-2) if tables.centered else vectors
+        case FibCodes(), KltTables():
+            reference_klt.require_heads(codes.indices.shape, tables)
+            quantized = reference_klt.directions(reference_klt.unpack(codes.indices, tables), tables)
+            return quantized * decode_norms(codes.norms, codes.norm_range).unsqueeze(-1)
         case ChannelCodes(), ChannelTables():
             inner = unrotate(_vectors(codes.inner, tables.inner), tables.inner)
             return inner * codes.channel_scales.unsqueeze(-2).to(torch.float32)
@@ -284,6 +289,17 @@ def _encode_fib(rows: Tensor, tables: FibTables) -> FibCodes:
     return FibCodes(mean=mean, norm_range=norm_range, norms=packed_norms, indices=pack(indices, tables.bits))
 
 
+def _encode_klt(rows: Tensor, tables: KltTables) -> FibCodes:
+    rows = rows.to(torch.float32)
+    require_finite(rows)
+    reference_klt.require_heads(rows.shape, tables)
+    unit, length = reference_klt.units(rows, tables)
+    found = reference_klt.search(unit, tables)
+    norms, norm_range = encode_norms(length * reference_klt.gain(found), "log8")
+    mean = rows.new_empty((*rows.shape[:-2], 0), dtype=torch.int8)
+    return FibCodes(mean=mean, norm_range=norm_range, norms=norms, indices=reference_klt.pack(found.indices, tables))
+
+
 def _search(rotated: Tensor, tables: FibTables) -> Tensor:
     """Indices ``[..., m]`` int32 of codewords for rotated unit vectors ``[..., d]`` float32.
 
@@ -312,7 +328,7 @@ def _codewords(vectors: Tensor, tables: FibTables) -> Tensor:
     flat = blocks.reshape(-1, blocks.shape[-1])
     if tables.decisions is not None:
         return tables.decisions.look_up(flat).view(blocks.shape[:-1])
-    return _nearest(flat, constant(tables.codewords, vectors.device)).view(blocks.shape[:-1])
+    return nearest(flat, constant(tables.codewords, vectors.device)).view(blocks.shape[:-1])
 
 
 def _directions(indices: Tensor, tables: FibTables) -> Tensor:
@@ -320,24 +336,6 @@ def _directions(indices: Tensor, tables: FibTables) -> Tensor:
     if tables.trellis is not None:
         indices = reference_trellis.windows(indices, tables.trellis.code)
     return embedding(indices, constant(tables.codewords, indices.device)).flatten(-2)
-
-
-def _nearest(blocks: Tensor, codewords: Tensor) -> Tensor:
-    """Index of the nearest codeword (Euclid; ties: the lower index) of each block ``[n, k]``, as int32 ``[n]``.
-
-    The squared distance is summed coordinate by coordinate rather than by a matrix product: every step is then
-    exactly rounded, so the winner depends neither on the tile nor on the machine.
-    """
-    found = torch.empty(blocks.shape[0], dtype=torch.int32, device=blocks.device)
-    tile = max(1, SEARCH_TILE // codewords.shape[0])
-    for start in range(0, blocks.shape[0], tile):
-        rows = blocks[start : start + tile]
-        distance = torch.zeros(rows.shape[0], codewords.shape[0], device=blocks.device)
-        for axis in range(codewords.shape[1]):
-            difference = rows[:, axis, None] - codewords[:, axis]
-            distance += difference.mul_(difference)
-        found[start : start + tile] = distance.argmin(1)
-    return found
 
 
 def _cosine(unit: Tensor, quantized: Tensor) -> Tensor:

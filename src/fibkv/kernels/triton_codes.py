@@ -17,7 +17,7 @@ from fibkv.kernels.triton_decode import decode_vectors
 from fibkv.kernels.triton_encode import nearest_codewords, round_to_eights
 from fibkv.kernels.triton_sides import DeviceTables, on_device
 from fibkv.means import decode_means, subtract_means
-from fibkv.tables import AffineTables, ChannelTables, FibTables, RawTables, ScaledTables, Tables, trellis_of
+from fibkv.tables import AffineTables, ChannelTables, FibTables, KltTables, RawTables, ScaledTables, Tables, trellis_of
 
 # Vectors rotated at a time: their float64 copies stay below 128 MiB at d = 128.
 ROTATED_AT_ONCE = 1 << 16
@@ -29,8 +29,8 @@ def encode(rows: Tensor, tables: Tables) -> Codes:
     Raises:
         EncodingError: a vector is not finite, or its norm or scale is out of the format's range.
     """
-    if isinstance(tables, AffineTables) or trellis_of(tables):
-        # There is no kernel for grids and paths; torch's code runs on any device.
+    if isinstance(tables, AffineTables | KltTables) or trellis_of(tables):
+        # There is no kernel for grids, paths and widths; torch's code runs on any device.
         return reference.encode(rows, tables)
     match tables:
         case RawTables():
@@ -60,6 +60,8 @@ def _decode(codes: Codes, tables: Tables) -> Tensor:
         if not isinstance(codes, ChannelCodes):
             raise mismatch(codes, tables)
         return _decode(codes.inner, tables.inner) * codes.channel_scales.unsqueeze(-2).to(torch.float32)
+    if isinstance(tables, KltTables):
+        return reference.decode(codes, tables)
     device_tables = on_device(tables, codes.device)
     vectors = decode_vectors(codes, tables, device_tables)
     if isinstance(codes, FibCodes) and codes.mean.numel():

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fibkv.codes import AffineCodes, Codes, FibCodes, RawCodes, ScaledCodes
+from fibkv.errors import KernelError
 from fibkv.kernels.refusals import mismatch
 from fibkv.packing import packed_nbytes
-from fibkv.tables import AffineTables, ChannelTables, FibTables, PlainTables, RawTables, ScaledTables, Tables
+from fibkv.tables import AffineTables, ChannelTables, FibTables, KltTables, PlainTables, RawTables, ScaledTables, Tables
 
 Form = Literal["f32", "f16", "bf16", "int8", "fp8", "affine", "fib"]
 FORMS: dict[torch.dtype, Form] = {
@@ -65,7 +66,11 @@ class Side(NamedTuple):
 
     @classmethod
     def of(cls, tables: Tables) -> Side:
-        """The side of a codec."""
+        """The side of a codec.
+
+        Raises:
+            KernelError: of klt codes, which are read by other kernels.
+        """
         dim = tables.head_dim
         width = max(16, power_of_two(dim))
         match tables:
@@ -90,6 +95,8 @@ class Side(NamedTuple):
                     block=tables.codewords.shape[1],
                     centered=tables.centered,
                 )
+            case KltTables():
+                raise _unread()
             case ChannelTables():
                 rotated = isinstance(tables.inner, FibTables)
                 return cls.of(tables.inner)._replace(channels=True, rotated_channels=rotated)
@@ -140,11 +147,11 @@ def on_device(tables: Tables, device: torch.device) -> DeviceTables:
     )
 
 
-def arrays(codes: Codes, tables: PlainTables) -> tuple[Tensor, Tensor, Tensor]:
+def arrays(codes: Codes, tables: PlainTables | KltTables) -> tuple[Tensor, Tensor, Tensor]:
     """(codes, norms, scales or grids, norm ranges) as kernels read them: contiguous; the codes stand for absent ones.
 
     Raises:
-        KernelError: codes of another codec.
+        KernelError: codes of another codec, or klt codes.
     """
     match codes, tables:
         case RawCodes(), RawTables():
@@ -159,8 +166,14 @@ def arrays(codes: Codes, tables: PlainTables) -> tuple[Tensor, Tensor, Tensor]:
         case AffineCodes(), AffineTables():
             values = codes.values.contiguous()
             return values, codes.grid.contiguous(), values
+        case _, KltTables():
+            raise _unread()
         case _:
             raise mismatch(codes, tables)
+
+
+def _unread() -> KernelError:
+    return KernelError("triton kernels: expected codes of another codec than klt, which they do not read")
 
 
 def octets(tensor: Tensor) -> Tensor:
