@@ -115,7 +115,7 @@ class Triton:
             groups.append(self._plan.Group.of_tail(keys.detach(), values.detach(), tokens, length))
         # float32 means float32, also inside an autocast region.
         with _current(query.device), torch.autocast(query.device.type, enabled=False):
-            grouped = query.detach().to(torch.float32).reshape(batch, keys.shape[1], -1, dim)
+            grouped = query.detach().reshape(batch, keys.shape[1], -1, dim)
             tunings = self.tunings(query.device)
             step = self._step.Step(grouped, queries, length - queries, masking, scale, softcap, tunings)
             out, lse = step.attend(groups)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, groupby
@@ -12,19 +12,21 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from fibkv.errors import KernelError
+from fibkv.kernels import cuda_attend
+from fibkv.kernels.cuda_attend import Reading
 from fibkv.kernels.runs import Masking
-from fibkv.kernels.triton_attend import attend_splits, merge_splits
+from fibkv.kernels.triton_attend import attend_splits
 from fibkv.kernels.triton_load import INTERPRETED
+from fibkv.kernels.triton_merge import merge, turn
 from fibkv.kernels.triton_plan import Group
 from fibkv.kernels.triton_sides import on_device, power_of_two
 from fibkv.kernels.triton_tuning import Tuning, Tunings
 from fibkv.rotation import Rotation
 from fibkv.space import KeySpace
+from fibkv.tables import Tables
 
 # What a matrix unit takes at least, and rows of queries that a program takes at most.
 LEAST, MOST = 16, 64
-# Splits that a program of the merge reads at a time.
-SLOTS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +34,7 @@ class Step:
     """What all launches of a step share.
 
     Attributes:
-        query: ``[B, H, G * Q, d]`` float32.
+        query: ``[B, H, G * Q, d]`` floating.
         length: Q.
         past: tokens before the first query.
         masking: which keys a query sees.
@@ -60,22 +62,33 @@ class Step:
                 raise KernelError(f"query: expected {group.device} of the pages, got {self.query.device}")
         # Parts in one space lie side by side, and are merged together.
         groups = sorted(groups, key=lambda group: id(group.out_rotation))
-        splits = [self._splits(group) for group in groups]
-        slots = [0, *accumulate(count for count, _ in splits)]
+        parts = [_Part(group, self._reading(group)) for group in groups]
+        cuts = [self._cut(part) for part in parts]
+        slots = [0, *accumulate(count for count, _ in cuts)]
         *axes, _ = self.query.shape
-        outs = self.query.new_empty(slots[-1], *axes, groups[0].value_tables.head_dim)
-        lses = self.query.new_full((slots[-1], *axes), -torch.inf)
-        queries = _Queries(self.query)
-        for group, (count, tiles), slot in zip(groups, splits, slots[:-1], strict=True):
-            self._launch(group, count, tiles, slot, queries, outs, lses)
-        return _merged(groups, slots, outs, lses)
+        outs = torch.empty(slots[-1], *axes, groups[0].value_tables.head_dim, device=self.query.device)
+        whole = all(group.rows == (0, axes[0]) and group.heads == (0, axes[1]) for group in groups)
+        # What no part covers is not written.
+        lses = outs.new_empty(slots[-1], *axes) if whole else outs.new_full((slots[-1], *axes), -torch.inf)
+        queries = _Queries(self.query, groups)
+        for part, cut, slot in zip(parts, cuts, slots[:-1], strict=True):
+            self._launch(part, cut, slot, queries, outs, lses)
+        return merge(outs, lses, _spaces(groups, slots))
 
-    def _splits(self, group: Group) -> tuple[int, int]:
+    def _reading(self, group: Group) -> Reading | None:
+        if not self.tunings.cuda:
+            return None
+        return cuda_attend.reading(group, self._kind(group), self.softcap is not None, self.query.shape[2])
+
+    def _cut(self, part: _Part) -> tuple[int, int]:
         """(splits, tiles of each) of a group."""
+        group, multiprocessors = part.group, _multiprocessors(self.query.device)
+        if part.reading is not None:
+            return cuda_attend.splits(group, part.reading, self.query.shape[2], multiprocessors)
         tuning = self._tuning(group)
         tiles = group.spans * _ceil(group.tokens, _tile(group, tuning))
         programs: int = self._programs(group) * (group.rows[1] - group.rows[0])
-        wanted = max(1, tuning.programs * _multiprocessors(self.query.device) // programs)
+        wanted = max(1, tuning.programs * multiprocessors // programs)
         each = _ceil(tiles, min(wanted, tiles))
         return _ceil(tiles, each), each
 
@@ -91,12 +104,31 @@ class Step:
         return min(MOST, max(LEAST, power_of_two(self.query.shape[2])))
 
     def _launch(
-        self, group: Group, count: int, tiles: int, slot: int, queries: _Queries, outs: Tensor, lses: Tensor
+        self, part: _Part, cut: tuple[int, int], slot: int, queries: _Queries, outs: Tensor, lses: Tensor
     ) -> None:
+        group, (count, tiles) = part.group, cut
         query, bias = queries.of(group)
+        mask, strides = self._mask()
+        softcap = self.softcap or 0.0
+        if part.reading is not None:
+            cuda_attend.attend(
+                group,
+                part.reading,
+                cut,
+                slot,
+                query,
+                bias,
+                mask,
+                strides,
+                self.length,
+                self.scale,
+                softcap,
+                outs,
+                lses,
+            )
+            return
         key, value = group.sides
         key_tables, value_tables = (on_device(t, query.device) for t in (group.key_tables, group.value_tables))
-        mask, strides = self._mask()
         rows, heads = query.shape[:2]
         nothing = lses
         tuning = self._tuning(group)
@@ -130,7 +162,7 @@ class Step:
                 self.past,
                 *strides,
                 self.scale,
-                self.softcap or 0.0,
+                softcap,
                 KEY=key,
                 VALUE=value,
                 PAGED=group.aligned,
@@ -164,12 +196,26 @@ class Step:
         return mask, (row, head, query)
 
 
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A group, and the CUDA kernel that reads it, if one does."""
+
+    group: Group
+    reading: Reading | None
+
+
 class _Queries:
     """Queries in the spaces of the groups, each made once."""
 
-    def __init__(self, query: Tensor) -> None:
-        self._query = query
+    def __init__(self, query: Tensor, groups: Sequence[Group]) -> None:
         self._turned: dict[tuple[KeySpace | None, Rotation | None], tuple[Tensor, Tensor | None]] = {}
+        turned = [group for group in groups if group.space is None and group.query_rotation is not None]
+        if not turned:
+            self._query = query.to(torch.float32).contiguous()
+            return
+        # Widened by the launch that turns them.
+        self._query, first = turn(query, _matrix(turned[0].key_tables, query.device))
+        self._turned[None, turned[0].query_rotation] = first, None
 
     def of(self, group: Group) -> tuple[Tensor, Tensor | None]:
         """Queries ``[B, H, G * Q, d]`` for the group's keys, and what their mean adds, ``[B, H, G * Q]``, or None."""
@@ -179,48 +225,30 @@ class _Queries:
             if group.space is not None:
                 space = _space_on(group.space, query.device)
                 bias = (query @ space.mean.unsqueeze(-1)).squeeze(-1).contiguous()
-                query = space.queries(query)
+                query = space.queries(query).contiguous()
             if group.query_rotation is not None:
-                query = on_device(group.key_tables, query.device).turned(query)
-            self._turned[where] = query.contiguous(), bias
+                _, query = turn(query, _matrix(group.key_tables, query.device))
+            self._turned[where] = query, bias
         return self._turned[where]
 
 
-def _merged(groups: Sequence[Group], slots: Sequence[int], outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-    """Splits merged space by space; the spaces' shares are taken back and added up."""
-    lse = torch.empty_like(lses[0])
-    total: Tensor | None = None
-    for first, stop in _spaces(groups):
-        share = torch.empty_like(outs[0])
-        width = share.shape[-1]
-        merge_splits[(lse.numel(),)](
-            outs,
-            lses,
-            share,
-            lse,
-            lse.numel(),
-            slots[first],
-            slots[stop],
-            slots[-1],
-            DIM=width,
-            D=power_of_two(width),
-            SLOTS=SLOTS,
-            enable_fp_fusion=True,
-        )
-        if groups[first].out_rotation is not None:
-            share = on_device(groups[first].value_tables, share.device).back(share)
-        total = share if total is None else total + share
-    assert total is not None
-    return total, lse
+def _matrix(tables: Tables, device: torch.device) -> Tensor:
+    rotation = on_device(tables, device).rotation
+    assert rotation is not None
+    return rotation
 
 
-def _spaces(groups: Sequence[Group]) -> Iterable[tuple[int, int]]:
-    """Half-open ranges of groups whose outputs are in one space."""
+def _spaces(groups: Sequence[Group], slots: Sequence[int]) -> list[tuple[int, int, Tensor | None]]:
+    """Half-open ranges of slots whose outputs are in one space, and the matrix that takes them there."""
+    spaces: list[tuple[int, int, Tensor | None]] = []
     first = 0
     for _, same in groupby(groups, key=lambda group: id(group.out_rotation)):
-        stop = first + len(list(same))
-        yield first, stop
+        members = list(same)
+        group, stop = members[0], first + len(members)
+        matrix = None if group.out_rotation is None else _matrix(group.value_tables, group.device)
+        spaces.append((slots[first], slots[stop], matrix))
         first = stop
+    return spaces
 
 
 def _tile(group: Group, tuning: Tuning) -> int:

@@ -44,11 +44,13 @@ class Tunings(MarkedContract):
     Attributes:
         device: its name.
         found: by kind of keys (`fibkv.kernels.triton_sides.Side.kind`) what was found fastest.
+        cuda: whether pages that CUDA C++ reads too (`fibkv.kernels.cuda_attend`) are left to it.
     """
 
     schema_version: Literal["fibkv_triton_tunings_v1"] = "fibkv_triton_tunings_v1"
     device: str
     found: tuple[tuple[str, Tuning], ...] = ()
+    cuda: bool = True
 
     def of(self, kind: str) -> Tuning:
         """The tuning of a kind of keys, or the default one."""

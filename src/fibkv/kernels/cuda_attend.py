@@ -1,0 +1,307 @@
+"""CUDA C++ beside the Triton kernels: attention on pages of codes, compiled for the device at hand by NVRTC.
+
+Triton has no say in where a table lies in shared memory; `cuda/attend.cu` says what that is worth. `cuda-core`
+(NVIDIA's) compiles and launches; where it is not installed, and for what this does not read, attention is Triton's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fibkv.errors import KernelError
+from fibkv.kernels.triton_plan import Group
+from fibkv.kernels.triton_sides import Side, on_device
+from fibkv.tables import FibTables, Tables
+
+SOURCES = Path(__file__).parent / "cuda"
+# As in cuda/: threads of a warp, queries of a tile, tokens that a warp takes at a time, bytes of a table from one
+# FibQuant codeword to the next and of the copies there, and floats that a warp's part of the output has for each
+# eighth of a vector's coordinates.
+LANES, QUERIES, UNIT, STRIDE, COPIES, PART = 32, 8, 64, 256, 128, 65
+FORMS = {"fib": 0, "trellis": 1, "int8": 2, "fp8": 3}
+MASKS = {"none": 0, "bool": 1, "float": 2}
+# Shared memory that a program gets without asking for more, less what the kernel has besides; and that.
+GRANTED, BESIDES = 46 << 10, 2 << 10
+# What a program costs besides its units, in units of each warp.
+FIXED = 2
+
+
+class Reading(NamedTuple):
+    """What the kernel is compiled for.
+
+    Attributes:
+        key: of the keys.
+        value: of the values.
+        one_table: whether both have the same codewords.
+        mask: a key of MASKS.
+        softcap: whether logits are bent.
+        query_tiles: of 8 queries, that a program takes.
+        warps: of a program; multiprocessors have one program at a time.
+    """
+
+    key: Side
+    value: Side
+    one_table: bool
+    mask: str
+    softcap: bool
+    query_tiles: int
+    warps: int
+
+    @property
+    def value_table(self) -> int:
+        """Where the values' codewords are in shared memory."""
+        both = _form(self.key) == _form(self.value) == "fib"
+        return COPIES if both else _table_nbytes(self.key)
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory: tables, and in their place what warps made at the end."""
+        tables = _table_nbytes(self.key)
+        if not self.one_table:
+            tables = max(tables, self.value_table - self.value_table % STRIDE + _table_nbytes(self.value))
+        return max(tables, self.warps * self.value.dim // 8 * PART * 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A compiled kernel: of cuda-core, and what is launched with it."""
+
+    kernel: Any
+    block: int
+    shared: int
+
+
+@cache
+def why_not() -> str:
+    """ "yes" if kernels can be compiled and launched, else the reason."""
+    if find_spec("cuda") is None or find_spec("cuda.core") is None:
+        return "cuda-core is not installed"
+    return "yes" if torch.cuda.is_available() else "no CUDA device"
+
+
+def reading(group: Group, mask: str, softcap: bool, queries: int) -> Reading | None:
+    """The kernel that reads a group's pages for so many queries of a head, or None."""
+    if why_not() != "yes" or group.aligned < 16 or mask not in MASKS:
+        return None
+    key, value = group.sides
+    if not (_reads(key) and _reads(value)) or value.centered or key.dim != value.dim:
+        return None
+    tiles = 1 if queries <= QUERIES else 2
+    warps = 16 if tiles == 1 and key.dim <= 128 else 8
+    found = Reading(key, value, _one_table(group.key_tables, group.value_tables), mask, softcap, tiles, warps)
+    return found if found.shared <= _most_shared(group.device) else None
+
+
+def splits(group: Group, found: Reading, queries: int, multiprocessors: int) -> tuple[int, int]:
+    """(splits, units of each) into which the context of a group is cut.
+
+    Every multiprocessor has one program at a time: as few rounds of as short programs as can be.
+    """
+    units = group.spans * _ceil(group.tokens, UNIT)
+    programs = _programs(group, found, queries)
+
+    def seconds(count: int) -> int:
+        rounds = _ceil(programs * count, multiprocessors)
+        return rounds * (_ceil(_ceil(units, count), found.warps) + FIXED)
+
+    most = min(units, max(1, 4 * multiprocessors // programs))
+    each = _ceil(units, min(range(1, most + 1), key=seconds))
+    return _ceil(units, each), each
+
+
+def attend(
+    group: Group,
+    found: Reading,
+    cut: tuple[int, int],
+    slot: int,
+    query: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    strides: tuple[int, int, int],
+    length: int,
+    scale: float,
+    softcap: float,
+    outs: Tensor,
+    lses: Tensor,
+) -> None:
+    """Launches `cuda/attend.cu`; arguments have the meaning that `triton_attend.attend_splits` gives them.
+
+    Args:
+        group: the pages.
+        found: of `reading`.
+        cut: of `splits`.
+        slot: of outs and lses, where the first split goes.
+        query: ``[B, H, G * Q, d]`` float32, in the space of the keys' codes.
+        bias: ``[B, H, G * Q]`` float32 or None.
+        mask: bool or float32, with `strides` of rows, heads and queries; or None.
+        length: Q.
+        scale: of the logits.
+        softcap: of the logits.
+        outs: ``[S, B, H, G * Q, d]`` float32.
+        lses: ``[S, B, H, G * Q]`` float32.
+
+    Raises:
+        KernelError: NVRTC refuses, or the device does.
+    """
+    device = query.device
+    program = _program(found, device.index or 0)
+    count, units = cut
+    rows, heads, queries, _ = query.shape
+    grid = count, _programs(group, found, queries) // (group.rows[1] - group.rows[0]), group.rows[1] - group.rows[0]
+    tables = _table(group.key_tables, device), _table(group.value_tables, device)
+    addresses = group.addresses, *tables, mask, outs, lses
+    sizes = group.rows[0], group.heads[0], rows, heads, queries, length, group.start, group.spans, group.tokens
+    _launch(
+        program,
+        grid,
+        device,
+        query.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        *(0 if tensor is None else tensor.data_ptr() for tensor in addresses),
+        *sizes,
+        group.capacity,
+        units,
+        slot,
+        *strides,
+        float(scale),
+        float(softcap),
+    )
+
+
+def compiled(found: Reading, arch: str) -> Any:
+    """The `cuda.core.ObjectCode` for an architecture, such as ``sm_90``; needs no device.
+
+    Raises:
+        KernelError: NVRTC refuses.
+    """
+    from cuda.core import Program as Source  # noqa: PLC0415 - optional
+    from cuda.core import ProgramOptions  # noqa: PLC0415
+
+    constants = {"HEAD_DIM": found.key.dim, "KEY_CENTERED": int(found.key.centered)}
+    for name, side in (("KEY", found.key), ("VALUE", found.value)):
+        constants |= {f"{name}_FORM": FORMS[_form(side)], f"{name}_BITS": side.bits, f"{name}_BLOCK": side.block}
+    constants |= {"ONE_TABLE": int(found.one_table), "VALUE_TABLE": found.value_table, "MASK": MASKS[found.mask]}
+    constants |= {"QUERY_TILES": found.query_tiles, "WARPS": found.warps, "MIN_BLOCKS": 1}
+    options = ProgramOptions(
+        std="c++17",
+        arch=arch,
+        include_path=str(SOURCES),
+        define_macro=[(name, str(number)) for name, number in {**constants, "SOFTCAP": int(found.softcap)}.items()],
+    )
+    text = (SOURCES / "attend.cu").read_text()
+    try:
+        return Source(text, "c++", options).compile("cubin")
+    except Exception as error:  # cuda-core has no one class for what its libraries refuse
+        raise KernelError(f"cuda kernels: {found}: {error}") from error
+
+
+@lru_cache(maxsize=256)
+def _program(found: Reading, device: int) -> Program:
+    from cuda.core import Device  # noqa: PLC0415 - optional
+
+    capability = Device(device).compute_capability
+    kernel = compiled(found, f"sm_{capability.major}{capability.minor}").get_kernel("attend")
+    if found.shared > GRANTED:
+        _grant(kernel, found.shared, device)
+    return Program(kernel, found.warps * LANES, found.shared)
+
+
+def _grant(kernel: Any, shared: int, device: int) -> None:
+    from cuda.bindings import driver  # noqa: PLC0415 - optional
+
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    (status,) = driver.cuKernelSetAttribute(attribute, shared, kernel.handle, device)
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise KernelError(f"cuda kernels: {shared} bytes of shared memory for a program: {status.name}")
+
+
+def _launch(program: Program, grid: tuple[int, int, int], device: torch.device, *arguments: float) -> None:
+    """Launches on torch's current stream, which a graph may be capturing."""
+    from cuda.core import LaunchConfig, launch  # noqa: PLC0415 - optional
+
+    stream = _stream(torch.cuda.current_stream(device).cuda_stream)
+    config = LaunchConfig(grid=grid, block=program.block, shmem_size=program.shared)
+    launch(stream, config, program.kernel, *arguments)
+
+
+@lru_cache(maxsize=64)
+def _stream(handle: int) -> Any:
+    from cuda.core import Stream  # noqa: PLC0415 - optional
+
+    return Stream.from_handle(handle)
+
+
+def _form(side: Side) -> str:
+    return "trellis" if side.form == "fib" and side.window > side.bits else side.form
+
+
+def _reads(side: Side) -> bool:
+    # A lane has whole bytes of a vector.
+    if side.channels or side.dim % 32 or side.dim > 256 or side.nbytes % 8:
+        return False
+    match _form(side):
+        case "fib":
+            return side.norm == "log8" and side.block in (2, 4) and side.bits <= 8
+        case "trellis":
+            return side.norm == "log8" and side.block == 1 and side.window == side.bits + 8
+        case form:
+            return form in FORMS
+
+
+def _table_nbytes(side: Side) -> int:
+    match _form(side):
+        case "fib":
+            return STRIDE << side.bits
+        case "trellis":
+            return 4 << (_step(side) + 8)
+        case _:
+            return 0
+
+
+def _step(side: Side) -> int:
+    """Bits by which the windows of a trellis's table move on: those of two coordinates, where a table has room."""
+    return 2 * side.bits if side.bits < 4 else side.bits
+
+
+@lru_cache(maxsize=64)
+def _table(tables: Tables, device: torch.device) -> Tensor | None:
+    """The words that the kernel copies to shared memory; None where a codec has none."""
+    if not isinstance(tables, FibTables):
+        return None
+    side, halves = Side.of(tables), on_device(tables, device).halves
+    if _form(side) == "fib":
+        return halves
+    windows = torch.arange(1 << (_step(side) + 8), device=device)
+    first, last = (halves.view(torch.int16).flatten()[at & (len(halves) - 1)] for at in (windows, windows >> side.bits))
+    return torch.stack([first, last] if _step(side) > side.bits else [first, first], 1).contiguous()
+
+
+@lru_cache(maxsize=256)
+def _one_table(key: Tables, value: Tables) -> bool:
+    if not isinstance(key, FibTables) or not isinstance(value, FibTables):
+        return False
+    return _form(Side.of(key)) == _form(Side.of(value)) and torch.equal(key.codewords, value.codewords)
+
+
+@lru_cache(maxsize=16)
+def _most_shared(device: torch.device) -> int:
+    from cuda.core import Device  # noqa: PLC0415 - optional
+
+    return int(Device(device.index or 0).properties.max_shared_memory_per_block_optin) - BESIDES
+
+
+def _programs(group: Group, found: Reading, queries: int) -> int:
+    """Programs of a split."""
+    blocks = _ceil(queries, QUERIES * found.query_tiles)
+    return (group.heads[1] - group.heads[0]) * (group.rows[1] - group.rows[0]) * blocks
+
+
+def _ceil(number: int, by: int) -> int:
+    return -(-number // by)
