@@ -83,6 +83,7 @@ def filled(
     dim: int = 64,
     policy: Policy | None = None,
     tokens_per_page: int = 16,
+    device: str = "cpu",
 ) -> LayerCache:
     settings = layer_settings_of(
         *(parameters(name, dim) for name in pair),
@@ -92,7 +93,7 @@ def filled(
         tokens_per_page=tokens_per_page,
         implementation=implementation,
     )
-    keys, values = gaussian(batch, heads, tokens, dim), gaussian(batch, heads, tokens, dim, seed=1)
+    keys, values = (gaussian(batch, heads, tokens, dim, seed=seed).to(device) for seed in (0, 1))
     cache = LayerCache(settings, keys, values, Quarantine())
     cache.append(keys, values)
     return cache
