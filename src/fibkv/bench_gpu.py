@@ -51,6 +51,9 @@ def run_gpu(settings: GpuSettings, progress: ProgressCallback) -> GpuResult:
     device = torch.device(settings.device)
     triton = kernels.resolve("triton", device)
     assert isinstance(triton, Triton)
+    # Imports triton, which the line above has made sure of.
+    from fibkv.kernels import cuda_attend  # noqa: PLC0415
+
     conditions = Conditions.now(torch.get_num_threads())
     clock = Clock(device, settings.flushed_bytes)
     sizes = settings.sizes()
@@ -72,6 +75,7 @@ def run_gpu(settings: GpuSettings, progress: ProgressCallback) -> GpuResult:
         settings=settings,
         conditions=conditions,
         device=device_name(device),
+        cuda=cuda_attend.why_not(),
         tunings=triton.tunings(device),
         first_calls=tuple(first_calls.items()),
         rows=tuple(rows),

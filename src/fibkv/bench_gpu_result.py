@@ -67,7 +67,8 @@ class GpuResult(Contract):
         settings: what was asked for.
         conditions: machine, software, load.
         device: name of the device.
-        tunings: how attention was launched there.
+        cuda: whether pages were read in CUDA C++ where it reads them, "yes", or why not.
+        tunings: how attention was launched there in Triton.
         first_calls: seconds of the first call of each profile and head_dim, the compilation of its kernels included.
         rows: size by size, baselines first.
         seconds: duration of the run.
@@ -76,6 +77,7 @@ class GpuResult(Contract):
     settings: GpuSettings
     conditions: Conditions
     device: str
+    cuda: str
     tunings: Tunings
     first_calls: tuple[tuple[str, float], ...]
     rows: tuple[GpuRow, ...]

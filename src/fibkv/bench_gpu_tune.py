@@ -22,7 +22,9 @@ CANDIDATES = tuple(
 
 
 def tuned(settings: GpuSettings, clock: Clock, step: Callable[[str], None]) -> Tunings:
-    """The fastest launches for each profile's keys, at the size with the most tokens.
+    """The fastest launches in Triton for each profile's keys, at the size with the most tokens.
+
+    What is read in CUDA C++ on the device has nothing to tune.
 
     Args:
         settings: of the benchmark.
@@ -47,6 +49,8 @@ def tuned(settings: GpuSettings, clock: Clock, step: Callable[[str], None]) -> T
             tokens_per_page=settings.tokens_per_page,
             generator=generator,
         )
+        if _read_in_cuda(layer, settings):
+            continue
         seconds = {
             candidate: _seconds(layer, name, candidate, clock, query, settings.rounds) for candidate in CANDIDATES
         }
@@ -55,11 +59,19 @@ def tuned(settings: GpuSettings, clock: Clock, step: Callable[[str], None]) -> T
     return Tunings(device=name, found=tuple(found.items()))
 
 
+def _read_in_cuda(layer: CodedLayer, settings: GpuSettings) -> bool:
+    from fibkv.kernels import cuda_attend, triton_plan  # noqa: PLC0415 - these import triton
+
+    group = triton_plan.Group.of_run(layer.run())
+    queries = settings.query_heads // settings.kv_heads
+    return cuda_attend.reading(group, "none", softcap=False, queries=queries) is not None
+
+
 def _seconds(
     layer: CodedLayer, device: str, candidate: Tuning, clock: Clock, query: torch.Tensor, rounds: int
 ) -> float:
     """Median seconds of a call under a candidate; infinite where the device has no room for it."""
-    tunings = Tunings(device=device, found=((layer.kind, candidate),))
+    tunings = Tunings(device=device, found=((layer.kind, candidate),), cuda=False)
     call = layer.attention(Triton(clock.device.type, tunings), query)
     try:
         call()  # compiles

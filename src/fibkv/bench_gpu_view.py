@@ -28,6 +28,7 @@ def render_gpu(result: GpuResult) -> RenderableType:
 def gpu_notes(result: GpuResult) -> list[str]:
     """What has to be said under the tables."""
     used = result.settings
+    launches = "; ".join(f"{kind}: {tuning}" for kind, tuning in result.tunings.found) or "not tuned"
     compiled = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.first_calls)
     return [
         f"{result.device}; {used.query_heads} query heads, {used.kv_heads} KV heads, pages of {used.tokens_per_page} "
@@ -38,7 +39,8 @@ def gpu_notes(result: GpuResult) -> list[str]:
         f"Before each call {used.flushed_bytes / 2**20:.0f} MiB are written.",
         f"Checks: relative error to float64 attention on the dequantized values, at most {ATTENTION_LIMIT:.0%}; one "
         "page is damaged in memory and restored. A row that fails has no figures.",
-        "Launches: " + ("; ".join(f"{kind}: {tuning}" for kind, tuning in result.tunings.found) or "not tuned") + ".",
+        "Attention in CUDA C++ where it reads the codes: " + result.cuda + ".",
+        f"Launches in Triton: {launches}.",
         f"First calls, compilation included: {compiled}.",
         *condition_notes(result.conditions, result.seconds),
     ]

@@ -96,9 +96,9 @@ class GpuSettings(Contract):
     query_heads: Count = 32
     kv_heads: Count = 8
     head_dims: tuple[int, ...] = (64, 128)
-    batches: tuple[int, ...] = (1, 4, 16, 64)
+    batches: tuple[int, ...] = (1, 8, 32, 64)
     contexts: tuple[int, ...] = (4096, 32768, 131072, 262144)
-    profiles: tuple[str, ...] = ("fib4", "fib2", "int8", "fp8")
+    profiles: tuple[str, ...] = ("key4/value4", "fib4", "fib2", "trelliskey2/trellis2", "int8", "fp8")
     most_tokens: Count = 1 << 20
     tokens_per_page: Count = 64
     rounds: Count = 20

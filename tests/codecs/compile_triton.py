@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fibkv.kernels import triton_attend, triton_decode, triton_encode
+from fibkv.kernels import triton_attend, triton_decode, triton_encode, triton_merge
 from fibkv.kernels.triton_sides import Side
 
 SIDES = {
@@ -56,7 +56,7 @@ def compiled(capability: int, kernel: Any, types: str, fused: bool = False, **co
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, values, aligned)
     made = triton.compile(source, GPUTarget("cuda", capability, 32), {"enable_fp_fusion": fused})
-    registers, stack = _usage(made.asm["cubin"])
+    registers, stack = usage(made.asm["cubin"])
     sides = [name for side in constants.values() for name, known in SIDES.items() if side == known]
     print(
         f"sm_{capability} {kernel.__name__} {' '.join(sides)}: {registers} registers, {stack} bytes spilled,",
@@ -64,7 +64,7 @@ def compiled(capability: int, kernel: Any, types: str, fused: bool = False, **co
     )
 
 
-def _usage(machine_code: bytes) -> tuple[int, int]:
+def usage(machine_code: bytes) -> tuple[int, int]:
     """Registers of a thread, and bytes that it spills or keeps on a stack."""
     with NamedTemporaryFile(suffix=".cubin") as file:
         file.write(machine_code)
@@ -84,8 +84,10 @@ def main() -> None:
         _attention(90, SIDES[key], SIDES[value], paged=16)
     _attention(80, SIDES["fp8"], SIDES["bf16"], paged=16)
     _attention(90, SIDES["bf16"], SIDES["bf16"], paged=0)
-    types = "*fp32 *fp32 *fp32 *fp32 i32 i32 i32 i32"
-    compiled(90, triton_attend.merge_splits, types, True, DIM=128, D=128, SLOTS=16)
+    sizes = {"DIM": 128, "D": 128, "COLUMNS": 16}
+    compiled(90, triton_merge._turn, "*u8 *fp32 *fp32 *fp32 i32", True, FORM="bf16", QUERIES=16, **sizes)
+    types = "*fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32 i32"
+    compiled(90, triton_merge.merge_splits, types, True, ROTATED=True, ADDED=True, SLOTS=16, **sizes)
 
 
 def _encoding() -> None:

@@ -110,7 +110,8 @@ def dense(query: Tensor, view: View, scores: Scores) -> tuple[Tensor, Tensor]:
     mask = scores.mask
     if mask is None and scores.causal:
         past, length = view.length - query.shape[2], view.length
-        mask = torch.arange(length) <= past + torch.arange(query.shape[2])[:, None]
+        newest = past + torch.arange(query.shape[2], device=query.device)
+        mask = torch.arange(length, device=query.device) <= newest[:, None]
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
     return torch.softmax(logits, -1).nan_to_num(0.0) @ values, torch.logsumexp(logits, -1)

@@ -43,7 +43,8 @@ class Reading(NamedTuple):
         mask: a key of MASKS.
         softcap: whether logits are bent.
         query_tiles: of 8 queries, that a program takes.
-        warps: of a program; multiprocessors have one program at a time.
+        warps: of a program.
+        programs: that a multiprocessor has at a time: while one begins or ends, another computes.
     """
 
     key: Side
@@ -53,6 +54,7 @@ class Reading(NamedTuple):
     softcap: bool
     query_tiles: int
     warps: int
+    programs: int
 
     @property
     def value_table(self) -> int:
@@ -94,25 +96,30 @@ def reading(group: Group, mask: str, softcap: bool, queries: int) -> Reading | N
     if not (_reads(key) and _reads(value)) or value.centered or key.dim != value.dim:
         return None
     tiles = 1 if queries <= QUERIES else 2
-    warps = 16 if tiles == 1 and key.dim <= 128 else 8
-    found = Reading(key, value, _one_table(group.key_tables, group.value_tables), mask, softcap, tiles, warps)
-    return found if found.shared <= _most_shared(group.device) else None
+    one_table = _one_table(group.key_tables, group.value_tables)
+    found = Reading(key, value, one_table, mask, softcap, query_tiles=tiles, warps=8, programs=1)
+    room = _most_shared(group.device)
+    if found.shared > room:
+        return None
+    # More queries, and longer vectors, take registers of twice as many threads.
+    many = tiles == 1 and key.dim <= 128 and 2 * found.shared <= room
+    return found._replace(programs=2) if many else found
 
 
 def splits(group: Group, found: Reading, queries: int, multiprocessors: int) -> tuple[int, int]:
-    """(splits, units of each) into which the context of a group is cut.
+    """(splits, units of each) into which the context of a group is cut."""
+    units, programs = group.spans * _ceil(group.tokens, UNIT), _programs(group, found, queries)
+    return _cut(units, programs, multiprocessors * found.programs, found.warps)
 
-    Every multiprocessor has one program at a time: as few rounds of as short programs as can be.
-    """
-    units = group.spans * _ceil(group.tokens, UNIT)
-    programs = _programs(group, found, queries)
+
+@lru_cache(maxsize=1 << 12)
+def _cut(units: int, programs: int, room: int, warps: int) -> tuple[int, int]:
+    """So that `programs` of each split, of which there is room for some at a time, take as little time as can be."""
 
     def seconds(count: int) -> int:
-        rounds = _ceil(programs * count, multiprocessors)
-        return rounds * (_ceil(_ceil(units, count), found.warps) + FIXED)
+        return _ceil(programs * count, room) * (_ceil(_ceil(units, count), warps) + FIXED)
 
-    most = min(units, max(1, 4 * multiprocessors // programs))
-    each = _ceil(units, min(range(1, most + 1), key=seconds))
+    each = _ceil(units, min(range(1, min(units, max(1, 4 * room // programs)) + 1), key=seconds))
     return _ceil(units, each), each
 
 
@@ -188,7 +195,7 @@ def compiled(found: Reading, arch: str) -> Any:
     for name, side in (("KEY", found.key), ("VALUE", found.value)):
         constants |= {f"{name}_FORM": FORMS[_form(side)], f"{name}_BITS": side.bits, f"{name}_BLOCK": side.block}
     constants |= {"ONE_TABLE": int(found.one_table), "VALUE_TABLE": found.value_table, "MASK": MASKS[found.mask]}
-    constants |= {"QUERY_TILES": found.query_tiles, "WARPS": found.warps, "MIN_BLOCKS": 1}
+    constants |= {"QUERY_TILES": found.query_tiles, "WARPS": found.warps, "MIN_BLOCKS": found.programs}
     options = ProgramOptions(
         std="c++17",
         arch=arch,

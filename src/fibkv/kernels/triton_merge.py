@@ -13,10 +13,12 @@ from torch import Tensor
 from fibkv.kernels.triton_load import load_floats
 from fibkv.kernels.triton_sides import FORMS, octets, power_of_two
 
-# Queries of a program: as many as a matrix unit takes at least, or one where there are few.
-BLOCK, FEW = 16, 256
-# Columns of a program: blocks of a matrix that shared memory has room for.
-COLUMNS = 64
+# What a matrix unit takes at least: queries of a program; and splits that one reads at a time.
+BLOCK = 16
+# Columns of a matrix that a program multiplies by: few, since products of float32 numbers take their time.
+COLUMNS = 16
+# Queries up to which each reads a matrix of its own.
+FEW = 256
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -51,8 +53,7 @@ def turn(query: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
     plain = torch.empty(query.shape, device=query.device)
     turned = torch.empty_like(plain)
     dim, count = query.shape[-1], query.shape[:-1].numel()
-    columns = min(COLUMNS, max(BLOCK, power_of_two(dim)))
-    _turn[(triton.cdiv(count, BLOCK), triton.cdiv(dim, columns))](
+    _turn[(_ceil(count, BLOCK), _ceil(dim, COLUMNS))](
         octets(query),
         rotation,
         plain,
@@ -62,7 +63,7 @@ def turn(query: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
         DIM=dim,
         D=max(BLOCK, power_of_two(dim)),
         QUERIES=BLOCK,
-        COLUMNS=columns,
+        COLUMNS=COLUMNS,
         enable_fp_fusion=True,
     )
     return plain, turned
@@ -83,13 +84,12 @@ def merge_splits(
     ADDED: tl.constexpr,
     DIM: tl.constexpr,
     D: tl.constexpr,
-    QUERIES: tl.constexpr,
     SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """The share of splits ``first:stop`` in attention over all ``slots`` splits, by log-sum-exp.
 
-    Grid: (blocks of QUERIES queries, blocks of COLUMNS coordinates).
+    Grid: (queries, blocks of COLUMNS coordinates).
 
     Args:
         outs: ``[slots, count, DIM]`` float32; undefined where lses are -inf.
@@ -102,45 +102,38 @@ def merge_splits(
         stop: behind the last of them.
         slots: how many there are.
     """
-    queries = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, QUERIES)
-    used = queries < count
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    # Without a rotation a program's coordinates are those that it adds up.
-    axis = tl.arange(0, D) if ROTATED else columns
-    peak = tl.full([SLOTS, QUERIES], float("-inf"), tl.float32)
+    query = tl.program_id(0).to(tl.int64)
+    peak = tl.full([SLOTS], float("-inf"), tl.float32)
     for begin in range(0, slots, SLOTS):
-        slot = begin + tl.arange(0, SLOTS)[:, None]
-        seen = (slot < slots) & used[None, :]
-        peak = tl.maximum(peak, tl.load(lses + slot * count + queries[None, :], seen, other=float("-inf")))
+        slot = begin + tl.arange(0, SLOTS)
+        peak = tl.maximum(peak, tl.load(lses + slot * count + query, slot < slots, other=float("-inf")))
     top = tl.max(peak, 0)
     level = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.zeros([SLOTS, QUERIES], tl.float32)
-    sums = tl.zeros([QUERIES, axis.shape[0]], tl.float32)
+    axis = tl.arange(0, D)
+    total = tl.zeros([SLOTS], tl.float32)
+    sums = tl.zeros([D], tl.float32)
     for begin in range(0, slots, SLOTS):
-        slot = begin + tl.arange(0, SLOTS)[:, None]
-        seen = (slot < slots) & used[None, :]
-        shares = tl.exp(tl.load(lses + slot * count + queries[None, :], seen, other=float("-inf")) - level[None, :])
+        slot = begin + tl.arange(0, SLOTS)
+        shares = tl.exp(tl.load(lses + slot * count + query, slot < slots, other=float("-inf")) - level)
         total += shares
-        chosen = seen & (slot >= first) & (slot < stop) & (shares > 0.0)
-        places = (slot * count + queries[None, :])[:, :, None] * DIM + axis[None, None, :]
-        parts = tl.load(outs + places, chosen[:, :, None] & (axis < DIM)[None, None, :], other=0.0)
-        sums += tl.sum(parts * shares[:, :, None], 0)
+        chosen = (slot >= first) & (slot < stop) & (shares > 0.0)
+        places = (slot * count + query)[:, None] * DIM + axis[None, :]
+        parts = tl.load(outs + places, chosen[:, None] & (axis < DIM)[None, :], other=0.0)
+        sums += tl.sum(parts * shares[:, None], 0)
     whole = tl.sum(total, 0)
     divisor = tl.where(whole > 0.0, whole, 1.0)
-    sums = sums / divisor[:, None]
+    share = sums / divisor
+    # Without a rotation one program has all coordinates.
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     if ROTATED:
         inside = (axis < DIM)[:, None] & (columns < DIM)[None, :]
         matrix = tl.load(rotation + axis[:, None] * DIM + columns[None, :], inside, other=0.0)
-        if QUERIES > 1:
-            sums = tl.dot(sums, matrix, input_precision="ieee")
-        else:
-            sums = tl.sum(tl.trans(sums) * matrix, 0)[None, :]
-    into = out + queries[:, None] * DIM + columns[None, :]
-    wanted = used[:, None] & (columns < DIM)[None, :]
+        share = tl.sum(share[:, None] * matrix, 0)
+    into = out + query * DIM + columns
     if ADDED:
-        sums += tl.load(into, wanted, other=0.0)
-    tl.store(into, sums, wanted)
-    tl.store(lse + queries, top + tl.log(divisor), used)
+        share += tl.load(into, columns < DIM, other=0.0)
+    tl.store(into, share, columns < DIM)
+    tl.store(lse + query, top + tl.log(divisor))
 
 
 def merge(outs: Tensor, lses: Tensor, spaces: list[tuple[int, int, Tensor | None]]) -> tuple[Tensor, Tensor]:
@@ -154,29 +147,48 @@ def merge(outs: Tensor, lses: Tensor, spaces: list[tuple[int, int, Tensor | None
     Returns:
         ``out [..., d]`` and ``lse [...]``, float32.
     """
-    out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
+    lse = torch.empty_like(lses[0])
+    if lse.numel() <= FEW:
+        out = torch.empty_like(outs[0])
+        for index, (first, stop, rotation) in enumerate(spaces):
+            _merge(outs, lses, first, stop, rotation, out, lse, added=index > 0)
+        return out, lse
+    total: Tensor | None = None
+    for first, stop, rotation in spaces:
+        # One product for all queries reads the matrix once.
+        share = torch.empty_like(outs[0])
+        _merge(outs, lses, first, stop, None, share, lse, added=False)
+        share = share if rotation is None else share @ rotation
+        total = share if total is None else total + share
+    assert total is not None
+    return total, lse
+
+
+def _merge(
+    outs: Tensor, lses: Tensor, first: int, stop: int, rotation: Tensor | None, out: Tensor, lse: Tensor, *, added: bool
+) -> None:
     dim, count = out.shape[-1], lse.numel()
     width = max(BLOCK, power_of_two(dim))
-    queries = 1 if count <= FEW else BLOCK
-    for index, (first, stop, rotation) in enumerate(spaces):
-        columns = width if rotation is None else min(COLUMNS, width)
-        merge_splits[(triton.cdiv(count, queries), triton.cdiv(dim, columns))](
-            outs,
-            lses,
-            outs if rotation is None else rotation,
-            out,
-            lse,
-            count,
-            first,
-            stop,
-            outs.shape[0],
-            ROTATED=rotation is not None,
-            ADDED=index > 0,
-            DIM=dim,
-            D=width,
-            QUERIES=queries,
-            SLOTS=BLOCK // queries,
-            COLUMNS=columns,
-            enable_fp_fusion=True,
-        )
-    return out, lse
+    columns = width if rotation is None else COLUMNS
+    merge_splits[(count, _ceil(dim, columns))](
+        outs,
+        lses,
+        outs if rotation is None else rotation,
+        out,
+        lse,
+        count,
+        first,
+        stop,
+        outs.shape[0],
+        ROTATED=rotation is not None,
+        ADDED=added,
+        DIM=dim,
+        D=width,
+        SLOTS=BLOCK,
+        COLUMNS=columns,
+        enable_fp_fusion=True,
+    )
+
+
+def _ceil(number: int, by: int) -> int:
+    return -(-number // by)
