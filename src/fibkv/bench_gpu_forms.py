@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -65,16 +65,16 @@ class CodedLayer:
     def run(self) -> Run:
         """The pages as kernels are told of them."""
         (key, value), (keys, values) = self._codecs, self._codes
-        batch, spans, heads = keys.axes[:3]
+        batch, _, heads = keys.axes[:3]
         return Run(
             rows=(0, batch),
             heads=(0, heads),
             start=0,
             tokens=self._tokens_per_page,
             key_tables=key.tables,
-            keys=[[_at(keys, row, span) for span in range(spans)] for row in range(batch)],
+            keys=_pages(keys),
             value_tables=value.tables,
-            values=[[_at(values, row, span) for span in range(spans)] for row in range(batch)],
+            values=_pages(values),
         )
 
     def attention(self, kernels: InPlace, query: Tensor) -> Callable[[], Tensor]:
@@ -110,6 +110,17 @@ class CodedLayer:
             yield
         finally:
             payload.copy_(before)
+
+
+def _pages(codes: Codes) -> list[list[Codes]]:
+    """Codes ``[B, P, ...]`` row by row and page by page."""
+    rows = zip(*(tensor.unbind() for _, tensor in codes.named()), strict=True)
+    return [[_of(codes, views) for views in zip(*(row.unbind() for row in parts), strict=True)] for parts in rows]
+
+
+def _of(codes: Codes, tensors: Iterable[Tensor]) -> Codes:
+    following = iter(tensors)
+    return codes.map(lambda _: next(following))
 
 
 def _at(codes: Codes, row: int, span: int) -> Codes:
