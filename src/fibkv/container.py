@@ -25,8 +25,10 @@ Parsed = TypeVar("Parsed", bound=Contract)
 MAGIC = b"\x89fibkv\r\n"
 VERSION = 1
 ALIGNMENT = 64
-# Bounds what parsing a header may cost; a page of 1000 segments has 150 KiB.
+# A root of 128 layers has 80 KiB.
 MAX_HEADER_NBYTES = 1 << 20
+# What sizes and header may take in memory beyond the size of the container.
+SPARE_NBYTES = 1 << 20
 
 _KINDS: dict[Kind, int] = {kind: number for number, kind in enumerate(get_args(Kind), start=1)}
 _DOMAINS: dict[Kind, str] = {
@@ -69,8 +71,8 @@ class Container:
             kind: that is expected; None = any.
 
         Raises:
-            PageError: another marker, version or kind; sizes that do not add up to those of ``data``; filling bytes
-                that are not zero.
+            PageError: another marker, version or kind; sizes that do not add up to those of ``data``; more sections or
+                values in the header than memory for them; filling bytes that are not zero.
         """
         view = memoryview(data).cast("B")
         if len(view) < ALIGNMENT:
@@ -87,11 +89,12 @@ class Container:
                 f"{found} container: expected a header of at most {MAX_HEADER_NBYTES} bytes and {count} sizes within "
                 f"{nbytes} bytes, got a header of {header_nbytes} bytes"
             )
+        header = bytes(view[body - header_nbytes : body])
+        _require_affordable(found, header, count, nbytes)
         sizes = struct.unpack_from(f"<{count}Q", view, ALIGNMENT)
         expected = aligned(body) + sum(aligned(size) for size in sizes)
         if expected != nbytes:
             raise PageError(f"{found} container: expected {expected} bytes by its sections, got {nbytes}")
-        header = bytes(view[body - header_nbytes : body])
         sections, offset = [], aligned(body)
         _require_zeros(found, view[body:offset])
         for size in sizes:
@@ -145,7 +148,7 @@ class Draft:
         sections: writable views of it.
 
     Raises:
-        PageError: a header longer than `MAX_HEADER_NBYTES`.
+        PageError: a header longer than `MAX_HEADER_NBYTES`, or one that no reader would take.
     """
 
     def __init__(self, kind: Kind, header: bytes, sizes: Sequence[int], into: memoryview | None = None) -> None:
@@ -155,6 +158,7 @@ class Draft:
         self.header = header
         layout = _layout(kind, len(header), tuple(sizes))
         self.data = memoryview(bytearray(layout.nbytes)) if into is None else into
+        _require_affordable(kind, header, len(sizes), layout.nbytes)
         self.data[: layout.start] = layout.beginning(header)
         self.sections = tuple([self.data[start:stop] for start, stop, _ in layout.places])
 
@@ -258,6 +262,21 @@ def _kind_of(magic: bytes, version: int, number: int, expected: Kind | None) -> 
         wanted = expected or f"one of {', '.join(_KINDS)}"
         raise PageError(f"container kind: expected {wanted}, got {found or number}")
     return found
+
+
+def _require_affordable(kind: Kind, header: bytes, num_sections: int, nbytes: int) -> None:
+    """Refuses what would be many times larger in memory than it is: values of JSON, and sections of no bytes.
+
+    What text, arrays, objects, members, items and sections take at most, contracts and messages included, is measured;
+    tests/fuzz holds the parsers to it.
+    """
+    values = 80 * header.count(b"[") + 250 * header.count(b"{") + 200 * header.count(b":") + 100 * header.count(b",")
+    cost = len(header) * (8 if header.isascii() else 24) + values + 320 * num_sections
+    if cost > nbytes + SPARE_NBYTES:
+        raise PageError(
+            f"{kind} container: expected a header and sections that take at most {nbytes + SPARE_NBYTES} bytes in "
+            f"memory, got up to {cost}"
+        )
 
 
 def _require_zeros(kind: Kind, filling: memoryview) -> None:

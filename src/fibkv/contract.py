@@ -11,6 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, Va
 from fibkv.digest import canonical_json, digest
 from fibkv.errors import ContractError
 
+# No contract has as many. Bound what hostile JSON costs before it is refused.
+MAX_NAMES = 256
+MAX_COMPLAINTS = 100
+
 Index = Annotated[int, Field(ge=0, lt=2**32)]
 """Field type: an unsigned 32-bit number that may be zero."""
 
@@ -96,6 +100,8 @@ class MarkedContract(Contract):
 
 def _fields(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """A JSON object; one that names a field twice would have a second meaning for another reader."""
+    if len(pairs) > MAX_NAMES:
+        raise ValueError(f"{len(pairs)} names in one object, expected at most {MAX_NAMES}")
     fields = dict(pairs)
     if len(fields) != len(pairs):
         raise ValueError(f"a repeated name among {', '.join(name for name, _ in pairs)}")
@@ -113,6 +119,8 @@ def _tuples(value: Any) -> Any:
 
 def _contract_error(cls: type[Contract], error: ValidationError) -> ContractError:
     """The first complaint of pydantic, in the words of the one error tree."""
+    if error.error_count() > MAX_COMPLAINTS:
+        return ContractError(cls.__name__, "a valid contract", f"{error.error_count()} mistakes")
     first = error.errors(include_url=False)[0]
     field = ".".join([cls.__name__, *map(str, first["loc"])])
     message, actual = first["msg"], first["input"]
