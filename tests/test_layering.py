@@ -132,6 +132,7 @@ def test_exported_names() -> None:
         "ProtectedRegions",
         "QualityBudget",
         "Receipt",
+        "Saver",
         "Session",
         "attention",
         "bind_profile",

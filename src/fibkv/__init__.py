@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fibkv.hf import Cache
     from fibkv.hf_attention import attention
     from fibkv.hf_restore import restore
+    from fibkv.hf_saver import Saver
     from fibkv.hf_session import Session
     from fibkv.ladder import Ladder
     from fibkv.policy import Policy, decide, plan
@@ -42,6 +43,7 @@ _HOMES = {
     "ProtectedRegions": "regions",
     "QualityBudget": "regions",
     "Receipt": "receipt",
+    "Saver": "hf_saver",
     "Session": "hf_session",
     "attention": "hf_attention",
     "bind_profile": "coder",
@@ -77,6 +79,7 @@ __all__ = [  # noqa: RUF022 - in the order of the ranks: contracts, tensors, mod
     "Pool",
     "Cache",
     "Session",
+    "Saver",
     "attention",
     "restore",
 ]

@@ -27,12 +27,11 @@ from fibkv.calibration_file import Calibration
 from fibkv.errors import BudgetError, ContractError, ModelError
 from fibkv.handle import outside_graphs
 from fibkv.hf_hybrid import CompressedHybridLayer
-from fibkv.hf_identity import Origin, bind
+from fibkv.hf_identity import Origin
 from fibkv.hf_layer import CompressedLayer
 from fibkv.hf_model import LayerPlan, model_digest, plan_model
 from fibkv.hf_pool import Membership
-from fibkv.hf_prefix import plain_ids, why_not_stored
-from fibkv.hf_states import has_state, take_state
+from fibkv.hf_prefix import snapshot
 from fibkv.hf_steps import check_rows, check_step
 from fibkv.hf_stock import holds_state, nbytes_of, num_rows, report_of, why_not_cropped
 from fibkv.inventory import Inventory
@@ -42,7 +41,7 @@ from fibkv.policy import Policy
 from fibkv.pool import Pool
 from fibkv.prefix import TokenIds
 from fibkv.prefix_load import Restored
-from fibkv.prefix_save import Saved, save_prefix
+from fibkv.prefix_save import Saved, write_prefix
 from fibkv.quarantine import Quarantine
 from fibkv.regions import QualityBudget
 from fibkv.report import BudgetViolation, CacheReport
@@ -356,11 +355,7 @@ class Cache(StockCache):
             ModelError: a layer is left to transformers, or the model is gone.
             ContractError: the cache is empty or has several rows, or fewer ids are given than it holds.
         """
-        if why := why_not_stored(self.layers):
-            raise ModelError(f"save: {why}")
-        held = [layer.store for layer in self._compressed() if layer.store is not None]
-        states = [take_state(index, layer) for index, layer in enumerate(self.layers) if has_state(layer)]
-        return save_prefix(store, bind(self.settings, self.origin.identify(name)), held, plain_ids(token_ids), states)
+        return write_prefix(store, snapshot(self, token_ids, name))
 
     def corrupt_page(self, *, layer: int, row: int, page: int) -> AbstractContextManager[None]:
         """For poison tests: damages one page in memory while the context lasts, then restores it exactly.

@@ -9,10 +9,12 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from fibkv.errors import ContractError
+from fibkv.errors import ContractError, ModelError
+from fibkv.hf_identity import bind
 from fibkv.hf_layer import CompressedLayer
-from fibkv.hf_states import is_stored
+from fibkv.hf_states import has_state, is_stored, take_state
 from fibkv.prefix import TokenIds
+from fibkv.prefix_save import Snapshot
 
 
 def why_not_stored(layers: Sequence[Any]) -> str | None:
@@ -37,3 +39,12 @@ def plain_ids(token_ids: TokenIds | Tensor) -> npt.NDArray[np.integer]:
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise ContractError("token_ids", "whole numbers [t] or [1, t]", f"{ids.dtype} {list(ids.shape)}")
     return ids
+
+
+def snapshot(cache: Any, token_ids: TokenIds | Tensor, name: str | None) -> Snapshot:
+    """What a `fibkv.Cache` holds of one row; arguments and errors as those of `Cache.save`."""
+    if why := why_not_stored(cache.layers):
+        raise ModelError(f"save: {why}")
+    held = [layer.store for layer in cache.layers if isinstance(layer, CompressedLayer) and layer.store is not None]
+    states = [take_state(index, layer) for index, layer in enumerate(cache.layers) if has_state(layer)]
+    return Snapshot.take(bind(cache.settings, cache.origin.identify(name)), held, plain_ids(token_ids), states)

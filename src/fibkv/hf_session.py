@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -10,6 +10,7 @@ from fibkv.errors import ContractError, ModelError
 from fibkv.hf import Cache
 from fibkv.hf_attention import attention
 from fibkv.hf_restore import restore
+from fibkv.hf_saver import Saver, SavesPages
 from fibkv.prefix_load import Restored
 from fibkv.store.base import Store
 
@@ -30,6 +31,8 @@ class Session:
         system: a first message of the system; needs a chat template.
         store: where turns are saved; None = nowhere.
         name: of the model's weights, see `Cache.save`.
+        background: turns are saved by a worker (`fibkv.Saver`), full pages while the answer is still being generated.
+            `close`, or the end of a ``with`` block, waits for it; so does the end of the process.
         settings: of `fibkv.Cache`.
 
     Attributes:
@@ -48,6 +51,7 @@ class Session:
         system: str | None = None,
         store: Store | None = None,
         name: str | None = None,
+        background: bool = False,
         **settings: Any,
     ) -> None:
         if system is not None and not tokenizer.chat_template:
@@ -61,7 +65,8 @@ class Session:
         self.cache: Cache | None = None
         self.reused_tokens = 0
         self.restored: Restored | None = None
-        self.failures: list[str] = []
+        self._saver = Saver(store) if background and store is not None else None
+        self.failures: list[str] = [] if self._saver is None else self._saver.failures
         # All that was said, prompt and answers, as the model saw it.
         self._ids: list[int] = []
 
@@ -73,24 +78,39 @@ class Session:
             **generation: for ``model.generate``; one sequence at a time.
 
         Raises:
-            ContractError: settings that ask for several rows, or that `fibkv.Cache` refuses.
+            ContractError: settings that ask for several rows, or that `fibkv.Cache` refuses; the session is closed.
             ModelError: a model that `fibkv.Cache` refuses.
         """
         if any(generation.get(name, 1) != 1 for name in _ROWS):
             raise ContractError("Session.ask", f"one row: {', '.join(_ROWS)} of 1", generation)
+        if self._saver is not None and self._saver.is_closed:
+            raise ContractError("Session.ask", "a session that is open", "one that is closed")
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = self._prompt(messages, text)
         cache, self.cache = self._begin(prompt), None  # what a failed turn leaves in it is not known
         self.reused_tokens = cache.get_seq_length()
+        if self._saver is not None:
+            following = SavesPages(self._saver, cache, self.name)
+            generation["stopping_criteria"] = [*generation.get("stopping_criteria", ()), following]
         ids = torch.tensor([prompt], device=self.model.device)
         with torch.no_grad(), attention(self.model):
             out = self.model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **generation)
         self.cache, self._ids = cache, out[0].tolist()
         answer = str(self.tokenizer.decode(self._ids[len(prompt) :], skip_special_tokens=True))
         self.messages = [*messages, {"role": "assistant", "content": answer}]
-        if self.store is not None:
-            self._save(self.store, cache)
+        self._save(cache)
         return answer
+
+    def close(self) -> None:
+        """Waits until all turns are saved; one that saves them in the background takes no more."""
+        if self._saver is not None:
+            self._saver.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _prompt(self, messages: list[dict[str, str]], text: str) -> list[int]:
         if self.tokenizer.chat_template:
@@ -116,10 +136,13 @@ class Session:
         self.failures += self.restored.failures if self.restored else ()
         return cache
 
-    def _save(self, store: Store, cache: Cache) -> None:
+    def _save(self, cache: Cache) -> None:
+        if self.store is None:
+            return
         try:
-            failure = cache.save(store, self._ids, name=self.name).failure
+            if self._saver is not None:
+                self._saver.save(cache, self._ids, name=self.name)
+            elif (failure := cache.save(self.store, self._ids, name=self.name).failure) is not None:
+                self.failures.append(failure)
         except ModelError as error:  # windows and states
-            failure = str(error)
-        if failure is not None:
-            self.failures.append(failure)
+            self.failures.append(str(error))

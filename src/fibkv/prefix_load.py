@@ -171,7 +171,8 @@ class PrefixLoader:
     def _ends(self, previous: str, start: int, longest: int) -> list[tuple[int, str, str]]:
         """Length, name and key of the ends behind a span that the prompt goes on with, the longest first."""
         listed = self._try(lambda: list(self.store.list(ends_folder(previous)))) or []
-        places = sorted(((*end_place(entry), entry.key) for entry in listed), reverse=True)
+        found = ((end_place(entry), entry.key) for entry in listed)
+        places = sorted(((*place, key) for place, key in found if place is not None), reverse=True)
         within = (place for place in places if start < place[0] <= longest)
         return [place for place in within if chain(previous, self.token_ids[start : place[0]]) == place[1]]
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 from fibkv.manifest import Binding, EndHeader
 from fibkv.store.base import Entry
+
+_END = re.compile(r"ends/[0-9a-f]{64}/(?P<length>[0-9]{1,18})/(?P<name>[0-9a-f]{64})")
 
 
 def root_key(binding: Binding) -> str:
@@ -26,10 +30,10 @@ def ends_folder(previous: str) -> str:
     return f"ends/{_hex(previous)}"
 
 
-def end_place(entry: Entry) -> tuple[int, str]:
-    """Length and name of a listed end."""
-    *_, length, name = entry.key.split("/")
-    return int(length), f"blake3:{name}"
+def end_place(entry: Entry) -> tuple[int, str] | None:
+    """Length and name of a listed end; None for an object that is none."""
+    place = _END.fullmatch(entry.key)
+    return None if place is None else (int(place["length"]), f"blake3:{place['name']}")
 
 
 def _hex(name: str) -> str:

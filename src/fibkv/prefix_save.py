@@ -1,17 +1,21 @@
 """Saving a prefix: what the caches of all layers hold of one row, span by span, into a store.
 
 Spans are written in order, each whole or not at all, so that whatever interrupts a save leaves a shorter prefix. They
-are shared by all prompts that begin alike: what the store has already is not written again. While one span is written,
-the next is made on a second thread, which never touches the store.
+are shared by all prompts that begin alike: what the store has already is not written again.
+
+What layers hold is taken first, which is quick (`Snapshot`), and written then: at once, the next span being made on a
+second thread while one is written, or by a worker while the layers go on (`fibkv.hf_saver`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from fibkv.cache import LayerCache
 from fibkv.contract import Contract, Total
@@ -32,6 +36,8 @@ from fibkv.prefix_places import end_key, root_key, span_key
 from fibkv.states import LayerState
 from fibkv.store.base import Store
 
+Begin = Callable[..., Callable[[], bytes | memoryview]]
+
 
 class Saved(Contract):
     """What came of saving a prefix.
@@ -51,6 +57,79 @@ class Saved(Contract):
     failure: str | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Snapshot:
+    """What layers hold of a prefix at one moment. Pages never change; tails and states do, unless they are copies.
+
+    Attributes:
+        root: of the prefix: what it is bound to.
+        ids: ``[t]``, of all tokens held.
+        columns: the pages of all layers, by span.
+        first: of the columns that are to be written.
+        tails: per layer, raw keys and values behind the pages ``[1, H, t, d]``; None = spans alone are to be written.
+        states: what layers hold beside pages; the prefix can then be taken up at its whole length only.
+    """
+
+    root: Root
+    ids: TokenIds
+    columns: tuple[tuple[Page, ...], ...]
+    first: int
+    tails: tuple[tuple[Tensor, Tensor], ...] | None
+    states: tuple[LayerState, ...]
+
+    @classmethod
+    def take(
+        cls, binding: Binding, layers: Sequence[LayerCache], token_ids: TokenIds, states: Sequence[LayerState] = ()
+    ) -> Snapshot:
+        """What layers hold now; tails and states are views, good until the layers change.
+
+        Args:
+            binding: what the prefix is bound to.
+            layers: of one row, all of one length L.
+            token_ids: ``[t]``, t >= L: the tokens that the layers hold, and maybe some behind them.
+            states: what layers hold beside pages.
+
+        Raises:
+            ContractError: fewer ids than tokens, layers of different lengths, or other than one row.
+        """
+        length = _length(layers)
+        if len(token_ids) < length:
+            raise ContractError("save.token_ids", f"the ids of the {length} tokens held", f"{len(token_ids)} ids")
+        _wait_for(layers)
+        raw = (layer.tail for layer in layers)
+        return cls(
+            root=Root(binding=binding, layers=tuple(LayerForm.of(layer.settings) for layer in layers)),
+            ids=token_ids[:length],
+            columns=tuple(zip(*(layer.rows[0] for layer in layers), strict=True)),
+            first=0,
+            tails=tuple((tail.keys[:, :, : tail.length], tail.values[:, :, : tail.length]) for tail in raw),
+            states=tuple(states),
+        )
+
+    def kept(self) -> Snapshot:
+        """The snapshot with ids, tails and states of its own, for layers that go on."""
+        return replace(
+            self,
+            ids=np.array(self.ids),
+            tails=self.tails and tuple((keys.clone(), values.clone()) for keys, values in self.tails),
+            states=tuple(
+                replace(state, tensors={name: tensor.clone() for name, tensor in state.tensors.items()})
+                for state in self.states
+            ),
+        )
+
+    def spans_from(self, first: int) -> Snapshot:
+        """Its full pages alone, from a span on before which all are known to be there."""
+        return replace(self, first=first, tails=None, states=())
+
+    @property
+    def regular(self) -> int:
+        """How many of the columns, from the first on, are spans: full pages."""
+        size = self.root.binding.tokens_per_page
+        found = (index for index, pages in enumerate(self.columns) if not _is_span(pages, index * size, size))
+        return next(found, len(self.columns))
+
+
 def save_prefix(
     store: Store,
     binding: Binding,
@@ -58,51 +137,57 @@ def save_prefix(
     token_ids: TokenIds,
     states: Sequence[LayerState] = (),
 ) -> Saved:
-    """Saves what layers hold, under the names of their tokens.
+    """Saves what layers hold, under the names of their tokens: `Snapshot.take`, then `write_prefix`.
+
+    Raises:
+        ContractError, DigestMismatch: as these do.
+    """
+    return write_prefix(store, Snapshot.take(binding, layers, token_ids, states))
+
+
+def write_prefix(store: Store, snapshot: Snapshot) -> Saved:
+    """Writes what was taken, the next object being made while one is written.
 
     Args:
         store: where to. A store that fails does not raise here.
-        binding: what the prefix is bound to.
-        layers: of one row, all of one length L.
-        token_ids: ``[t]``, t >= L: the tokens that the layers hold, and maybe some behind them.
-        states: what layers hold beside pages; the prefix can then be taken up at its whole length only.
+        snapshot: of layers that do not change meanwhile, or that it has kept what changes of.
 
     Raises:
-        ContractError: fewer ids than tokens, layers of different lengths, or other than one row.
         DigestMismatch: a page was damaged in memory.
     """
-    length = _length(layers)
-    if len(token_ids) < length:
-        raise ContractError("save.token_ids", f"the ids of the {length} tokens held", f"{len(token_ids)} ids")
-    failure = None
-    _wait_for(layers)
     with ThreadPoolExecutor(1, "fibkv-save") as making:
-        writer = _Writer(store, making)
-        try:
-            _save(writer, binding, layers, token_ids[:length], states)
-        except StoreError as error:
-            failure = str(error)
-    return Saved(tokens=length, written=writer.written, shared=writer.shared, nbytes=writer.nbytes, failure=failure)
+        return write_each(store, snapshot, lambda make, *contents: making.submit(make, *contents).result)
 
 
-def _save(
-    writer: _Writer,
-    binding: Binding,
-    layers: Sequence[LayerCache],
-    ids: TokenIds,
-    states: Sequence[LayerState],
-) -> None:
-    root = Root(binding=binding, layers=tuple(LayerForm.of(layer.settings) for layer in layers))
-    columns = list(zip(*(layer.rows[0] for layer in layers), strict=True))
-    size = binding.tokens_per_page
-    regular = next((i for i, pages in enumerate(columns) if not _is_span(pages, i * size, size)), len(columns))
+def write_each(store: Store, snapshot: Snapshot, begin: Begin) -> Saved:
+    """Writes what was taken object by object; see `write_prefix`.
+
+    Args:
+        store: where to.
+        snapshot: what to write.
+        begin: of a function and its arguments: begins to call it, and gives what its answer is asked of.
+    """
+    writer = _Writer(store, begin)
+    failure = None
+    try:
+        _write(writer, snapshot)
+    except StoreError as error:
+        failure = str(error)
+    return Saved(
+        tokens=len(snapshot.ids), written=writer.written, shared=writer.shared, nbytes=writer.nbytes, failure=failure
+    )
+
+
+def _write(writer: _Writer, snapshot: Snapshot) -> None:
+    binding, columns, ids = snapshot.root.binding, snapshot.columns, snapshot.ids
+    size, regular = binding.tokens_per_page, snapshot.regular
     names = [binding.name, *chain_names(binding.name, ids, [size * (i + 1) for i in range(regular)])]
-    writer.put_root(root)
-    for index, pages in enumerate(columns[:regular]):
+    writer.put_root(snapshot.root)
+    for index in range(snapshot.first, regular):
         previous, name = names[index : index + 2]
-        writer.put(span_key(name), span_to_bytes, name, previous, pages)
+        writer.put(span_key(name), span_to_bytes, name, previous, columns[index])
     start = size * regular
-    if start < len(ids):
+    if snapshot.tails is not None and start < len(ids):
         rest = [page for pages in columns[regular:] for page in pages]
         header = EndHeader(
             name=chain(names[-1], ids[start:]),
@@ -111,11 +196,9 @@ def _save(
             length=len(ids),
             boundaries=tuple(pages[0].start + pages[0].tokens for pages in columns[regular:]),
             pages=tuple(page.digest for page in rest),
-            states=tuple(state.form() for state in states),
+            states=tuple(state.form() for state in snapshot.states),
         )
-        raw = (layer.tail for layer in layers)
-        tails = [(tail.keys[:, :, : tail.length], tail.values[:, :, : tail.length]) for tail in raw]
-        writer.put(end_key(header), end_to_bytes, header, rest, tails, states)
+        writer.put(end_key(header), end_to_bytes, header, rest, snapshot.tails, snapshot.states)
     writer.finish()
 
 
@@ -144,12 +227,12 @@ class _Writer:
     """Writes what the store does not have, and counts. At most one object is made and not yet written."""
 
     store: Store
-    making: ThreadPoolExecutor
+    begin: Begin
     written: int = 0
     shared: int = 0
     nbytes: int = 0
     keys: list[str] = field(default_factory=list)
-    _coming: tuple[str, Future[bytes | memoryview]] | None = None
+    _coming: tuple[str, Callable[[], bytes | memoryview]] | None = None
 
     def put_root(self, root: Root) -> None:
         """Writes the root, or checks that the one which is there speaks of the same profiles."""
@@ -172,9 +255,9 @@ class _Writer:
         if self.store.exists(key):
             self.shared += 1
             return
-        making = self.making.submit(make, *contents)
+        made = self.begin(make, *contents)
         self._write_made()
-        self._coming = (key, making)
+        self._coming = (key, made)
 
     def finish(self) -> None:
         """Writes the last one. The beginning, which everything behind it needs, counts as used last."""
@@ -185,7 +268,7 @@ class _Writer:
         if self._coming is None:
             return
         (key, made), self._coming = self._coming, None
-        data = made.result()
+        data = made()
         self.store.put(key, data)
         self.written += 1
         self.nbytes += len(data)

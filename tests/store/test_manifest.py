@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from fibkv.container import Container, pack
 from fibkv.digest import canonical_json
@@ -13,8 +14,10 @@ from fibkv.errors import ContractError, DigestMismatch, PageError
 from fibkv.manifest import Binding, EndHeader, end_from_bytes, root_from_bytes, span_from_bytes
 from fibkv.prefix_load import PrefixLoader
 from fibkv.prefix_save import save_prefix
+from fibkv.states import LayerState
 from fibkv.store import MemoryStore
 from fibkv.wire import PageReader
+from tests.pages.helpers import gaussian
 from tests.store.damage import check_damage_is_seen
 from tests.store.prefixes import binding, fed, layers_settings
 
@@ -28,18 +31,27 @@ for one in LAYERS:  # one span, then a shortened page, one behind it, and a raw 
     keys, values = (tensor[:, :, :30] for tensor in (fed(IDS)[0].view().decode(one.tail.keys.dtype)))
     one.append(keys, values)
 save_prefix(STORE, binding(), LAYERS, IDS[:54])
+STATEFUL = MemoryStore()
+WINDOW = {"keys": gaussian(1, 2, 7, 8), "values": gaussian(1, 2, 7, 8).to(torch.bfloat16)}
+STATE_HELD = LayerState(5, "DynamicSlidingWindowLayer", {"cumulative_length": 70}, WINDOW)
+save_prefix(STATEFUL, binding(), fed(IDS), IDS, [STATE_HELD])
 
 
-def stored(kind: str) -> bytes:
-    (entry,) = STORE.list(kind)
-    return STORE.get(entry.key) or b""
+def stored(kind: str, store: MemoryStore = STORE) -> bytes:
+    (entry,) = store.list(kind)
+    return store.get(entry.key) or b""
 
 
-ROOT, SPAN, END = (stored(kind) for kind in ("roots", "spans", "ends"))
+ROOT, SPAN, END, STATES = *(stored(kind) for kind in ("roots", "spans", "ends")), stored("ends", STATEFUL)
 
 
 def fields_of(data: bytes) -> dict:
     return json.loads(Container.parse(data).header)
+
+
+def read_states(data: bytes) -> object:
+    place = tuple(fields_of(STATES)[name] for name in ("name", "previous", "start", "length"))
+    return end_from_bytes(data, place, READERS)
 
 
 PLACE = tuple(fields_of(SPAN)[name] for name in ("name", "previous", "start", "tokens"))
@@ -144,7 +156,9 @@ def test_damage_inside_a_page_of_a_span_is_the_pages_to_find() -> None:
         read_span(data)
 
 
-@pytest.mark.parametrize(("read", "data"), [(read_root, ROOT), (read_span, SPAN), (read_end, END)])
+@pytest.mark.parametrize(
+    ("read", "data"), [(read_root, ROOT), (read_span, SPAN), (read_end, END), (read_states, STATES)]
+)
 def test_no_random_damage_goes_unseen_or_takes_memory(read: Callable[[bytes], object], data: bytes) -> None:
     check_damage_is_seen(data, read, count=200)
 

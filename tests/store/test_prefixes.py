@@ -182,6 +182,18 @@ def test_damage_makes_the_prefix_shorter_and_is_moved_aside(kind: str) -> None:
     assert same(loaded(store, IDS)[0], fed(IDS))
 
 
+def test_foreign_objects_among_the_ends_are_none() -> None:
+    store = MemoryStore()
+    saved(store, IDS)
+    (end,) = store.list("ends")
+    folder = end.key.rsplit("/", maxsplit=2)[0]
+    for name in ("x", "y/z", f"70/{'a' * 63}", "70/b/c", f"{'9' * 30}/{'a' * 64}"):
+        store.put(f"{folder}/{name}", b"x")
+    layers, loader = loaded(store, IDS)
+    assert loader.failures == []
+    assert same(layers, fed(IDS))
+
+
 def test_a_missing_span_is_no_failure() -> None:
     store = MemoryStore()
     saved(store, IDS)

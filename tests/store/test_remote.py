@@ -15,7 +15,7 @@ from moto.server import ThreadedMotoServer
 from fibkv.errors import StoreError
 from fibkv.prefix_save import save_prefix
 from fibkv.store import DirectoryStore, Store, open_store
-from fibkv.store.fsspec import FsspecStore
+from fibkv.store.fsspec import LEFTOVER_SECONDS, FsspecStore
 from fibkv.store.redis import RedisStore
 from fibkv.store.retries import Retries
 from tests.store.conformance import StoreConformance
@@ -70,6 +70,12 @@ class TestRedisStore(StoreConformance):
             store.touch(["pages/ab"])
         assert [entry.key for entry in store.list()] == ["pages/ab"]
 
+    def test_foreign_keys_are_none_of_ours(self, store: RedisStore) -> None:
+        store.put("pages/ab", b"1")
+        for name in (b"pages", b"pages/A", b"pages/\xff"):
+            store._client.set(store._prefix.encode() + name, b"x")
+        assert [entry.key for entry in store.list()] == ["pages/ab"]
+
     def test_use_is_told(self, store: RedisStore) -> None:
         store.put("pages/ab", b"1")
         (entry,) = store.list("pages")
@@ -92,6 +98,12 @@ class TestLocalFileSystem(StoreConformance):
         assert DirectoryStore(tmp_path / "store").get("pages/ab") == b"one"
         assert repr(store) == f"FsspecStore('file://{tmp_path}/store')"
 
+    def test_foreign_files_are_none_of_ours(self, store: FsspecStore, tmp_path: Path) -> None:
+        store.put("pages/ab", b"1")
+        for name in ("README", "pages/x.txt"):
+            (tmp_path / "store" / name).write_text("x")
+        assert [entry.key for entry in store.list()] == ["pages/ab"]
+
     def test_nothing_is_left_of_a_write_that_failed(self, tmp_path: Path) -> None:
         store = FsspecStore(f"file://{tmp_path}/store", attempts=1)
         (tmp_path / "store" / "pages" / "ab" / "x").mkdir(parents=True)  # a file cannot take its place
@@ -103,6 +115,27 @@ class TestLocalFileSystem(StoreConformance):
         finally:
             store._fs.mv = moved
         assert [path for path in (tmp_path / "store").rglob("*") if path.is_file()] == []
+
+    def test_leftovers_of_killed_writers_go_at_the_next_start(self, store: FsspecStore, tmp_path: Path) -> None:
+        class KilledError(BaseException): ...
+
+        def kill(*_: object) -> None:
+            raise KilledError
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(store._fs, "mv", kill)
+            patch.setattr(store._fs, "rm_file", kill)
+            for age in (2 * LEFTOVER_SECONDS, 0):
+                patch.setattr("fibkv.store.fsspec.time", lambda age=age: time.time() - age)
+                with pytest.raises(KilledError):
+                    store.put("pages/ab", b"one")
+        folder = tmp_path / "store" / ".tmp"
+        assert len(list(folder.iterdir())) == 2
+        assert list(store.list()) == []
+        again = FsspecStore(store.url)
+        assert len(list(folder.iterdir())) == 1
+        again.put("pages/ab", b"two")
+        assert store.get("pages/ab") == b"two"
 
 
 class TestS3(StoreConformance):
@@ -162,7 +195,7 @@ def test_a_connection_that_breaks_once_is_tried_again(redis_url: str) -> None:
 def test_attempts_end_and_what_cannot_get_better_is_not_tried_again() -> None:
     calls: list[int] = []
 
-    def fail(error: Exception) -> None:
+    def fail(error: BaseException) -> None:
         calls.append(1)
         raise error
 
@@ -173,6 +206,9 @@ def test_attempts_end_and_what_cannot_get_better_is_not_tried_again() -> None:
     with pytest.raises(KeyError):
         retries(fail, KeyError())
     assert len(calls) == 4
+    with pytest.raises(KeyboardInterrupt):
+        Retries(3, lambda _: True)(fail, KeyboardInterrupt())
+    assert len(calls) == 5
 
 
 def test_places_are_opened_by_their_form(tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime
+from time import time
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -15,10 +17,12 @@ from fibkv.store.retries import Retries
 
 Answer = TypeVar("Answer")
 
-# Where an object that is written appears whole. Elsewhere it is written beside its place and moved there.
+# Where an object that is written appears whole. Elsewhere it is written to a folder that no key can name, and moved.
 _WHOLE = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "memory"})
 _S3 = frozenset({"s3", "s3a"})
 _TEMPORARY = ".tmp"
+# A temporary file that is so old has lost its writer.
+LEFTOVER_SECONDS = 3600.0
 # By what name file systems know when an object was written.
 _TIMES = ("LastModified", "last_modified", "mtime", "updated", "created")
 
@@ -48,6 +52,9 @@ class FsspecStore:
         self._retries = Retries(attempts, lambda error: not isinstance(error, FileNotFoundError | PermissionError))
         # Listings must be those of now: other processes write too.
         self._fs, self._root = self._ask(lambda: url_to_fs(url, use_listings_cache=False, **options))
+        self._temporary = f"{self._root}/{_TEMPORARY}"
+        if not self._is_whole:
+            self._ask(self._remove_leftovers)
 
     def __repr__(self) -> str:
         return f"FsspecStore({self.url!r})"
@@ -83,9 +90,9 @@ class FsspecStore:
         except FileNotFoundError:
             return
         for path, info in found.items():
-            key = path.removeprefix(self._root).strip("/")
-            if not key.endswith(_TEMPORARY) and path != where:
-                yield Entry(key, int(info["size"]), _written(info))
+            # Foreign files are none of ours.
+            with suppress(StoreError):
+                yield Entry(check_key(path.removeprefix(self._root).strip("/")), int(info["size"]), _written(info))
 
     def touch(self, keys: Sequence[str]) -> None:
         """See `Store`: nothing but the names is looked at."""
@@ -97,13 +104,25 @@ class FsspecStore:
             self._fs.pipe_file(path, data)
             return
         self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-        temporary = f"{path}.{uuid4().hex}{_TEMPORARY}"
+        self._fs.makedirs(self._temporary, exist_ok=True)
+        # Not every file system knows when a file was written.
+        temporary = f"{self._temporary}/{int(time())}-{uuid4().hex}"
         try:
             self._fs.pipe_file(temporary, data)
             self._fs.mv(temporary, path)
         finally:
             if self._fs.exists(temporary):
                 self._fs.rm_file(temporary)
+
+    def _remove_leftovers(self) -> None:
+        """What writers that were killed have left."""
+        if not self._fs.isdir(self._temporary):
+            return
+        for path in self._fs.ls(self._temporary, detail=False):
+            began, _, _ = path.rpartition("/")[2].partition("-")
+            if began.isdecimal() and time() - int(began) > LEFTOVER_SECONDS:
+                with suppress(FileNotFoundError):
+                    self._fs.rm_file(path)
 
     def _at(self, key: str) -> str:
         return f"{self._root}/{check_key(key)}"

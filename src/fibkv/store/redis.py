@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from time import time
 from typing import Any, TypeVar
 
@@ -115,7 +116,8 @@ class RedisStore:
             # Gone since; or the server keeps frequencies and not times; or it is no string and none of ours.
             if isinstance(size, int) and idle is not None:
                 used = time() - idle if isinstance(idle, int) else 0.0
-                yield Entry(name.decode().removeprefix(self._prefix), size, used)
+                with suppress(StoreError, UnicodeDecodeError):
+                    yield Entry(check_key(name.decode().removeprefix(self._prefix)), size, used)
 
     def _at(self, key: str) -> str:
         return self._prefix + check_key(key)

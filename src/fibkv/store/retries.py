@@ -25,7 +25,8 @@ class Retries:
         self._retrying = Retrying(
             stop=stop_after_attempt(attempts),
             wait=wait_random_exponential(multiplier=0.05, max=LONGEST_PAUSE_SECONDS),
-            retry=retry_if_exception(is_transient),
+            # An interrupt is no error of the store.
+            retry=retry_if_exception(lambda error: isinstance(error, Exception) and is_transient(error)),
             reraise=True,
         )
 
