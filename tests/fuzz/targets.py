@@ -143,20 +143,13 @@ def _root() -> Target:
     )
 
 
-def _span() -> Target:
-    key, seed = _stored("spans")
-    fields = SpanHeader.from_json(Container.parse(seed).header)
-    place = (fields.name, fields.previous, fields.start, fields.tokens)
-    parse = partial(span_from_bytes, place=place, readers=_prefix()[1])
-    return Target(Sections("span", Sections("page")), seed, partial(_read_object, key, "span", parse))
-
-
-def _end() -> Target:
-    key, seed = _stored("ends")
-    fields = EndHeader.from_json(Container.parse(seed).header)
-    place = (fields.name, fields.previous, fields.start, fields.length)
-    parse = partial(end_from_bytes, place=place, readers=_prefix()[1])
-    return Target(Sections("end", Sections("page")), seed, partial(_read_object, key, "end", parse))
+def _behind(kind: Kind, header: type[SpanHeader | EndHeader], parse: Callable[..., object]) -> Target:
+    """The span or the end."""
+    key, seed = _stored(f"{kind}s")
+    fields = header.from_json(Container.parse(seed).header)
+    place = (fields.name, fields.previous, fields.start, fields.length if kind == "end" else fields.tokens)
+    read = partial(_read_object, key, kind, partial(parse, place=place, readers=_prefix()[1]))
+    return Target(Sections(kind, Sections("page")), seed, read)
 
 
 def _read_object(key: str, kind: Kind, parse: Read, data: bytes) -> None:
@@ -183,7 +176,7 @@ def _artifact() -> Target:
         decode_slice(artifact)
         assert artifact.to_bytes() == data
 
-    return Target(Archive(), encode_tensor(*make(name="fib2")).to_bytes(), read)
+    return Target(Archive(), encode_tensor(*make(name="fib2", policy=protecting(first_tokens_raw=1))).to_bytes(), read)
 
 
 def _calibration() -> Target:
@@ -264,8 +257,8 @@ _HEADERS: dict[str, type[Contract]] = {
 _MAKERS: dict[str, Callable[[], Target]] = {
     **{f"page-{name}": partial(_page, settings) for name, settings in PAGES.items()},
     "root": _root,
-    "span": _span,
-    "end": _end,
+    "span": partial(_behind, "span", SpanHeader, span_from_bytes),
+    "end": partial(_behind, "end", EndHeader, end_from_bytes),
     "chunk": _chunk,
     "artifact": _artifact,
     "calibration": _calibration,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 
 from fibkv import container
 from fibkv.errors import PageError
+from tests.fuzz.__main__ import MAX_LENGTH
 from tests.fuzz.check import check
 from tests.fuzz.forms import NO_DIGEST
 from tests.fuzz.mutations import mutate
@@ -17,6 +20,13 @@ from tests.fuzz.targets import NAMES, target
 
 BOMBS = ("[]", "{}", "0", '""', '{"a":0}', "[[0]]", f'"{NO_DIGEST}"', str(2**64))
 CRASHERS = sorted((Path(__file__).parent / "crashers").iterdir())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _traced() -> Iterator[None]:
+    """Other tests need not pay for counting memory."""
+    yield
+    tracemalloc.stop()
 
 
 def flip(data: bytes, rng: random.Random) -> bytes:
@@ -29,6 +39,7 @@ def flip(data: bytes, rng: random.Random) -> bytes:
 def test_seeds_are_read_and_changes_are_read_or_refused(name: str) -> None:
     one, rng = target(name), random.Random(0)
     assert check(name, one.seed)
+    assert len(one.seed) < MAX_LENGTH
     text, parts = one.form.split(one.seed)
     assert check(name, one.form.join(text, parts))
     changed = [mutate(one.form, one.seed, rng, lambda data: flip(data, rng)) for _ in range(60)]
