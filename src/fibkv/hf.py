@@ -34,6 +34,7 @@ from fibkv.hf_pool import Membership
 from fibkv.hf_prefix import snapshot
 from fibkv.hf_steps import check_rows, check_step
 from fibkv.hf_stock import holds_state, nbytes_of, num_rows, report_of, why_not_cropped
+from fibkv.hf_warm import warm_up
 from fibkv.inventory import Inventory
 from fibkv.ladder import Choice
 from fibkv.page_memory import PageMemories
@@ -305,6 +306,21 @@ class Cache(StockCache):
         """Rows of the first layer that holds any, else 0."""
         counts = (layer.num_rows if isinstance(layer, CompressedLayer) else num_rows(layer) for layer in self.layers)
         return next((rows for rows in counts if rows), 0)
+
+    def warm_up(self, model: PreTrainedModel, *, rows: int = 1) -> None:
+        """Has a device compile and load what steps of this kind take, so that nothing is compiled while a user waits.
+
+        The model runs a few hundred tokens over a cache like this one, which stays as it is; inside of
+        `fibkv.attention` if later calls will be. In a pool only the codecs of its present level are run.
+
+        Args:
+            model: that the cache is for.
+            rows: of later batches; several are also run with padding.
+
+        Raises:
+            BudgetError: the tokens do not fit into the pool's budget.
+        """
+        warm_up(model, self, rows)
 
     @property
     def is_croppable(self) -> bool:

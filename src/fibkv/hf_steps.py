@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fibkv.errors import ModelError
@@ -31,16 +31,19 @@ def check_step(layers: Sequence[Any], index: int, tokens: int) -> None:
         ModelError: an earlier step failed between two layers.
     """
     layer = layers[index]
-    compressed = [one for one in layers if isinstance(one, CompressedLayer)]
-    filled = [one for one in compressed if one.store is not None]
-    if not filled or not isinstance(layer, CompressedLayer):
+    first = next(_filled(layers), None)
+    if first is None or not isinstance(layer, CompressedLayer):
         return
-    leads = layer is filled[0]
-    expected = filled[0].get_seq_length() - (0 if leads else tokens)
-    for other in filled if leads else [layer]:
+    leads = layer is first
+    expected = first.get_seq_length() - (0 if leads else tokens)
+    for other in _filled(layers) if leads else (layer,):
         if (held := other.get_seq_length()) != expected:
-            least = min(one.get_seq_length() for one in compressed)
+            least = min(one.get_seq_length() for one in layers if isinstance(one, CompressedLayer))
             raise ModelError(
                 f"cache out of step after a failed call: layer {other.index} holds {held} tokens, "
                 f"expected {expected}; cache.crop_to({least}) mends it"
             )
+
+
+def _filled(layers: Sequence[Any]) -> Iterator[CompressedLayer]:
+    return (layer for layer in layers if isinstance(layer, CompressedLayer) and layer.store is not None)

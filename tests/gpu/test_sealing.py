@@ -187,3 +187,24 @@ def test_steps_that_seal_nothing_wait_for_nothing(no_waits: NoWaits) -> None:
     with no_waits():
         for step in new[2:]:
             attend(query, cache.append(*step), scores)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_nothing_is_compiled_behind_a_warm_up(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    compiled: list[str] = []
+    model = build("llama", torch.bfloat16).to(CUDA)
+    cache = fibkv.Cache(model, bits=4)
+    ids = prompt(rows, 300).to(CUDA)
+    mask = torch.ones_like(ids)
+    mask[0, : 7 * (rows - 1)] = 0
+    with fibkv.attention(model):
+        cache.warm_up(model, rows=rows)
+
+        def note(**about: object) -> None:
+            compiled.append(about["fn"].name)
+
+        monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", note)
+        model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=150, do_sample=False)
+    assert compiled == []
+    assert cache.report().layers[0].pages == 6 * rows

@@ -133,6 +133,14 @@ class DeviceTables:
 @lru_cache(maxsize=64)
 def on_device(tables: Tables, device: torch.device) -> DeviceTables:
     """Tables copied to a device, once."""
+    made = _copied(tables, device)
+    if device.type == "cuda":
+        # Whoever uses them next may be on another stream.
+        torch.cuda.current_stream(device).synchronize()
+    return made
+
+
+def _copied(tables: Tables, device: torch.device) -> DeviceTables:
     inner = tables.inner if isinstance(tables, ChannelTables) else tables
     nothing = torch.zeros(1, dtype=torch.uint8, device=device)
     if not isinstance(inner, FibTables):
