@@ -6,7 +6,7 @@ at once. The tensors of its codes are views of it, so kernels and codecs read it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -35,14 +35,13 @@ class Layout:
     """Where the tensors of one page lie in its block.
 
     Attributes:
-        forms: dtype and shape of each tensor, in canonical order.
-        starts: first byte of each. A tensor starts at a multiple of the largest power of two, up to `ALIGNMENT`, that
-            divides its size, and nothing lies between them: those of the evenest sizes come first.
+        places: first byte, byte behind the last one, dtype and shape of each tensor, in canonical order. A tensor
+            starts at a multiple of the largest power of two, up to `ALIGNMENT`, that divides its size, and nothing lies
+            between them: those of the evenest sizes come first.
         nbytes: of the block.
     """
 
-    forms: tuple[Form, ...]
-    starts: tuple[int, ...]
+    places: tuple[tuple[int, int, torch.dtype, tuple[int, ...]], ...]
     nbytes: int
 
     @classmethod
@@ -58,10 +57,9 @@ class Layout:
             blocks: ``[P, nbytes]`` uint8, contiguous, on their device.
         """
         tensors = (tensor for one in codes for _, tensor in one.named())
-        for start, tensor in zip(self.starts, tensors, strict=True):
-            if tensor.numel():
-                octets = tensor.contiguous().view(len(tensor), -1).view(torch.uint8)
-                blocks[:, start : start + octets.shape[1]] = octets
+        for (start, stop, _, _), tensor in zip(self.places, tensors, strict=True):
+            if start < stop:
+                blocks[:, start:stop] = tensor.contiguous().view(len(tensor), -1).view(torch.uint8)
 
     def read(self, block: Tensor, like: Sequence[Codes]) -> list[Codes]:
         """The codes of one page as views.
@@ -70,24 +68,12 @@ class Layout:
             block: ``[nbytes]`` uint8.
             like: codes of the same form.
         """
-        tensors = (
-            block[start : start + nbytes].view(dtype).view(shape)
-            for start, nbytes, (dtype, shape) in zip(self.starts, self._sizes(), self.forms, strict=True)
-        )
+        tensors = (block[start:stop].view(dtype).view(shape) for start, stop, dtype, shape in self.places)
         return [one.map(lambda _: next(tensors)) for one in like]
 
-    def parts(self, octets: memoryview) -> Iterator[memoryview]:
+    def parts(self, octets: memoryview) -> list[memoryview]:
         """The canonical bytes of all codes, tensor by tensor, of the block's bytes."""
-        for start, nbytes in zip(self.starts, self._sizes(), strict=True):
-            yield octets[start : start + nbytes]
-
-    def _sizes(self) -> Iterator[int]:
-        return map(_nbytes, self.forms)
-
-
-def _nbytes(form: Form) -> int:
-    dtype, shape = form
-    return prod(shape) * dtype.itemsize
+        return [octets[start:stop] for start, stop, _, _ in self.places]
 
 
 def _evenness(nbytes: int) -> int:
@@ -98,8 +84,11 @@ def _evenness(nbytes: int) -> int:
 @lru_cache(maxsize=256)
 def layout_of(forms: tuple[Form, ...]) -> Layout:
     """The layout of a page with tensors of these forms, in canonical order."""
-    starts, stop = [0] * len(forms), 0
-    for index in sorted(range(len(forms)), key=lambda index: -_evenness(_nbytes(forms[index]))):
-        starts[index] = stop
-        stop += _nbytes(forms[index])
-    return Layout(forms, tuple(starts), rounded(stop))
+    sizes = [prod(shape) * dtype.itemsize for dtype, shape in forms]
+    starts, end = [0] * len(forms), 0
+    for index in sorted(range(len(forms)), key=lambda index: -_evenness(sizes[index])):
+        starts[index] = end
+        end += sizes[index]
+    stops = (start + size for start, size in zip(starts, sizes, strict=True))
+    places = tuple((start, stop, *form) for start, stop, form in zip(starts, stops, forms, strict=True))
+    return Layout(places, rounded(end))

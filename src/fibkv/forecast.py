@@ -15,6 +15,7 @@ from itertools import groupby
 import torch
 
 from fibkv import kernels
+from fibkv.blocks import rounded
 from fibkv.cache import LayerCache
 from fibkv.codecs.raw import TORCH_DTYPES
 from fibkv.coder import RoleCoder
@@ -63,6 +64,7 @@ class Growth:
 
 
 NO_GROWTH = Growth(0, 0)
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ def forecast_layer(settings: LayerSettings, batch: int, tokens: int, blocks: Ran
         DecisionError: the policy can neither compress nor keep raw.
     """
     spans = full_spans(settings, tokens, tokens)
-    row = list(_pages(settings, tokens, spans))
+    row = list(_pages(settings, tokens, spans, CPU))
     for _ in range(batch):
         for pages in row:
             if pages.block_nbytes:
@@ -144,30 +146,32 @@ def forecast_append(store: LayerCache, settings: LayerSettings, tokens: int, hol
     if in_place and not more and recent < held:
         return NO_GROWTH
     capacity = max(settings.tokens_per_page + settings.last_tokens_raw, left + 1) if left else 0
-    pages = store.batch * _sealed_nbytes(settings, length, spans)
+    pages = store.batch * _sealed_nbytes(settings, length, spans, tail.keys.device)
     # The old tail, the working copy, pages and the new tail exist beside each other for a moment.
     return Growth(pages + per_token * (capacity - held), per_token * (held if in_place else held + recent))
 
 
-def _sealed_nbytes(settings: LayerSettings, length: int, spans: list[tuple[int, int]]) -> int:
+def _sealed_nbytes(settings: LayerSettings, length: int, spans: list[tuple[int, int]], device: torch.device) -> int:
     """What the pages of one row take at most, the grains that they only touch included."""
     return sum(
         pages.count * (METADATA_NBYTES + max(pages.block_nbytes, pages.nbytes - METADATA_NBYTES)) + 2 * SMALL_GRAIN
-        for pages in _pages(settings, length, spans)
+        for pages in _pages(settings, length, spans, device)
     )
 
 
 @lru_cache(maxsize=1024)
-def page_nbytes(settings: LayerSettings, start: int, tokens: int) -> int:
-    """Bytes of one page of old tokens, as `fibkv.page.Page.nbytes` counts them."""
+def page_nbytes(settings: LayerSettings, start: int, tokens: int, device: torch.device) -> int:
+    """Bytes of one page of old tokens on a device, as `fibkv.page.Page.nbytes` counts them."""
     length = start + tokens + settings.last_tokens_raw
-    return next(_pages(settings, length, [(start, start + tokens)])).nbytes
+    return next(_pages(settings, length, [(start, start + tokens)], device)).nbytes
 
 
-def _pages(settings: LayerSettings, tokens: int, spans: list[tuple[int, int]]) -> Iterator[_Pages]:
+def _pages(
+    settings: LayerSettings, tokens: int, spans: list[tuple[int, int]], device: torch.device
+) -> Iterator[_Pages]:
     if not spans:
         return  # the policy is not asked either: its regions may be longer than a short prompt
-    sizes = _Sizes(settings, tokens)
+    sizes = _Sizes(settings, tokens, device)
     first = settings.keys.policy.protected.first_tokens_raw
     # Behind the first protected tokens, pages of one length are alike: the last ones are in no page yet.
     alike = groupby(spans, key=lambda span: (span if span[0] < first else None, span[1] - span[0]))
@@ -180,13 +184,14 @@ _Form = tuple[int | None, tuple[tuple[Role, Run], ...]]
 
 
 class _Sizes:
-    def __init__(self, settings: LayerSettings, tokens: int) -> None:
+    def __init__(self, settings: LayerSettings, tokens: int, device: torch.device) -> None:
         self._settings = settings
+        self._device = device
         self._plans = {
             "key": settings.keys.plan(settings.key_shape.with_tokens(tokens)),
             "value": settings.values.plan(settings.value_shape.with_tokens(tokens)),
         }
-        resolved = kernels.resolve(settings.keys.implementation, torch.device("cpu"))
+        resolved = kernels.resolve(settings.keys.implementation, device)
         self._native = resolved if isinstance(resolved, Native) else None
 
     def form(self, span: tuple[int, int]) -> _Form:
@@ -214,6 +219,7 @@ class _Sizes:
                 raw[run.decision.reasons[0]] += heads * length
                 raw_elements += heads * length * self._coder(role).raw.head_dim
                 raw_nbytes += held
+        nbytes = nbytes if self._device.type == "cpu" else rounded(nbytes)
         return _Pages(count, METADATA_NBYTES + nbytes, block if self._native else 0, raw_elements, raw_nbytes, raw)
 
     def _held(self, role: Role, run: Run, heads: int, tokens: int) -> int:

@@ -231,4 +231,6 @@ def _settings_at(entry: Entry, rung: Rung) -> LayerSettings | None:
 
 def _nbytes_at(entry: Entry, rung: Rung) -> int:
     page, settings = entry.page(), _settings_at(entry, rung)
-    return entry.nbytes if page is None or settings is None else page_nbytes(settings, page.start, page.tokens)
+    if page is None or settings is None:
+        return entry.nbytes
+    return page_nbytes(settings, page.start, page.tokens, page.device)

@@ -10,11 +10,13 @@ import transformers as tf
 
 import fibkv
 from fibkv.errors import ModelError
+from fibkv.forecast import page_nbytes
 from fibkv.hf_forecast import CacheForecast, ShapeProbe
 from fibkv.parameters import FibParameters
 from fibkv.policy import Policy
 from fibkv.regions import ProtectedRegions
 from tests.hf.architectures import ARGUMENTS, is_known, tiny
+from tests.pages.helpers import HEADS, layer_settings
 
 # GPTBigCode in older releases.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -116,3 +118,12 @@ def test_the_configuration_is_left_as_it_was() -> None:
     before = config.to_dict()
     ShapeProbe(config, torch.bfloat16)
     assert config.to_dict() == before
+
+
+def test_a_page_on_a_device_fills_a_block() -> None:
+    settings = layer_settings("fib4", "int8")
+    codes = sum(coder.compressing.encoded_nbytes(HEADS, 16) for coder in (settings.keys, settings.values))
+    assert codes % 512
+    on_cpu, elsewhere = (page_nbytes(settings, 64, 16, torch.device(name)) for name in ("cpu", "meta"))
+    assert on_cpu == 64 + codes
+    assert elsewhere == 64 + -(-codes // 512) * 512
