@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 
 import pytest
 import torch
+import transformers as tf
 
 import fibkv
 from fibkv.attend import Scores, attend
@@ -208,3 +210,34 @@ def test_nothing_is_compiled_behind_a_warm_up(rows: int, monkeypatch: pytest.Mon
         model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=150, do_sample=False)
     assert compiled == []
     assert cache.report().layers[0].pages == 6 * rows
+
+
+def waits_of_steps(model: torch.nn.Module, cache: object, ids: torch.Tensor, steps: int) -> int:
+    """How often torch waited for the device in steps of a model behind a prompt."""
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        for _ in range(3):
+            model(ids[:, :1], past_key_values=cache)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
+                for _ in range(steps):
+                    model(ids[:, :1], past_key_values=cache)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(warning.message) for warning in found)
+
+
+@pytest.mark.parametrize("offloading", [False, True])
+def test_a_model_waits_no_more_than_with_a_cache_of_transformers(offloading: bool) -> None:
+    """Over steps of which one seals a page in every layer."""
+    model = build("llama", torch.bfloat16).to(CUDA)
+    ids = prompt(1, 300).to(CUDA)
+    expected = waits_of_steps(model, tf.DynamicCache(config=model.config), ids, 70)
+    cache = fibkv.Cache(model, bits=4, offloading=offloading)
+    with fibkv.attention(model):
+        cache.warm_up(model)
+        assert waits_of_steps(model, cache, ids, 70) == expected
+    assert cache.report().layers[0].pages == 4
