@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -18,17 +19,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def detect_waits(mode: str) -> None:
+    """Sets what torch does when it waits for the device: "error", "warn" or "default"."""
+    with warnings.catch_warnings():
+        # It says that it is a prototype.
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode(mode)
+
+
 @pytest.fixture
 def no_waits() -> NoWaits:
     """A context in which every operation of torch that waits for the device raises."""
 
     @contextmanager
     def forbidden() -> Iterator[None]:
-        torch.cuda.set_sync_debug_mode("error")
+        detect_waits("error")
         try:
             yield
         finally:
-            torch.cuda.set_sync_debug_mode("default")
+            detect_waits("default")
 
     return forbidden
 

@@ -21,7 +21,7 @@ from fibkv.page_memory import DevicePageMemory, PageMemories
 from fibkv.parameters import named_parameters
 from fibkv.quarantine import Quarantine
 from fibkv.sealing import LayerSettings
-from tests.gpu.conftest import NoWaits
+from tests.gpu.conftest import NoWaits, detect_waits
 from tests.hf.models import build, prompt
 from tests.pages.helpers import DIM, HEADS, gaussian, layer_settings, protecting
 
@@ -219,15 +219,15 @@ def waits_of_steps(model: torch.nn.Module, cache: object, ids: torch.Tensor, ste
         for _ in range(3):
             model(ids[:, :1], past_key_values=cache)
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("warn")
+        detect_waits("warn")
         try:
             with warnings.catch_warnings(record=True) as found:
                 warnings.simplefilter("always")
                 for _ in range(steps):
                     model(ids[:, :1], past_key_values=cache)
         finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(warning.message) for warning in found)
+            detect_waits("default")
+    return sum("called a synchronizing" in str(warning.message) for warning in found)
 
 
 @pytest.mark.parametrize("offloading", [False, True])
