@@ -18,6 +18,7 @@ PROMPT, PADDING, STEPS = 38, 11, 3
 
 
 @pytest.mark.usefixtures("sealed")
+@pytest.mark.parametrize("sealed", ["at once", "offloaded"], indirect=True)
 def test_steps_of_a_padded_batch() -> None:
     """The logits are those of the reference kernels, and so are the pages, of which one is sealed on the way."""
     model = build("llama")
