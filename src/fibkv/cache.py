@@ -230,10 +230,9 @@ class LayerCache:
         entries = sum(len(row) for row in self._rows) - len(pages)
         return sum(page.nbytes for page in pages) + 8 * entries + self._tail.nbytes
 
-    @property
-    def host_nbytes(self) -> int:
-        """Bytes of codes that were offloaded to host memory."""
-        return self._home.host_nbytes(self.pages())
+    def offloaded(self) -> tuple[int, int]:
+        """Bytes of codes that were offloaded to host memory, and bytes that were allocated there for them."""
+        return self._home.offloaded(self.pages())
 
     def raw_parts(self) -> tuple[int, int]:
         """Elements that are kept raw, row by row, and bytes behind them (shared pages once), the tail included."""

@@ -339,7 +339,8 @@ class Cache(StockCache):
             else report_of(index, layer, self.plan.layers[index].why_stock or "")
             for index, layer in enumerate(self.layers)
         )
-        host_slack = self._memories.host_nbytes - sum(layer.host_nbytes for layer in layers)
+        offloaded = [layer.store.offloaded() for layer in compressed if layer.store]
+        host_slack = sum(allocated - used for used, allocated in offloaded)
         return CacheReport(
             layers=layers,
             tables_nbytes=sum(shared.values()),

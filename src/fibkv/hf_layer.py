@@ -206,7 +206,7 @@ class CompressedLayer(CacheLayerMixin):
             raw_nbytes=raw_nbytes,
             metadata_nbytes=store.metadata_nbytes,
             flags=store.flags or (),
-            host_nbytes=store.host_nbytes,
+            host_nbytes=store.offloaded()[0],
         )
 
     @property

@@ -227,11 +227,6 @@ class Offload:
         return Offload, (self.device, self.stream)
 
     @property
-    def host_nbytes(self) -> int:
-        """Bytes of the layers' regions."""
-        return sum(layer.allocated for known in self._layers if (layer := known()) is not None)
-
-    @property
     def nbytes(self) -> int:
         """Bytes of the buffers."""
         return sum(buffer.memory.numel() for buffer in self._buffers)

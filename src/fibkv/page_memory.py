@@ -70,9 +70,9 @@ class PageMemory:
     def changed(self) -> None:
         """Pages were changed in place, as only tests of poison do."""
 
-    def host_nbytes(self, pages: Iterable[Page]) -> int:  # noqa: ARG002
-        """Bytes of the codes of those pages that were offloaded to host memory."""
-        return 0
+    def offloaded(self, pages: Iterable[Page]) -> tuple[int, int]:  # noqa: ARG002
+        """Bytes of the pages' codes in host memory, if they were offloaded to it, and what is allocated there."""
+        return 0, 0
 
 
 class DevicePageMemory(PageMemory):
@@ -153,9 +153,9 @@ class HostPageMemory(DevicePageMemory):
         """See `PageMemory.changed`."""
         self.archive.version += 1
 
-    def host_nbytes(self, pages: Iterable[Page]) -> int:
-        """See `PageMemory.host_nbytes`."""
-        return sum(page.nbytes - METADATA_NBYTES for page in pages)
+    def offloaded(self, pages: Iterable[Page]) -> tuple[int, int]:
+        """See `PageMemory.offloaded`."""
+        return sum(page.nbytes - METADATA_NBYTES for page in pages), self.archive.allocated
 
 
 class Line:
@@ -214,11 +214,6 @@ class PageMemories:
             if offload is None
             else DevicePageMemory(slabs, device, offload.stream, self._line)
         )
-
-    @property
-    def host_nbytes(self) -> int:
-        """Bytes of host memory that pages were offloaded to, what is unused of it included."""
-        return sum(offload.host_nbytes for offload in self._offloads.values() if offload is not None)
 
     @property
     def buffer_nbytes(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from fibkv.cache import LayerCache
 from fibkv.inventory import Inventory
 from fibkv.page_memory import HostPageMemory, PageMemories
 from fibkv.quarantine import Quarantine
+from fibkv.store import MemoryStore
 from tests.gpu.conftest import NoWaits
 from tests.hf.models import build, prompt
 from tests.pages.helpers import DIM, HEADS, gaussian, layer_settings, protecting
@@ -87,8 +90,7 @@ def test_the_device_holds_the_buffers_and_not_the_pages() -> None:
     layers = Layers(6)
     layers.run(layers.layers, layers.inputs(4000, 0))
     layers.run(layers.layers, layers.inputs(1, 1))
-    codes = sum(layer.host_nbytes for layer in layers.layers)
-    assert layers.memories.host_nbytes >= codes
+    codes = sum(layer.offloaded()[0] for layer in layers.layers)
     assert layers.memories.buffer_nbytes <= codes * 2 / 6 * 1.3
     assert len(layers.memories._offloads[CUDA]._buffers) == 2
 
@@ -108,3 +110,20 @@ def test_a_model_generates_the_same() -> None:
     cache.layers[0].prefetch()
     with fibkv.attention(model), torch.no_grad():
         model(ids[:, :1], past_key_values=cache)
+
+
+def test_stores_and_copies() -> None:
+    """What an offloaded cache saved is found by one on the device and by one that is offloaded too."""
+    model = build("llama", torch.bfloat16).to(CUDA)
+    ids, store = prompt(1, 400).to(CUDA), MemoryStore()
+    cache = fibkv.Cache(model, bits=4, offloading=True)
+    with fibkv.attention(model), torch.no_grad():
+        model(ids[:, :390], past_key_values=cache)
+        expected = model(ids[:, 390:], past_key_values=cache.fork()).logits
+        assert cache.save(store, ids[:, :390]).failure is None
+        for offloading in (False, True):
+            found = fibkv.restore(model, ids[:, :391], store, bits=4, offloading=offloading)
+            assert found.get_seq_length() == 390
+            assert torch.equal(model(ids[:, 390:], past_key_values=found).logits, expected)
+        again = pickle.loads(pickle.dumps(cache))
+        assert torch.equal(model(ids[:, 390:], past_key_values=again).logits, expected)
