@@ -309,8 +309,9 @@ class LayerCache:
             return True
         with plain_tensors(self._tail.keys):
             sealed = pending.pages()
+            # The inventory counts them from now on, or nobody does.
+            self._count()
             if sealed is None:
-                self._count()
                 return False
             if self.flags is None:
                 self.flags = pending.flags()

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from fibkv import kernels
+from fibkv.blocks import rounded
 from fibkv.cache import LayerCache
 from fibkv.errors import EncodingError
+from fibkv.inventory import Inventory
 from fibkv.page_memory import MOST_LAYERS, DevicePageMemory, Line, PageMemory
 from fibkv.quarantine import Quarantine
 from fibkv.regions import FallbackSettings
@@ -109,6 +111,19 @@ def test_what_is_under_way_is_counted() -> None:
     tail = 2 * HEADS * 60 * DIM * 4
     assert before - cache._inventory.tables_nbytes >= tail + blocks
     assert cache.tail.length == 60 - 48
+
+
+def test_nothing_is_counted_twice_in_a_pool() -> None:
+    inventory, empty = Inventory(tracked=True), torch.zeros(1, HEADS, 0, DIM)
+    memory = DevicePageMemory(inventory.slabs, CPU, LateStream(), Line())
+    settings = layer_settings(policy=POLICY)
+    cache = LayerCache(settings, empty, empty, Quarantine(), inventory, memory=memory)
+    cache.append(*tokens(400))
+    assert cache._pending is None, "a pool knows what there is"
+    raw = 2 * HEADS * DIM * 4
+    kept, pages = cache.tail.nbytes, sum(page.nbytes for page in cache.pages())
+    blocks = sum(rounded(page.nbytes - 64) for page in cache.pages())
+    assert inventory.meter.peak - inventory.tables_nbytes <= 400 * raw + max(blocks, pages + kept)
 
 
 @pytest.mark.parametrize("use", ["report", "crop", "select", "copy", "verify", "to"])
