@@ -30,8 +30,10 @@ class GpuFigures(Contract):
 
     @property
     def best(self) -> Timing:
-        """The replayed timing where there is one: what a server that captures its steps gets."""
-        return self.called if self.replayed is None else self.replayed
+        """The faster of the two: of kernels the replayed one, which a server that captures its steps gets."""
+        if self.replayed is None:
+            return self.called
+        return min(self.called, self.replayed, key=lambda timing: timing.median)
 
 
 class GpuRow(Contract):

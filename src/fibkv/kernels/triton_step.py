@@ -25,8 +25,9 @@ from fibkv.rotation import Rotation
 from fibkv.space import KeySpace
 from fibkv.tables import Tables
 
-# What a matrix unit takes at least, and rows of queries that a program takes at most.
-LEAST, MOST = 16, 64
+# What a matrix unit takes at least, and rows of queries that a program takes at most: from 64 on Triton 3.6 takes other
+# instructions of an H100, and fails to compile operands that are loaded as they are, those of trellis codes.
+LEAST, MOST = 16, 32
 
 
 @dataclass(frozen=True, eq=False)
