@@ -125,19 +125,22 @@ class PressureController:
         """
         if math.isnan(occupancy):
             raise ContractError("PressureController.observe.occupancy", "a number", occupancy)
-        sample = min(max(float(occupancy), 0.0), 1.0)
+        # Comparisons, here and below: calls of min and max would take as long as all the rest.
+        sample = 0.0 if occupancy <= 0.0 else 1.0 if occupancy >= 1.0 else float(occupancy)
         with self._lock:
             if self._samples == 0:
                 self._pressure = sample
             else:
                 self._pressure = self._alpha * sample + (1.0 - self._alpha) * self._pressure
             self._samples += 1
-            before = self._ordinal
-            self._ordinal = after = min(max(self._next_ordinal(), self._min), self._max)
-            if after > before:
-                self._upgrades += 1
-            elif after < before:
-                self._downgrades += 1
+            before, after = self._ordinal, self._next_ordinal()
+            if after != before:
+                after = self._min if after < self._min else self._max if after > self._max else after
+                self._ordinal = after
+                if after > before:
+                    self._upgrades += 1
+                elif after < before:
+                    self._downgrades += 1
         return LEVELS[after]
 
     @property
