@@ -92,13 +92,21 @@ def reading(group: Group, mask: str, softcap: bool, queries: int) -> Reading | N
     """The kernel that reads a group's pages for so many queries of a head, or None."""
     if why_not() != "yes" or group.aligned < 16 or mask not in MASKS:
         return None
-    key, value = group.sides
+    tiles = 1 if queries <= QUERIES else 2
+    return _reading(group.key_tables, group.value_tables, mask, softcap, tiles, group.device)
+
+
+# Asked for at every step of every layer.
+@lru_cache(maxsize=1 << 10)
+def _reading(
+    key_tables: Tables, value_tables: Tables, mask: str, softcap: bool, tiles: int, device: torch.device
+) -> Reading | None:
+    key, value = Side.of(key_tables), Side.of(value_tables)
     if not (_reads(key) and _reads(value)) or value.centered or key.dim != value.dim:
         return None
-    tiles = 1 if queries <= QUERIES else 2
-    one_table = _one_table(group.key_tables, group.value_tables)
+    one_table = _one_table(key_tables, value_tables)
     found = Reading(key, value, one_table, mask, softcap, query_tiles=tiles, warps=8, programs=1)
-    room = _most_shared(group.device)
+    room = _most_shared(device)
     if found.shared > room:
         return None
     # More queries, and longer vectors, take registers of twice as many threads.
@@ -290,7 +298,6 @@ def _table(tables: Tables, device: torch.device) -> Tensor | None:
     return torch.stack([first, last] if _step(side) > side.bits else [first, first], 1).contiguous()
 
 
-@lru_cache(maxsize=256)
 def _one_table(key: Tables, value: Tables) -> bool:
     if not isinstance(key, FibTables) or not isinstance(value, FibTables):
         return False

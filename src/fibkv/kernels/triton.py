@@ -50,7 +50,14 @@ def device_name(device: torch.device) -> str:
 
 def _current(device: torch.device) -> AbstractContextManager[object]:
     """Makes a device the one that Triton launches on: the current one, wherever the tensors are."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def _float32(device_type: str) -> AbstractContextManager[object]:
+    """In which float32 means float32, also inside an autocast region; outside of one it costs nothing."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 class Triton:
@@ -113,8 +120,7 @@ class Triton:
         groups = [*plan]
         if tokens:
             groups.append(self._plan.Group.of_tail(keys.detach(), values.detach(), tokens, length))
-        # float32 means float32, also inside an autocast region.
-        with _current(query.device), torch.autocast(query.device.type, enabled=False):
+        with _current(query.device), _float32(query.device.type):
             grouped = query.detach().reshape(batch, keys.shape[1], -1, dim)
             tunings = self.tunings(query.device)
             step = self._step.Step(grouped, queries, length - queries, masking, scale, softcap, tunings)
