@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "isa.h"
+#include "trellis_layout.h"
 
 namespace fibkv {
 
@@ -44,15 +45,14 @@ struct Signs {
   const float* narrow[2];  // the same
 };
 
-// A trellis (src/fibkv/trellis.py) and how it is searched. Points and levels are in whole steps of a grid.
+// A trellis (src/fibkv/trellis.py) and how it is searched (src/fibkv/trellis_search.py).
 struct TrellisForm {
-  int label_bits;
-  int overlap;            // coordinates on both sides of the seam
-  float steps, reach;     // steps in 1, and the largest point told from larger ones
-  int farthest;           // the largest distance told from larger ones
-  int far_cost;           // of states that no path has reached
-  const int16_t* levels;  // [2^label_bits]
-  const uint8_t* mixes;   // [2^(8 - bits)]: what the middle bits of a window add to a label
+  int overlap;                 // coordinates on both sides of the seam
+  float cells_per_one;         // cells of the search table in the length of a unit vector
+  int reach;                   // cells on both sides of 0
+  int ways;                    // levels of a row that are tried: 2 or 3
+  const TrellisCell* cells;    // [2 reach + 1]
+  const TrellisLayout* layout;
 };
 
 // The form of FibQuant's codes. Pointers belong to a FibCoder.

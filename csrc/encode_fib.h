@@ -1,8 +1,9 @@
 // FibQuant: kLanes vectors from memory to codes, and back.
 #pragma once
 
-#include "encode_paths.h"
+#include "encode_fit.h"
 #include "encode_search.h"
+#include "encode_trellis.h"
 
 namespace fibkv {
 namespace FIBKV_ISA {
@@ -37,13 +38,35 @@ static Fit fit_quickly(const FibForm& form, const vf* unit, const vi* index) {
   return {{widen_low(along), widen_high(along)}, {widen_low(energy), widen_high(energy)}};
 }
 
+// The first of these is working memory of all codes, the second of trellis codes.
+struct Working {
+  FibScratch scratch;
+  PathScratch paths;
+
+  Working(const FibForm& form, void* memory)
+      : scratch(form, memory), paths(form, static_cast<vf*>(memory) + FibScratch::registers(form)) {}
+
+  static size_t registers(const FibForm& form) {
+    return FibScratch::registers(form) + (form.trellis ? PathScratch::registers(form) : 0);
+  }
+};
+
+// Indices of codewords, `index`, for vectors x [d].
+static void find_codes(const FibForm& form, const Working& working, const vf* x) {
+  vi* const index = working.scratch.index;
+  if (!form.trellis) return search(form, x, index);
+  search_paths(form, x, working.paths, index);
+  open_windows(form, index);
+}
+
 // Tries each factor on the unit vectors.
-static Fit search_scales(const FibForm& form, const FibScratch& scratch) {
+static Fit search_scales(const FibForm& form, const Working& working) {
+  const FibScratch& scratch = working.scratch;
   Best best;
   for (int s = 0; s < form.num_scales; ++s) {
     const vf scale = splat(form.scales[s]);
     for (int i = 0; i < form.dim; ++i) scratch.scaled[i] = scratch.unit[i] * scale;
-    search(form, scratch.scaled, scratch.index);
+    find_codes(form, working, scratch.scaled);
     best.offer(form, scratch);
   }
   return best.fit;
@@ -52,7 +75,8 @@ static Fit search_scales(const FibForm& form, const FibScratch& scratch) {
 // Up to kLanes rows.
 template <Element element>
 static bool encode_batch(const FibForm& form, const void* rows, int count, uint8_t* codes, double* norms,
-                         const FibScratch& scratch) {
+                         const Working& working) {
+  const FibScratch& scratch = working.scratch;
   Wide length;
   const bool quick = form.search == Search::table && form.forward.rounds &&
                      rotate_quickly<element>(form, rows, count, scratch, length);
@@ -60,31 +84,27 @@ static bool encode_batch(const FibForm& form, const void* rows, int count, uint8
   const vi* index = scratch.index;
   Fit sums;
   if (form.num_scales > 1 || form.scales[0] != 1.0f) {
-    sums = search_scales(form, scratch);
+    sums = search_scales(form, working);
     index = scratch.best;
   } else {
-    search(form, scratch.unit, scratch.index);
+    find_codes(form, working, scratch.unit);
     if (form.gain_corrected) sums = quick ? fit_quickly(form, scratch.unit, index) : fit(form, scratch.unit, index);
   }
   write_batch(form, index, length, sums, count, codes, norms, scratch.words);
   return true;
 }
 
-static size_t scratch_bytes(const FibForm& form) {
-  const size_t paths = form.trellis ? FibScratch::registers(form) + PathScratch::registers(form) : 0;
-  return sizeof(vf) * (FibScratch::registers(form) + paths);
-}
+static size_t scratch_bytes(const FibForm& form) { return sizeof(vf) * Working::registers(form); }
 
 template <Element element>
 static bool encode_rows(const FibForm& form, const void* rows, int64_t count, uint8_t* codes, double* norms,
                         void* memory) {
   const auto* from = static_cast<const typename Format<element>::stored*>(rows);
-  if (form.trellis) return encode_all_paths<element>(form, from, count, codes, norms, memory);
-  const FibScratch scratch(form, memory);
+  const Working working(form, memory);
   for (int64_t start = 0; start < count; start += kLanes) {
     const int some = count - start < kLanes ? (int)(count - start) : kLanes;
     if (!encode_batch<element>(form, from + start * form.dim, some, codes + start * form.code_bytes(), norms + start,
-                               scratch)) {
+                               working)) {
       return false;
     }
   }

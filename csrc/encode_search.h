@@ -164,7 +164,7 @@ static void search(const FibForm& form, const vf* x, vi* index) {
       }
       break;
     case Search::path:
-      __builtin_unreachable();  // not block by block: see encode_trellis.h
+      __builtin_unreachable();  // not block by block: see find_codes
   }
 }
 

@@ -1,175 +1,150 @@
-// The best path through a trellis, for kShorts vectors at once: Viterbi's algorithm in 16-bit integers.
-//
-// What a path is, and what it costs, is written down in src/fibkv/kernels/reference_trellis.py, whose paths these are.
-// In its letters: b bits of a symbol, n = 2^b, G = 2^(8 - b) groups of n states. All n states of a group lead to the
-// same n states, and the label of the step is (symbol, state in the group) xor a constant of the group. So with the
-// distances to all levels in memory, a group is n^2 additions and minima without an index to compute.
+// The best paths through a trellis for the vectors of a batch. Meaning: src/fibkv/kernels/reference_trellis.py.
 #pragma once
 
 #include "encode.h"
+#include "encode_costs.h"
 #include "encode_rows.h"
-#include "encode_shorts.h"
 
 namespace fibkv {
 namespace FIBKV_ISA {
 
-constexpr int kStates = 256;
-constexpr int kMostLabels = 256;
-// Choices of four states go to a word of 16 bits.
-constexpr int kChoiceWords = kStates / 4;
+// Vectors that are searched together: their paths are followed back in turn, since each waits for memory only.
+constexpr int kTogether = kLanes < 8 ? kLanes : 8;
 
 struct PathScratch {
-  vs* points;     // [d]
-  vs* choices;    // [d or 2 overlaps][kChoiceWords]
-  vs* distances;  // [kMostLabels]
-  vs* cost;       // [kStates]: before a step, and after it
-  vs* next;
+  uint16_t* cells;  // [d][kLanes]
+  uint8_t* costs;   // [d][kTogether][kStates], held before each step
 
+  // In sizes of a register.
   static size_t registers(const FibForm& form) {
-    return form.dim * (size_t)(1 + kChoiceWords) + kMostLabels + 2 * kStates;
+    return form.dim * (1 + (size_t)kTogether * kStates / sizeof(vf));
   }
 
-  PathScratch(const FibForm& form, vs* memory)
-      : points(memory),
-        choices(points + form.dim),
-        distances(choices + (size_t)form.dim * kChoiceWords),
-        cost(distances + kMostLabels),
-        next(cost + kStates) {}
+  PathScratch(const FibForm& form, vf* memory)
+      : cells(reinterpret_cast<uint16_t*>(memory)), costs(reinterpret_cast<uint8_t*>(memory + form.dim)) {}
 };
 
-template <int b>
-struct Walk {
-  static constexpr int n = 1 << b, groups = kStates >> b, kMemory = (8 + b - 1) / b;
+// The search for the vectors of kTogether lanes, the first one being `first`; `bits` of a symbol.
+template <int bits, int ways>
+struct Paths {
   const TrellisForm& trellis;
-  PathScratch scratch;
-  vs least{};  // of the costs, which are taken less by it
+  const PathScratch& scratch;
+  int dim, first;
 
-  // Distances of one coordinate to all levels, as multiples of n.
-  void measure(vs point) {
-    const vs most = splat_short(trellis.farthest), whole = splat_short(-n);
-    for (int label = 0; label < 1 << trellis.label_bits; ++label) {
-      const vs away = minimum(magnitude(point - splat_short(trellis.levels[label])), most) << (b - 1);
-      scratch.distances[label] = high_product(away, away) & whole;
+  template <bool lowered>
+  void step(Costs& costs, int lane, int t) const {
+    costs.write(scratch.costs + (t * kTogether + lane) * kStates);
+    costs.template step<bits, ways, lowered>(trellis.cells[scratch.cells[t * kLanes + first + lane]]);
+  }
+
+  // Steps at start, start + 1 .. of an even number of coordinates, the vector being a ring. Two vectors at a time: a step
+  // waits for the one before it.
+  void walk(Costs (&pair)[2], int lane, int start, int coordinates) const {
+    for (int i = 0; i < coordinates; i += 2) {
+      const int t = start + i < dim ? start + i : start + i - dim;
+      const int next = t + 1 < dim ? t + 1 : 0;
+      for (int k = 0; k < 2; ++k) step<false>(pair[k], lane + k, t);
+      for (int k = 0; k < 2; ++k) step<true>(pair[k], lane + k, next);
     }
   }
 
-  // All states after one more coordinate, with their place in their own group in the low bits.
-  //
-  // A state is reached from any other within kMemory steps, so that costs differ by kMemory distances at most, and a
-  // sum with one more fits into 16 bits.
-  void step(vs point, vs* choices) {
-    measure(point);
-    const vs whole = splat_short(-n);
-    vs lowest = splat_short(0xFFFF);
-    for (int g = 0; g < groups; ++g) {
-      const int mix = trellis.mixes[g];
-      const vs* block = scratch.distances + (mix & -n * n);
-      vs from[n];
-#pragma GCC unroll 16
-      for (int j = 0; j < n; ++j) from[j] = scratch.cost[g * n + (j ^ (mix & (n - 1)))] - least;
-      const vs own = splat_short(g & (n - 1));
-      for (int first = 0; first < n; first += 4) {
-        vs word{};
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          const int symbol = first + i;
-          const vs* row = block + ((symbol * n) ^ (mix & (n * n - n)));
-          vs best = from[0] + row[0];
-#pragma GCC unroll 16
-          for (int j = 1; j < n; ++j) best = minimum(best, from[j] + row[j]);
-          word = and_or(best << (4 * i), splat_short((n - 1) << (4 * i)), word);
-          best = and_or(best, whole, own);
-          lowest = minimum(lowest, best);
-          scratch.next[symbol * groups + g] = best;
+  // Follows the best paths back that are at `places` [kTogether] behind the step before `stop`, to the places behind the
+  // step before 0. Calls found(t, lane, state) on the way, for the states behind the steps.
+  template <class Found>
+  void follow(int stop, int* places, Found found) const {
+    const uint8_t *const states = trellis.layout->states, *const order = trellis.layout->order;
+    const TrellisCell* const cells = trellis.cells;
+    for (int t = stop - 1; t >= 0; --t) {
+      const uint16_t* const of_lanes = scratch.cells + t * kLanes + first;
+      const uint8_t* const costs = scratch.costs + t * kTogether * kStates;
+#pragma GCC unroll 8
+      for (int lane = 0; lane < kTogether; ++lane) {
+        const int place = places[lane], row = place & 15, other = place & 0xF0;
+        const TrellisCell& tried = cells[of_lanes[lane]];
+        const uint8_t* const held = costs + lane * kStates + other;
+        found(t, lane, states[place]);
+        int from = tried.from[0][row], least = held[from] + tried.cost[0][row];
+#pragma GCC unroll 2
+        for (int way = 1; way < ways; ++way) {
+          const int next = tried.from[way][row], sum = held[next] + tried.cost[way][row];
+          // Without branches, which nobody could predict.
+          const int better = -(sum < least);
+          from ^= (from ^ next) & better;
+          least ^= (least ^ sum) & better;
         }
-        choices[(g * n + first) / 4] = word;
+        places[lane] = order[other | from];
       }
     }
-    least = lowest & whole;
-    vs* const after = scratch.next;
-    scratch.next = scratch.cost;
-    scratch.cost = after;
   }
 
-  // The state before a coordinate, from the one behind it.
-  static int before(int state, const vs* choices, int lane) {
-    const int g = state & (groups - 1), symbol = state / groups;
-    const uint16_t word = reinterpret_cast<const uint16_t*>(choices + (g * n + symbol) / 4)[lane];
-    return g * n + (word >> 4 * (symbol & 3) & (n - 1));
+  // For each vector a state to have at the seam: that of the best path over the coordinates around it.
+  void find_seams(int* seams) const {
+    const TrellisLayout& layout = *trellis.layout;
+    int places[kTogether];
+    for (int lane = 0; lane < kTogether; lane += 2) {
+      Costs pair[2] = {Costs(layout), Costs(layout)};
+      for (Costs& costs : pair) costs.fill(0);
+      walk(pair, lane, dim - trellis.overlap, 2 * trellis.overlap);
+      for (int k = 0; k < 2; ++k) places[lane + k] = layout.order[layout.held[least_state(pair[k])]];
+    }
+    follow(trellis.overlap, places, [](int, int, int) {});
+    for (int lane = 0; lane < kTogether; ++lane) seams[lane] = layout.states[places[lane]];
   }
 
-  // For each lane a state to have at the seam: that of the best path over the coordinates around it.
-  void find_seams(int dim, int* seams) {
-    const int overlap = trellis.overlap;
-    least = vs{};
-    for (int state = 0; state < kStates; ++state) scratch.cost[state] = splat_short(state & (n - 1));
-    for (int t = -overlap; t < overlap; ++t) {
-      step(scratch.points[t < 0 ? t + dim : t], scratch.choices + (size_t)(t < 0 ? 0 : t) * kChoiceWords);
-    }
-    vs lowest = splat_short(0xFFFF), winner{};
-    for (int state = 0; state < kStates; ++state) {
-      const vs cost = scratch.cost[state] & splat_short(-n);
-      const vs better = (vs)(cost < lowest);
-      winner = (winner & ~better) | (splat_short(state) & better);
-      lowest = minimum(lowest, cost);
-    }
-    for (int lane = 0; lane < kShorts; ++lane) seams[lane] = winner[lane];
-    for (int t = overlap - 1; t >= 0; --t) {
-      const vs* choices = scratch.choices + (size_t)t * kChoiceWords;
-      for (int lane = 0; lane < kShorts; ++lane) seams[lane] = before(seams[lane], choices, lane);
-    }
+  // The lowest state among those of the least cost.
+  int least_state(const Costs& costs) const {
+    alignas(64) uint8_t held[kStates];
+    costs.write(held);
+    const int least = costs.least();
+    int state = 0;
+    while (held[trellis.layout->held[state]] != least) ++state;
+    return state;
   }
 
-  // Leaves no cost above that of a state which is far from all paths.
-  void limit() {
-    for (int state = 0; state < kStates; ++state) {
-      const vs most = least + splat_short(trellis.far_cost + (state & (n - 1)));
-      scratch.cost[state] = minimum(scratch.cost[state], most);
-    }
-  }
-
-  // Symbols [d][kLanes] of each half of the lanes, by the best path from its seam and back to it.
-  void find_symbols(int dim, vi* low, vi* high) {
-    int states[kShorts];
-    find_seams(dim, states);
-    least = vs{};
-    for (int state = 0; state < kStates; ++state) {
-      scratch.cost[state] = splat_short(trellis.far_cost + (state & (n - 1)));
-    }
-    uint16_t* costs = reinterpret_cast<uint16_t*>(scratch.cost);
-    for (int lane = 0; lane < kShorts; ++lane) costs[states[lane] * kShorts + lane] = states[lane] & (n - 1);
-    for (int t = 0; t < dim; ++t) {
-      step(scratch.points[t], scratch.choices + (size_t)t * kChoiceWords);
-      // Until the seam has reached all states, others only get dearer.
-      if (t < kMemory) limit();
-    }
-    for (int t = dim - 1; t >= 0; --t) {
-      const vs* choices = scratch.choices + (size_t)t * kChoiceWords;
-      for (int lane = 0; lane < kShorts; ++lane) {
-        (lane < kLanes ? low : high)[t][lane % kLanes] = states[lane] / groups;
-        states[lane] = before(states[lane], choices, lane);
+  // Symbols [d][kLanes] of the best paths from their seams and back to them.
+  void find_symbols(vi* symbols) const {
+    const TrellisLayout& layout = *trellis.layout;
+    int seams[kTogether], places[kTogether];
+    find_seams(seams);
+    for (int lane = 0; lane < kTogether; lane += 2) {
+      Costs pair[2] = {Costs(layout), Costs(layout)};
+      for (int k = 0; k < 2; ++k) {
+        pair[k].fill(255);
+        pair[k].set(layout.held[seams[lane + k]], 0);
       }
+      walk(pair, lane, 0, dim);
     }
+    for (int lane = 0; lane < kTogether; ++lane) places[lane] = layout.order[layout.held[seams[lane]]];
+    int32_t* const out = reinterpret_cast<int32_t*>(symbols) + first;
+    follow(dim, places, [out](int t, int lane, int state) { out[t * kLanes + lane] = state >> (8 - bits); });
   }
 };
 
-// Points of one half of the lanes: a factor times unit vectors, in whole steps of the grid.
-static void set_points(const FibForm& form, const vf* unit, float scale, int half, vs* points) {
+template <int bits>
+static void search_lanes(const FibForm& form, const PathScratch& scratch, vi* symbols) {
   const TrellisForm& trellis = *form.trellis;
-  const vf rounding = splat(0x1.8p23f);  // to whole numbers, ties to even
-  for (int t = 0; t < form.dim; ++t) {
-    const vf steps = clamp(unit[t] * splat(scale) * splat(trellis.steps), -trellis.reach, trellis.reach);
-    const vi whole = as_int(steps + rounding) - as_int(rounding);
-    store(reinterpret_cast<uint16_t*>(points + t) + half * kLanes, low_halves(whole));
+  for (int first = 0; first < kLanes; first += kTogether) {
+    if (trellis.ways == 2) {
+      Paths<bits, 2>{trellis, scratch, form.dim, first}.find_symbols(symbols);
+    } else {
+      Paths<bits, 3>{trellis, scratch, form.dim, first}.find_symbols(symbols);
+    }
   }
 }
 
-// Symbols [d] of both halves of the lanes, from their points.
-static void search_paths(const FibForm& form, const PathScratch& scratch, vi* low, vi* high) {
+// Symbols [d] of the best paths to x [d].
+static void search_paths(const FibForm& form, const vf* x, const PathScratch& scratch, vi* symbols) {
+  const TrellisForm& trellis = *form.trellis;
+  const vf rounding = splat(0x1.8p23f);  // to whole numbers, ties to even
+  const float reach = (float)trellis.reach;
+  for (int t = 0; t < form.dim; ++t) {
+    const vf cell = clamp(x[t] * splat(trellis.cells_per_one), -reach, reach);
+    store(scratch.cells + t * kLanes, low_halves(as_int(cell + rounding) - as_int(rounding) + splat(trellis.reach)));
+  }
   switch (form.bits) {
-    case 2: return Walk<2>{*form.trellis, scratch}.find_symbols(form.dim, low, high);
-    case 3: return Walk<3>{*form.trellis, scratch}.find_symbols(form.dim, low, high);
-    default: return Walk<4>{*form.trellis, scratch}.find_symbols(form.dim, low, high);
+    case 2: return search_lanes<2>(form, scratch, symbols);
+    case 3: return search_lanes<3>(form, scratch, symbols);
+    default: return search_lanes<4>(form, scratch, symbols);
   }
 }
 

@@ -69,17 +69,12 @@ FibCoder::FibCoder(const FibSettings& settings) {
 }
 
 FibCoder::FibCoder(const FibSettings& settings, const TrellisSettings& trellis)
-    : levels_(trellis.levels.begin(), trellis.levels.end()) {
+    : layout_(TrellisLayout(settings.bits, trellis.label_columns)),
+      cells_(lay_out_cells(settings.bits, 2 * trellis.reach + 1, trellis.ways, trellis.rows, trellis.columns,
+                           trellis.costs)) {
   take(settings);
-  for (int middle = 0; middle < 1 << trellis.columns.size(); ++middle) {
-    int mix = 0;
-    for (size_t bit = 0; bit < trellis.columns.size(); ++bit) mix ^= middle >> bit & 1 ? trellis.columns[bit] : 0;
-    mixes_.push_back(static_cast<uint8_t>(mix));
-  }
-  trellis_ = {0, trellis.overlap, trellis.steps, trellis.reach, trellis.farthest, trellis.far_cost, levels_.data(),
-              mixes_.data()};
-  while (size_t{1} << trellis_.label_bits < levels_.size()) ++trellis_.label_bits;
-  form_.window = 2 * form_.bits + static_cast<int>(trellis.columns.size());
+  trellis_ = {trellis.overlap, trellis.cells_per_one, trellis.reach, trellis.ways, cells_.data(), &*layout_};
+  form_.window = 2 * form_.bits + static_cast<int>(trellis.label_columns.size());
   form_.trellis = &trellis_;
   form_.search = Search::path;
 }

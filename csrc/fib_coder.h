@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "encode.h"
@@ -23,13 +24,14 @@ struct FibSettings {
   float farthest = 1;             // the largest coordinate of what is coded: 1 for unit vectors
 };
 
-// Of a trellis; see TrellisForm.
+// Of a trellis; see TrellisForm. Pointers as above.
 struct TrellisSettings {
   int overlap;
-  float steps, reach;
-  int farthest, far_cost;
-  std::vector<int> levels;
-  std::vector<int> columns;  // what each middle bit of a window adds to a label, from the oldest
+  float cells_per_one;
+  int reach, ways, rows;      // of the search table: cells on both sides of 0, levels tried, rows of labels
+  const uint8_t* columns;     // [2 reach + 1][ways][rows]
+  const uint8_t* costs;       // likewise
+  std::vector<int> label_columns;  // what each middle bit of a window adds to a label, from the oldest
 };
 
 class FibCoder {
@@ -52,12 +54,13 @@ class FibCoder {
 
   FibForm form_{};
   TrellisForm trellis_{};
+  std::optional<TrellisLayout> layout_;
+  std::vector<TrellisCell> cells_;
   std::vector<double> wide_[2], matrix_;
   std::vector<float> narrow_[2], backward_[2], transposed_, output_scale_;
   std::vector<float> codewords_, planes_, scores_, boundaries_, scales_;
   std::vector<uint32_t> candidates_;
-  std::vector<uint8_t> decisions_, mixes_;
-  std::vector<int16_t> levels_;
+  std::vector<uint8_t> decisions_;
 };
 
 }  // namespace fibkv

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fibkv import kernels
 from fibkv.digest import digest_bytes
+from fibkv.errors import ContractError
 from fibkv.files import write_text
 from fibkv.kernels.reference_trellis import windows
 from fibkv.packing import unpack
@@ -41,10 +42,14 @@ def unit_vectors(count: int, generator: torch.Generator) -> Tensor:
 def drawn(bits: int, generator: torch.Generator) -> TrellisCode:
     """A random code before training."""
     size = 1 << LABEL_BITS[bits]
-    columns = torch.randint(1, size, (STATE_BITS - bits,), generator=generator).tolist()
     quantiles = torch.special.ndtri((torch.arange(size, dtype=torch.float64) + 0.5) / size)
-    levels = (quantiles[_linear_order(size, generator)] * GRID).round().to(torch.int64)
-    return TrellisCode(bits=bits, columns=tuple(columns), levels=tuple(levels.tolist()))  # type: ignore[arg-type]
+    while True:
+        columns = torch.randint(1, size, (STATE_BITS - bits,), generator=generator).tolist()
+        levels = (quantiles[_linear_order(size, generator)] * GRID).round().to(torch.int64)
+        try:
+            return TrellisCode(bits=bits, columns=tuple(columns), levels=tuple(levels.tolist()))  # type: ignore[arg-type]
+        except ContractError:  # columns that the encoder cannot follow
+            continue
 
 
 def _linear_order(size: int, generator: torch.Generator) -> Tensor:

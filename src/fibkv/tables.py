@@ -105,7 +105,7 @@ class FibTables:
     def tensors(self) -> tuple[Tensor, ...]:
         """What takes memory; tables of other codecs may share some of it."""
         looked_up = () if self.decisions is None else (self.decisions.cells,)
-        paths = () if self.trellis is None else (self.trellis.labels, self.trellis.levels)
+        paths = () if self.trellis is None else (self.trellis.labels,)
         return self.codewords, self.rotation.matrix, *looked_up, *paths
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
-from math import isqrt, sqrt
+from math import sqrt
 from typing import Annotated, Literal, Self
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fibkv.contract import MarkedContract
 from fibkv.errors import CodebookError, ContractError
+from fibkv.trellis_search import CELLS_PER_UNIT, SearchTable, search_table
 
 STATE_BITS = 8
 """Bits that neighbouring windows share: 256 states."""
@@ -54,11 +55,15 @@ class TrellisCode(MarkedContract):
     def _check(self) -> Self:
         if len(self.columns) != STATE_BITS - self.bits:
             raise ContractError("TrellisCode.columns", f"{STATE_BITS - self.bits} of them", len(self.columns))
-        if self.label_bits < 2 * self.bits or 1 << self.label_bits != len(self.levels) or self.label_bits > STATE_BITS:
-            expected = f"a power of two between {4**self.bits} and {1 << STATE_BITS} of them"
-            raise ContractError("TrellisCode.levels", expected, len(self.levels))
+        if len(self.levels) != (size := max(64, 4**self.bits)):
+            raise ContractError("TrellisCode.levels", f"{size} of them", len(self.levels))
         if any(column >= len(self.levels) for column in self.columns):
             raise ContractError("TrellisCode.columns", f"labels below {len(self.levels)}", self.columns)
+        # At 2 bits: then any four neighbouring groups of states use all levels, which the encoder relies on.
+        above = [column >> 2 * self.bits for column in self.columns[: self.label_bits - 2 * self.bits]]
+        if above and (0 in above or above[0] == above[1]):
+            expected = "two first ones that differ in their highest bits, from 0 and from each other"
+            raise ContractError("TrellisCode.columns", expected, self.columns)
         return self
 
     @property
@@ -88,71 +93,42 @@ class Trellis:
     Attributes:
         code: its meaning.
         labels: ``[2^L]`` uint8, of each window.
-        levels: ``[2^m]`` int32, of each label, in steps of the grid.
         codewords: ``[2^L, 1]`` float32, the level of each window, in units of a vector of norm 1.
-        steps: steps of the grid in 1, the length of a unit vector: sqrt(d) * GRID.
+        search: what the encoder tries for a coordinate.
+        cells: the encoder's cells in 1, the length of a unit vector: sqrt(d) * CELLS_PER_UNIT.
         overlap: coordinates on both sides of the vector's ends that the encoder looks at to close it to a ring.
     """
 
     code: TrellisCode
     labels: Tensor
-    levels: Tensor
     codewords: Tensor
-    steps: float
+    search: SearchTable
+    cells: float
     overlap: int
 
     @classmethod
-    def of(cls, code: TrellisCode, head_dim: int, overlap: int) -> Trellis:
-        """The code for vectors of ``head_dim`` coordinates; an overlap is at most half of them."""
-        return cls(code, *_tensors(code, head_dim), _steps(head_dim), min(overlap, head_dim // 2))
+    def of(cls, code: TrellisCode, head_dim: int, overlap: int, ways: int = 3) -> Trellis:
+        """The code for vectors of ``head_dim`` coordinates.
 
-    @property
-    def most(self) -> int:
-        """The largest squared distance of a coordinate to a level in the encoder's costs, a multiple of 2^b.
-
-        A state is forgotten after ``ceil(8 / b)`` symbols, so that costs of states differ by so many distances at most;
-        with one more to add they are 16 bits wide.
+        An overlap is at most half of them; ``ways`` are the levels that the encoder tries for each state, 2 or 3.
         """
-        return ((1 << 16) - 1) // (self._memory + 1) & -(1 << self.code.bits)
-
-    @property
-    def far_cost(self) -> int:
-        """The cost of states that no path has reached."""
-        return self._memory * self.most
-
-    @property
-    def farthest(self) -> int:
-        """The distance behind `most`, in steps of the grid: what is farther costs no more.
-
-        Finer costs would make it shorter than what the best path may have to take; coarser ones lose by rounding.
-        """
-        return isqrt(((self.most + 1) << 16) - 1) >> self.code.bits - 1
-
-    @property
-    def reach(self) -> int:
-        """The largest coordinate that the encoder tells from larger ones, in steps of the grid.
-
-        It is above the outermost level by half of the farthest distance: what is beyond costs more at any level, but
-        nearly as much more at each.
-        """
-        return max(map(abs, self.code.levels)) + self.farthest // 2
-
-    @property
-    def _memory(self) -> int:
-        return -(-STATE_BITS // self.code.bits)
-
-
-def _steps(head_dim: int) -> float:
-    return sqrt(head_dim) * GRID
+        cells = sqrt(head_dim) * CELLS_PER_UNIT
+        return cls(code, *_tensors(code, head_dim), _search(code, ways), cells, min(overlap, head_dim // 2))
 
 
 # Once for all settings of an encoder: caches count what they share once.
 @lru_cache(maxsize=64)
-def _tensors(code: TrellisCode, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels of windows, levels of labels, and levels of windows as codewords."""
+def _tensors(code: TrellisCode, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Labels of windows, and their levels as codewords."""
     labels, levels = code.labels(), torch.tensor(code.levels, dtype=torch.int32)
-    codewords = (levels[labels].to(torch.float64) / _steps(head_dim)).to(torch.float32).unsqueeze(-1)
-    return labels.to(torch.uint8), levels, codewords
+    codewords = (levels[labels].to(torch.float64) / (sqrt(head_dim) * GRID)).to(torch.float32).unsqueeze(-1)
+    return labels.to(torch.uint8), codewords
+
+
+# Of all dimensions: cells are in units of a coordinate's standard deviation.
+@lru_cache(maxsize=64)
+def _search(code: TrellisCode, ways: int) -> SearchTable:
+    return search_table(code.bits, torch.tensor(code.levels), GRID, ways)
 
 
 @lru_cache(maxsize=8)

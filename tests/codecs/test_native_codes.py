@@ -87,6 +87,8 @@ PARAMETERS: dict[str, CodecParameters] = {
     "trellis2": TrellisParameters.of(64, 2),
     "trellis2_fast_scales": TrellisParameters.of(32, 2, path_search="fast", scale_search=True, centered=True),
     "trellis3_haar": TrellisParameters.of(24, 3),
+    "trellis3_fast": TrellisParameters.of(40, 3, path_search="fast"),
+    "trellis4_full": TrellisParameters.of(32, 4),
     "trellis4": TrellisParameters.of(64, 4, path_search="fast", norm_format="f16"),
 }
 each_isa = pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)

@@ -22,7 +22,7 @@ from tests.oracles import trellis as oracle
 
 BITS = (2, 3, 4)
 # E|u - û|² at d = 128 (docs/results/trellis.txt), full and fast.
-DISTORTION = {2: (0.0708, 0.0741), 3: (0.01825, 0.01912), 4: (0.00463, 0.00484)}
+DISTORTION = {2: (0.0708, 0.0735), 3: (0.01826, 0.01908), 4: (0.00464, 0.00486)}
 
 
 def unit(count: int, dim: int, seed: int = 0) -> Tensor:
@@ -105,22 +105,21 @@ def test_oracle_decodes_the_same_and_encodes_no_better(bits: int) -> None:
     assert of_symbols < 1.005 * oracle.distortion(other, rotated)
 
 
-@pytest.mark.parametrize(("bits", "dim", "held"), [(2, 8, 4), (3, 6, 3), (4, 5, 2)])
-def test_no_ring_with_the_same_seam_is_better(bits: int, dim: int, held: int) -> None:
-    """The last ``held`` symbols fix the state at the seam; all others can be tried."""
-    code = trellis.load(bits)
-    paths = Trellis.of(code, dim, 64)
+def test_no_ring_with_the_same_seam_is_better() -> None:
+    """The last four symbols fix the state at the seam; all others can be tried."""
+    code = trellis.load(2)
+    paths = Trellis.of(code, 11, 64)
 
     def levels(symbols: Tensor) -> Tensor:
         return paths.codewords[reference_trellis.windows(symbols, code), 0]
 
-    rows = unit(100, dim, seed=63)[0]
+    rows = unit(20, 11, seed=63)[0]
     found = reference_trellis.symbols(rows, paths)
-    free = torch.tensor(list(product(range(1 << bits), repeat=dim - held)))
-    rings = torch.cat([free.expand(100, -1, -1), found[:, None, -held:].expand(-1, len(free), -1)], dim=2)
+    free = torch.tensor(list(product(range(4), repeat=7)))
+    rings = torch.cat([free.expand(20, -1, -1), found[:, None, -4:].expand(-1, len(free), -1)], dim=2)
     best = (rows.unsqueeze(1) - levels(rings)).square().sum(2).amin(1)
-    # Costs are rounded down to this, coordinate by coordinate.
-    assert ((rows - levels(found)).square().sum(1) <= best + 2.0 ** -(6 + bits)).all()
+    # Coordinates and costs are rounded.
+    assert ((rows - levels(found)).square().sum(1) <= best + 2.0**-8).all()
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -162,8 +161,9 @@ def test_unknown_code_versions_are_refused() -> None:
     [
         ({"columns": (1, 2)}, r"TrellisCode\.columns: expected 6 of them, got 2"),
         ({"columns": (1, 2, 3, 4, 5, 64)}, r"TrellisCode\.columns: expected labels below 64"),
-        ({"levels": (0,) * 48}, r"TrellisCode\.levels: expected a power of two between 16 and 256 of them, got 48"),
-        ({"levels": (0,) * 8}, r"TrellisCode\.levels: expected a power of two between 16 and 256 of them, got 8"),
+        ({"columns": (16, 18, 44, 39, 12, 30)}, r"TrellisCode\.columns: expected two first ones that differ"),
+        ({"columns": (5, 50, 44, 39, 12, 30)}, r"TrellisCode\.columns: expected two first ones that differ"),
+        ({"levels": (0,) * 48}, r"TrellisCode\.levels: expected 64 of them, got 48"),
         ({"levels": (2**15,) * 64}, r"TrellisCode\.levels\.0: expected less than 32768, got 32768"),
         ({"bits": 1}, r"TrellisCode\.bits: expected 2, 3 or 4, got 1"),
     ],

@@ -20,16 +20,16 @@ from fibkv.trellis import Trellis
 
 # Of the shipped codes: new levels give old parameters another meaning.
 CODE_VERSION = 1
-# Coordinates on both sides of the seam that are searched for what to have there.
-OVERLAPS = {"full": 64, "fast": 8}
+# Coordinates on both sides of the seam that are searched for what to have there, and levels tried for each state.
+SEARCHES = {"full": (64, 3), "fast": (12, 2)}
 # Of a scale search.
 SCALES = (0.96, 1.0, 1.04)
 
 
 @lru_cache(maxsize=32)
-def _tables(bits: Literal[2, 3, 4], head_dim: int, overlap: int) -> tuple[Trellis, Tensor]:
+def _tables(bits: Literal[2, 3, 4], head_dim: int, overlap: int, ways: int) -> tuple[Trellis, Tensor]:
     """What codecs of one code and dimension share, centered or not: memory counts it once."""
-    paths = Trellis.of(trellis.load(bits), head_dim, overlap)
+    paths = Trellis.of(trellis.load(bits), head_dim, overlap, ways)
     return paths, paths.codewords
 
 
@@ -43,7 +43,7 @@ class TrellisCodec(FibCodec):
                 "TrellisParameters.code_version", f"{CODE_VERSION} of the code", parameters.code_version
             )
         code = trellis.load(parameters.bits)
-        paths, codewords = _tables(parameters.bits, parameters.head_dim, OVERLAPS[parameters.path_search])
+        paths, codewords = _tables(parameters.bits, parameters.head_dim, *SEARCHES[parameters.path_search])
         turn = rotation(parameters.rotation, parameters.head_dim, parameters.rotation_seed)
         self.tables = FibTables(
             codewords=codewords,

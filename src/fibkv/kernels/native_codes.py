@@ -22,6 +22,7 @@ from fibkv.kernels.refusals import mismatch, require_finite, require_norms
 from fibkv.means import encode_means, means_in_place
 from fibkv.rotation import hadamard_signs
 from fibkv.tables import AffineTables, ChannelTables, FibTables, KltTables, RawTables, ScaledTables, Tables
+from fibkv.trellis_search import REACH
 
 Isa = Any
 """An instruction set: ``fibkv.kernels._native.Isa``."""
@@ -304,12 +305,13 @@ def _coder(tables: FibTables) -> Any:
             **common,
             window=tables.window,
             overlap=trellis.overlap,
-            steps=trellis.steps,
-            reach=trellis.reach,
-            farthest=trellis.farthest,
-            far_cost=trellis.far_cost,
-            levels=list(trellis.code.levels),
-            columns=list(trellis.code.columns),
+            cells_per_one=trellis.cells,
+            reach=REACH,
+            ways=trellis.search.columns.shape[1],
+            rows=trellis.search.columns.shape[2],
+            columns=trellis.search.columns.data_ptr(),
+            costs=trellis.search.costs.data_ptr(),
+            label_columns=list(trellis.code.columns),
         )
     return native.FibCoder(
         **common,

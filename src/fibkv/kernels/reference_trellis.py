@@ -4,16 +4,19 @@ Letters: ``b`` bits of a symbol, ``n`` = 2^b, ``G`` = 2^(8 - b), ``V`` vectors. 
 symbol in the highest. From state ``g * n + j`` the symbol ``s`` leads through window ``s * 256 + g * n + j`` to state
 ``s * G + g``: the n states of a *group* g lead to the same n states.
 
-All costs are integers, so that every implementation finds the same path.
+All costs are integers of eight bits, so that every implementation finds the same path.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from fibkv.constants import constant
 from fibkv.trellis import STATE_BITS, Trellis, TrellisCode
+from fibkv.trellis_search import MOST, REACH
 
 STATES = 1 << STATE_BITS
 # Vectors searched at a time: on the CPU so that the costs of a step stay inside the second-level cache; on a device,
@@ -45,63 +48,69 @@ def symbols(vectors: Tensor, trellis: Trellis) -> Tensor:
 
 
 def _tile_symbols(rows: Tensor, trellis: Trellis) -> Tensor:
-    points = (rows * trellis.steps).round().clamp(-trellis.reach, trellis.reach).to(torch.int32).T.contiguous()
-    own = torch.arange(STATES, dtype=torch.int32, device=rows.device).unsqueeze(1) % (1 << trellis.code.bits)
-    around = points.roll(trellis.overlap, dims=0)[: 2 * trellis.overlap]
-    cost, choices = _search(around, own.repeat(1, len(rows)), trellis)
-    seam = _trace(cost.argmin(0), choices[trellis.overlap :], trellis)[1]
-    closed = (own + trellis.far_cost).repeat(1, len(rows))
-    closed.scatter_(0, seam.unsqueeze(0), own[seam].T)
-    _, choices = _search(points, closed, trellis)
-    return _trace(seam, choices, trellis)[0].T
+    cells = (rows * trellis.cells).round().clamp(-REACH, REACH).to(torch.int64).T + REACH
+    around = cells.roll(trellis.overlap, dims=0)[: 2 * trellis.overlap]
+    cost, before = _search(around, torch.zeros(len(rows), STATES, dtype=torch.int32, device=rows.device), trellis)
+    seam = _trace(_first_least(cost), before[trellis.overlap :], trellis)[1]
+    closed = torch.full_like(cost, MOST).scatter_(1, seam.unsqueeze(1), 0)
+    _, before = _search(cells, closed, trellis)
+    return _trace(seam, before, trellis)[0]
 
 
-def _search(points: Tensor, cost: Tensor, trellis: Trellis) -> tuple[Tensor, list[Tensor]]:
-    """Viterbi's algorithm.
-
-    A cost has its own state's number j within the group in its low b bits, so that the cheapest of a group's states,
-    the first of equals, brings along which one it is.
+def _search(cells: Tensor, cost: Tensor, trellis: Trellis) -> tuple[Tensor, list[Tensor]]:
+    """Viterbi's algorithm. Sums stay at MOST; of equally good ways the one with the lowest column is taken.
 
     Args:
-        points: ``[d, V]`` int32, in steps of the grid.
-        cost: ``[256, V]`` int32 of the states before the first point.
+        cells: ``[d, V]`` int64, which row of the search table a coordinate has.
+        cost: ``[V, 256]`` int32 of the states before the first coordinate.
         trellis: the code.
 
     Returns:
-        The costs of the states behind the last point ``[256, V]``, without their low bits, and for each point from
-        which state of its group each state was reached best, ``[256, V]`` uint8.
+        The costs of the states behind the last coordinate ``[V, 256]``, and for each coordinate the state from which
+        each state was reached best, ``[V, 256]`` uint8.
     """
-    n = 1 << trellis.code.bits
-    labels = constant(trellis.labels, points.device, torch.int64)
-    own = torch.arange(STATES, dtype=torch.int32, device=points.device).unsqueeze(1) % n
-    choices, plain = [], cost - own
-    for row in points:
-        steps = _distances(row, trellis).index_select(0, labels).view(n, STATES // n, n, -1)
-        best = (steps + cost.view(1, STATES // n, n, -1)).amin(2).flatten(0, 1)
-        choice = best % n
-        plain = best - choice
-        plain = (plain - plain.amin(0)).clamp(max=trellis.far_cost)
-        cost = plain + own
-        choices.append(choice.to(torch.uint8))
-    return plain, choices
+    sources, costs = (constant(table, cells.device) for table in _ways(trellis))
+    tried = costs.shape[1]
+    order = torch.arange(tried, dtype=torch.int32, device=cells.device).view(1, -1, 1)
+    before = []
+    for t, row in enumerate(cells):
+        source = sources[row]
+        sums = cost.gather(1, source.flatten(1).to(torch.int64)).view_as(source) + costs[row]
+        # The number of the way in the low bits: the least sum, the first of equals, brings it along.
+        best = (sums * tried + order).amin(1)
+        before.append(source.gather(1, (best % tried).to(torch.int64).unsqueeze(1)).squeeze(1))
+        # At every second coordinate less by what the best path had cost before, which no way has lowered.
+        cost = (best // tried).clamp(max=MOST) - (cost.amin(1, keepdim=True) if t % 2 else 0)
+    return cost, before
 
 
-def _distances(row: Tensor, trellis: Trellis) -> Tensor:
-    """Squared distances ``[2^m, V]`` int32 of one coordinate ``[V]`` to all levels, rounded down to multiples of n.
+@lru_cache(maxsize=4)
+def _ways(trellis: Trellis) -> tuple[Tensor, Tensor]:
+    """The search table by states: for each cell, way and state ``[C, W, 256]`` the state before, and the step's cost.
 
-    In units of 2^-(6 + 2b) of a coordinate's variance, and at most ``trellis.most``.
+    The way to state ``s * G + g`` from group g is through the label row of symbol s, and a label's column is the place
+    in the group, xor what the bits in the middle of the window make of it.
     """
     bits = trellis.code.bits
-    away = (row - constant(trellis.levels, row.device).unsqueeze(1)).abs()
-    scaled = (away.clamp(max=trellis.farthest) << bits - 1).to(torch.int64)
-    return (scaled.square() >> 16).to(torch.int32) & -(1 << bits)
+    state = torch.arange(STATES)
+    groups = STATES >> bits
+    group, symbol = state % groups, state // groups
+    label = trellis.labels.to(torch.int64)[symbol << STATE_BITS | group << bits]
+    row, mix = label >> bits, (label % (1 << bits)).to(torch.uint8)
+    sources = (group << bits).to(torch.uint8) + (trellis.search.columns[:, :, row] ^ mix)
+    return sources, trellis.search.costs[:, :, row].to(torch.int32)
 
 
-def _trace(state: Tensor, choices: list[Tensor], trellis: Trellis) -> tuple[Tensor, Tensor]:
-    """Goes the path back that ends in ``state [V]``: its symbols ``[d, V]`` int32, and the state it starts from."""
-    n = 1 << trellis.code.bits
+def _first_least(cost: Tensor) -> Tensor:
+    """The lowest state ``[V]`` int64 among those of the least cost."""
+    state = torch.arange(STATES, dtype=cost.dtype, device=cost.device)
+    return (cost * STATES + state).amin(1).to(torch.int64) % STATES
+
+
+def _trace(state: Tensor, before: list[Tensor], trellis: Trellis) -> tuple[Tensor, Tensor]:
+    """Goes the path back that ends in ``state [V]``: its symbols ``[V, d]`` int32, and the state it starts from."""
     found = []
-    for choice in reversed(choices):
-        found.append((state // (STATES // n)).to(torch.int32))
-        state = state % (STATES // n) * n + choice.gather(0, state.unsqueeze(0)).squeeze(0)
-    return torch.stack(found[::-1]), state
+    for reached_from in reversed(before):
+        found.append((state >> STATE_BITS - trellis.code.bits).to(torch.int32))
+        state = reached_from.gather(1, state.unsqueeze(1)).squeeze(1).to(torch.int64)
+    return torch.stack(found[::-1], dim=1), state

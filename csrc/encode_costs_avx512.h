@@ -1,0 +1,78 @@
+// `Costs` of encode_costs.h in four registers of AVX-512.
+#pragma once
+
+#include "trellis_layout.h"
+#include "vector.h"
+
+namespace fibkv {
+namespace FIBKV_ISA {
+
+class Costs {
+ public:
+  explicit Costs(const TrellisLayout& layout) {
+    for (int i = 0; i < 4; ++i) {
+      order_[i] = _mm512_loadu_si512(layout.order + 64 * i);
+      is_high_[i] = _mm512_movepi8_mask(order_[i]);
+    }
+  }
+
+  void fill(int cost) {
+    for (__m512i& part : costs_) part = _mm512_set1_epi8((char)cost);
+  }
+
+  void set(int place, int cost) {
+    for (int i = 0; i < 4; ++i) {
+      const __mmask64 there = place / 64 == i ? 1ull << (place & 63) : 0;
+      costs_[i] = _mm512_mask_set1_epi8(costs_[i], there, (char)cost);
+    }
+  }
+
+  int least() const { return _mm_extract_epi8(least_byte(), 0); }
+
+  void write(uint8_t* to) const {
+    for (int i = 0; i < 4; ++i) _mm512_storeu_si512(to + 64 * i, costs_[i]);
+  }
+
+  template <int bits, int ways, bool lowered>
+  void step(const TrellisCell& cell) {
+    const auto everywhere = [](const uint8_t* row) {
+      return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)row));
+    };
+    __m512i from[ways], cost[ways], reached[4];
+    for (int way = 0; way < ways; ++way) {
+      from[way] = everywhere(cell.from[way]);
+      cost[way] = everywhere(cell.cost[way]);
+    }
+    const __m512i least = _mm512_broadcastb_epi8(lowered ? least_byte() : _mm_setzero_si128());
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 3
+      for (int way = 0; way < ways; ++way) {
+        const __m512i sum = _mm512_adds_epu8(_mm512_shuffle_epi8(costs_[i], from[way]), cost[way]);
+        reached[i] = way ? _mm512_min_epu8(reached[i], sum) : sum;
+      }
+      if (lowered) reached[i] = _mm512_sub_epi8(reached[i], least);
+    }
+    // Each place from two registers of four: an index has seven bits, and the eighth says which two.
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m512i low = _mm512_permutex2var_epi8(reached[0], order_[i], reached[1]);
+      const __m512i high = _mm512_permutex2var_epi8(reached[2], order_[i], reached[3]);
+      costs_[i] = _mm512_mask_blend_epi8(is_high_[i], low, high);
+    }
+  }
+
+ private:
+  __m128i least_byte() const {
+    const __m512i all = _mm512_min_epu8(_mm512_min_epu8(costs_[0], costs_[1]), _mm512_min_epu8(costs_[2], costs_[3]));
+    const __m256i half = _mm256_min_epu8(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    const __m128i lane = _mm_min_epu8(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    return _mm_minpos_epu16(_mm_min_epu8(lane, _mm_srli_epi16(lane, 8)));
+  }
+
+  __m512i costs_[4], order_[4];
+  __mmask64 is_high_[4];
+};
+
+}  // namespace FIBKV_ISA
+}  // namespace fibkv

@@ -1,0 +1,73 @@
+#include "trellis_layout.h"
+
+#include <cstring>
+
+namespace fibkv {
+
+TrellisLayout::TrellisLayout(int bits, const std::vector<int>& columns) {
+  const int n = 1 << bits, groups = kStates >> bits;
+  const auto mix_of = [&columns](int group) {
+    int mix = 0;
+    for (size_t bit = 0; bit < columns.size(); ++bit) mix ^= group >> bit & 1 ? columns[bit] : 0;
+    return mix;
+  };
+  // At 2 bits a lane has four groups, and its 16 rows are those of all labels: each group stands where its rows are.
+  const auto first_of = [bits, n, mix_of](int group) {
+    return n * (bits == 2 ? (group & -4) | mix_of(group) >> 4 : group);
+  };
+  uint8_t reached[kStates];
+  for (int state = 0; state < kStates; ++state) {
+    const int to = state >> bits, from = state & (groups - 1), symbol = state / groups;
+    held[state] = static_cast<uint8_t>(first_of(to) + ((state ^ mix_of(to)) & (n - 1)));
+    reached[state] = static_cast<uint8_t>(first_of(from) + ((symbol ^ mix_of(from) >> bits) & (n - 1)));
+  }
+  uint8_t places[kStates];
+  for (int state = 0; state < kStates; ++state) {
+    states[reached[state]] = static_cast<uint8_t>(state);
+    order[held[state]] = reached[state];
+    places[reached[state]] = held[state];
+  }
+  find_exchanges(bits, places);
+}
+
+// Follows the bytes, whose places to go to are `places`, through the rounds. A lane has as many bytes with a bit of their
+// symbol set as without it, and the symbol is in the high bits of the lane where a byte has to go.
+void TrellisLayout::find_exchanges(int bits, const uint8_t* places) {
+  uint8_t lanes[kStateLanes][16];
+  std::memcpy(lanes, places, sizeof lanes);
+  for (int round = 0; round < bits; ++round) {
+    uint8_t sorted[kStateLanes][16];
+    for (int lane = 0; lane < kStateLanes; ++lane) {
+      int next[2] = {0, 8};
+      for (int i = 0; i < 16; ++i) {
+        const int at = next[lanes[lane][i] >> (8 - bits + round) & 1]++;
+        exchange[round][lane][at] = static_cast<uint8_t>(i);
+        sorted[lane][at] = lanes[lane][i];
+      }
+    }
+    for (int lane = 0; lane < kStateLanes; ++lane) {
+      const int upper = lane >> round & 1, pair = lane & ~(1 << round);
+      std::memcpy(lanes[lane], sorted[pair] + 8 * upper, 8);
+      std::memcpy(lanes[lane] + 8, sorted[pair | 1 << round] + 8 * upper, 8);
+    }
+  }
+  for (int lane = 0; lane < kStateLanes; ++lane) {
+    for (int i = 0; i < 16; ++i) settle[lane][lanes[lane][i] & 15] = static_cast<uint8_t>(i);
+  }
+}
+
+std::vector<TrellisCell> lay_out_cells(int bits, int cells, int ways, int rows, const uint8_t* columns, const uint8_t* costs) {
+  std::vector<TrellisCell> laid(cells);
+  for (int cell = 0; cell < cells; ++cell) {
+    for (int way = 0; way < ways; ++way) {
+      const int start = (cell * ways + way) * rows;
+      for (int row = 0; row < 16; ++row) {
+        laid[cell].from[way][row] = static_cast<uint8_t>((row & -(1 << bits)) + columns[start + row % rows]);
+        laid[cell].cost[way][row] = costs[start + row % rows];
+      }
+    }
+  }
+  return laid;
+}
+
+}  // namespace fibkv

@@ -1,0 +1,45 @@
+// How the costs of a trellis's 256 states lie in registers while the best path is searched.
+//
+// What a path is, and what it costs, is written down in src/fibkv/kernels/reference_trellis.py. In its letters: b bits of
+// a symbol, n = 2^b, G = 2^(8 - b) groups of n states. All n states of a group lead to the same n states.
+//
+// Costs are bytes in 16 lanes of 16. Before a step they are *held* so that a lane has the n states of each of 16 / n
+// groups, in the order of their label columns; the step makes of these n the costs of the n states that they lead to,
+// *reached* in the order of their label rows. The 16 rows of a lane are the same in all lanes, so that what is tried in a
+// cell of the search table is 16 bytes for each try. Between two steps, 256 bytes change places.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace fibkv {
+
+constexpr int kStates = 256;
+constexpr int kStateLanes = 16;  // of 16 bytes
+constexpr int kMostWays = 3;     // levels of a row that are tried at most
+
+// The search table for one cell.
+struct TrellisCell {
+  uint8_t from[kMostWays][16];  // for each row of a lane, the place in the lane that is tried
+  uint8_t cost[kMostWays][16];  // and what the step from there costs
+};
+
+struct TrellisLayout {
+  uint8_t held[kStates];     // the place of a state before a step
+  uint8_t states[kStates];   // the state at a place behind a step
+  uint8_t order[kStates];    // for each place before the next step, that behind the last one: the same state's
+  // The change of places by registers of 16 bytes: in b rounds a lane's bytes are shuffled so that two lanes can exchange
+  // halves, and in the end they are put in order.
+  uint8_t exchange[4][kStateLanes][16];
+  uint8_t settle[kStateLanes][16];
+
+  TrellisLayout(int bits, const std::vector<int>& columns);
+
+ private:
+  void find_exchanges(int bits, const uint8_t* places);
+};
+
+// The cells of a search table, columns and costs [cells][ways][rows], as a layout has them.
+std::vector<TrellisCell> lay_out_cells(int bits, int cells, int ways, int rows, const uint8_t* columns, const uint8_t* costs);
+
+}  // namespace fibkv
