@@ -14,7 +14,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fibkv.kernels import triton_attend, triton_decode, triton_encode, triton_merge
+from fibkv.kernels import (
+    triton_attend,
+    triton_decode,
+    triton_encode,
+    triton_means,
+    triton_merge,
+    triton_rotate,
+    triton_round,
+    triton_search,
+)
 from fibkv.kernels.triton_sides import Side
 
 SIDES = {
@@ -91,14 +100,26 @@ def main() -> None:
 
 
 def _encoding() -> None:
+    for form, centered in (("bf16", True), ("f32", False)):
+        sizes = {"DIM": 128, "D": 128, "VECTORS": 32, "COORDINATES": 16}
+        types = "*u8 *fp32 *fp32 *fp32 *fp64 *i32 i32 i32"
+        compiled(90, triton_rotate.rotate, types, True, FORM=form, CENTERED=centered, **sizes)
+    for bits, scales in ((8, 5), (6, 1)):
+        sizes = {"DIM": 128, "D": 128, "VECTORS": 16, "PARTS": 2, "SIDE": 64, "SLOTS": 6}
+        sizes |= {"SIZE": 1 << bits, "BITS": bits, "NBYTES": 8 * bits}
+        types = "*fp32 *fp64 *fp32 *fp32 *i64 *u8 *fp64 i32 fp32 fp32"
+        compiled(90, triton_search.search_cells, types, NUM_SCALES=scales, GAIN=True, **sizes)
+    compiled(90, triton_rotate.log_norms, "*fp64 *u8 *fp16 *i32 i32", NORMS=64)
+    compiled(90, triton_rotate.half_norms, "*fp64 *fp16 *i32 i32", NORMS=1024)
     for cells in (0, 256):
-        sizes = {"NUM_BLOCKS": 64, "BLOCK": 2, "VECTORS": 4, "BLOCKS": 64, "CODEWORDS": 32}
+        sizes = {"NUM_BLOCKS": 32, "BLOCK": 4, "VECTORS": 8, "BLOCKS": 32, "CODEWORDS": 32}
         types = "*fp32 *fp32 *u8 *fp32 *i32 *fp64 i32 fp32 fp32"
-        compiled(90, triton_encode._search, types, NUM_SCALES=9, SIDE=cells, SIZE=256, **sizes)
+        compiled(90, triton_encode._search, types, NUM_SCALES=1, SIDE=cells, SIZE=256, **sizes)
     compiled(90, triton_encode._pack, "*i32 *u8 i32", NUM_BLOCKS=64, BITS=6, NBYTES=48, TILE=1024)
     for form, limit in (("int8", 127.0), ("fp8", 448.0)):
         sizes = {"VECTORS": 64, "DIM": 128, "D": 128}
-        compiled(80, triton_encode._round, "*fp32 *u8 *i16 i32", FORM=form, LIMIT=limit, **sizes)
+        types = "*u8 *u8 *i16 *i32 i32"
+        compiled(80, triton_round._round, types, SOURCE="bf16", FORM=form, LIMIT=limit, **sizes)
 
 
 def _attention(capability: int, key: Side, value: Side, paged: int) -> None:

@@ -36,11 +36,8 @@ def test_encoding_waits_for_no_device_if_refusals_can_wait(name: str, axis: str,
     assert equal(codes, expected)
 
 
-# Triton's interpreter takes the least of nothing but NaN for an error; tests/gpu has NaN on a device.
-@pytest.mark.parametrize(
-    ("implementation", "bad"),
-    [("reference", torch.nan), ("reference", torch.inf), *((name, 1e30) for name in ("reference", *TRITON))],
-)
+@pytest.mark.parametrize("implementation", ["reference", *TRITON])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
 @pytest.mark.parametrize("name", CODECS)
 def test_what_is_refused_at_once_is_found_later(name: str, implementation: str, bad: float) -> None:
     codec, rows = encoder(name, "per_token"), gaussian(2, 8, 64)

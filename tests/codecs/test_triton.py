@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import torch
 
 from fibkv.codecs import codec_for
 from fibkv.kernels import reference, triton
-from fibkv.parameters import FibParameters
+from fibkv.parameters import FibParameters, named_parameters
+from fibkv.tables import FibTables
 from tests.codecs import test_codecs  # noqa: F401 - defines the suites
 from tests.codecs.conformance import CodecConformance, attend_error, equal, gaussian
 from tests.codecs.test_native_codes import PARAMETERS
@@ -102,3 +104,24 @@ def test_without_the_interpreter_the_cpu_is_refused() -> None:
     )
     assert "tensors on the CPU need TRITON_INTERPRET=1" in done.stdout
     assert "KernelError: triton kernels: tensors on the CPU need TRITON_INTERPRET=1" in done.stderr
+
+
+def test_blocks_with_too_many_candidates_search_the_whole_book() -> None:
+    tables = codec_for(SETTINGS["fib4"]).tables
+    assert isinstance(tables, FibTables)
+    # A ring, and nothing in its middle: any codeword may be nearest to a point there.
+    angles = torch.arange(256) * (2 * torch.pi / 256)
+    ring = replace(tables, codewords=torch.stack([angles.cos(), angles.sin()], 1) * 0.2, scales=(0.9, 1.0))
+    rows = gaussian(2, 1, 20, tables.head_dim)
+    rows[1, 0, :5] = 0
+    expected = reference.encode(rows, ring)
+    assert equal(triton.Triton("cpu").encode(rows, ring), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["key4", "fib4_haar", "int8"])
+def test_rows_of_every_type_and_any_layout(name: str, dtype: torch.dtype) -> None:
+    codec = codec_for(SETTINGS.get(name) or named_parameters(name, 64, "bf16"))
+    rows = gaussian(7, 3, 2, codec.head_dim).to(dtype).transpose(0, 2)[:, 1:]
+    assert not rows.is_contiguous()
+    assert equal(triton.Triton("cpu").encode(rows, codec.tables), reference.encode(rows, codec.tables))

@@ -1,4 +1,4 @@
-"""Triton: the kernels that find codewords, pack their indices, and round to 8-bit numbers; and their launches.
+"""Triton: the kernels that find codewords of any book and pack their indices, and their launches.
 
 Distances are single float32 operations in the reference's order. Kernels that decide codes are launched without
 fusion of multiplication and addition, which would round differently.
@@ -14,86 +14,12 @@ from torch import Tensor
 from fibkv.kernels.triton_load import INTERPRETED
 from fibkv.kernels.triton_sides import DeviceTables, per_program, power_of_two
 from fibkv.packing import packed_nbytes
-from fibkv.tables import FibTables, ScaledTables
+from fibkv.tables import FibTables
 
-# Distances, or numbers, that one program holds at a time; the interpreter pays per program.
+# Distances that one program holds at a time; the interpreter pays per program.
 TILE = 1 << 20 if INTERPRETED else 1 << 13
 # Codewords that are compared at a time.
 CODEWORDS = 1 << 10 if INTERPRETED else 1 << 5
-# A float32 of this size has no fraction: adding and subtracting it rounds smaller ones to even.
-WHOLE = tl.constexpr(1.5 * 2.0**23)
-
-
-@triton.jit
-def _round_up_bfloat16(positive):
-    """Bits of float32 >= 0 as bfloat16, rounded towards +infinity, finite where they were: int32."""
-    raised = (positive.to(tl.int32, bitcast=True) + 0xFFFF) >> 16
-    return tl.minimum(raised, 0x7F7F)
-
-
-@triton.jit
-def _round_to_e4m3(numbers):
-    """Bits of float32 as e4m3, rounded to even; magnitudes are at most 448."""
-    bits = numbers.to(tl.int32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    # Rounded at the third place of the mantissa; exponents are biased by 120 less.
-    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
-    # Below 2^-6 codes are multiples of 2^-9.
-    small = ((magnitude.to(tl.float32, bitcast=True) * 512.0 + WHOLE) - WHOLE).to(tl.int32)
-    return tl.where(magnitude < 0x3C800000, small, normal) | ((bits >> 24) & 0x80)
-
-
-@triton.jit
-def _round(
-    rows,
-    values,
-    scales,
-    count,
-    LIMIT: tl.constexpr,
-    FORM: tl.constexpr,
-    DIM: tl.constexpr,
-    D: tl.constexpr,
-    VECTORS: tl.constexpr,
-):
-    """``rows [count, DIM]`` float32 to ``values`` (bytes of int8 or e4m3) and ``scales [count]`` (bits of bfloat16)."""
-    vectors = tl.program_id(0).to(tl.int64) * VECTORS + tl.arange(0, VECTORS)
-    axis = tl.arange(0, D)
-    mask = (vectors < count)[:, None] & (axis < DIM)[None, :]
-    offsets = vectors[:, None] * DIM + axis[None, :]
-    numbers = tl.load(rows + offsets, mask, other=0.0)
-    peaks = tl.max(tl.abs(numbers), 1)
-    stored = _round_up_bfloat16(tl.div_rn(peaks, tl.full([VECTORS], LIMIT, tl.float32)))
-    divisors = (stored << 16).to(tl.float32, bitcast=True)
-    divisors = tl.where(divisors == 0.0, 1.0, divisors)
-    scaled = tl.div_rn(numbers, tl.broadcast_to(divisors[:, None], [VECTORS, D]))
-    if FORM == "int8":
-        codes = tl.clamp((scaled + WHOLE) - WHOLE, -LIMIT, LIMIT).to(tl.int32)
-    else:
-        codes = _round_to_e4m3(tl.clamp(scaled, -LIMIT, LIMIT))
-    tl.store(values + offsets, (codes & 0xFF).to(tl.uint8), mask)
-    tl.store(scales + vectors, stored.to(tl.int16), vectors < count)
-
-
-def round_to_eights(rows: Tensor, tables: ScaledTables) -> tuple[Tensor, Tensor]:
-    """Rows ``[..., d]`` float32, contiguous, to ``values [..., d]`` int8 or e4m3 and ``scales [...]`` bfloat16."""
-    dim = rows.shape[-1]
-    values = torch.empty(rows.shape, dtype=tables.dtype, device=rows.device)
-    scales = torch.empty(rows.shape[:-1], dtype=torch.bfloat16, device=rows.device)
-    width = power_of_two(dim)
-    vectors = per_program(scales.numel(), TILE // width)
-    _round[(triton.cdiv(scales.numel(), vectors),)](
-        rows,
-        values.view(torch.uint8),
-        scales.view(torch.int16),
-        scales.numel(),
-        LIMIT=tables.limit,
-        FORM="int8" if tables.dtype == torch.int8 else "fp8",
-        DIM=dim,
-        D=width,
-        VECTORS=vectors,
-        enable_fp_fusion=False,
-    )
-    return values, scales
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from fibkv.codes import AffineCodes, Codes, FibCodes, RawCodes, ScaledCodes
 from fibkv.errors import KernelError
+from fibkv.kernels.candidates import Candidates, candidates
 from fibkv.kernels.refusals import mismatch
 from fibkv.packing import packed_nbytes
 from fibkv.tables import AffineTables, ChannelTables, FibTables, KltTables, PlainTables, RawTables, ScaledTables, Tables
@@ -24,6 +25,8 @@ FORMS: dict[torch.dtype, Form] = {
     torch.int8: "int8",
     torch.float8_e4m3fn: "fp8",
 }
+# What vectors come in; kernels read these as they are.
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Side(NamedTuple):
@@ -107,18 +110,22 @@ class DeviceTables:
     """Tables of a codec where the kernels are.
 
     Attributes:
-        codewords: ``[N, k]`` float32; one element where the codec has none.
-        halves: the same in float16, N filled up to a power of two.
+        codewords: ``[N, k]`` float32, N filled up to a power of two; one element where the codec has none.
+        halves: the same in float16.
         rotation: ``[d, d]`` float32 or None; row i gives coordinate i of a rotated vector.
+        turning: the same transposed and filled up with zeros, ``[D, D]``, D a power of two of at least 32.
         scales: factors of a scale search, float32.
         cells: ``[side, side]`` uint8 of a decision table; one element where there is none.
+        candidates: what an exact search in the plane looks at; None for other codecs.
     """
 
     codewords: Tensor
     halves: Tensor
     rotation: Tensor | None
+    turning: Tensor
     scales: Tensor
     cells: Tensor
+    candidates: Candidates | None
 
     def turned(self, vectors: Tensor) -> Tensor:
         """Vectors ``[..., d]`` of any floating dtype, rotated in it."""
@@ -144,14 +151,20 @@ def _copied(tables: Tables, device: torch.device) -> DeviceTables:
     inner = tables.inner if isinstance(tables, ChannelTables) else tables
     nothing = torch.zeros(1, dtype=torch.uint8, device=device)
     if not isinstance(inner, FibTables):
-        return DeviceTables(nothing.float(), nothing.half(), None, nothing.float(), nothing)
+        return DeviceTables(nothing.float(), nothing.half(), None, nothing.float(), nothing.float(), nothing, None)
     codewords = inner.codewords.to(device).contiguous()
+    filled = pad(codewords, (0, 0, 0, (1 << inner.window) - len(codewords)))
+    rotation = inner.rotation.matrix.to(device).contiguous()
+    missing = max(32, power_of_two(inner.head_dim)) - inner.head_dim
+    plane = codewords.shape[1] == 2 and inner.bits <= 8 and inner.decisions is None and inner.trellis is None
     return DeviceTables(
-        codewords,
-        pad(codewords.half(), (0, 0, 0, (1 << inner.window) - len(codewords))),
-        inner.rotation.matrix.to(device).contiguous(),
+        filled,
+        filled.half(),
+        rotation,
+        pad(rotation.T, (0, missing, 0, missing)).contiguous(),
         torch.tensor(inner.scales, device=device),
         nothing if inner.decisions is None else inner.decisions.cells.to(device).contiguous(),
+        candidates(codewords, inner.scales) if plane else None,
     )
 
 
