@@ -26,7 +26,7 @@ from torch.nn import functional
 from fibkv.bench_gpu_clock import Clock
 from fibkv.codecs import Codec, codec_for
 from fibkv.codes import Codes
-from fibkv.kernels import reference, triton_codes, triton_fib, triton_rotate
+from fibkv.kernels import reference, triton_codes, triton_fib, triton_means, triton_rotate
 from fibkv.kernels.refusals import checked_later
 from fibkv.kernels.triton import device_name
 from fibkv.kernels.triton_sides import on_device
@@ -115,18 +115,20 @@ def stages(clock: Clock, codec: Codec, rows: Tensor, rounds: int) -> dict[str, f
         return {}
     device_tables = on_device(tables, rows.device)
     groups, refused = rows.flatten(0, 1), torch.zeros((), dtype=torch.bool, device=rows.device)
-    _, taken = triton_fib._means(groups, tables, device_tables)
-    rotated, lengths = triton_rotate.unit_vectors(groups, taken, device_tables, refused)
+    _, taken = triton_means.coded_means(groups, device_tables)
+    centered = groups - taken.unsqueeze(1) if tables.centered else groups
+    rotated, lengths = triton_rotate.unit_vectors(centered, device_tables, refused)
     codes = codec.encode(rows, implementation="triton").named()
     packed = dict(codes)["indices"].clone().view(len(lengths), -1)
     norms = torch.empty_like(lengths)
     parts: dict[str, Callable[[], object]] = {
-        "rotation": lambda: triton_rotate.unit_vectors(groups, taken, device_tables, refused),
+        "rotation": lambda: triton_rotate.unit_vectors(centered, device_tables, refused),
         "search": lambda: triton_fib._search(rotated, lengths, tables, device_tables, packed, norms),
         "norms": lambda: triton_rotate.stored_norms(lengths.view(groups.shape[:-1]), tables.norm_format, refused),
     }
     if tables.centered:
-        parts["means"] = lambda: triton_fib._means(groups, tables, device_tables)
+        parts["means"] = lambda: triton_means.coded_means(groups, device_tables)
+        parts["subtraction"] = lambda: groups - taken.unsqueeze(1)
     return {name: microseconds(clock, part, rounds) for name, part in parts.items()}
 
 

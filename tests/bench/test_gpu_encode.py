@@ -29,5 +29,5 @@ def test_the_tool_compares_codes_and_times_every_part(tmp_path: Path) -> None:
         assert {share for side in row["equal bytes"] for share in side.values()} == {1.0}
         assert min(row["called us"], row["graph us"], row["waiting us"]) > 0
     keys, values = result["rows"][0]["stages us"]
-    assert set(keys) == {"means", "rotation", "search", "norms"}
+    assert set(keys) == {"means", "subtraction", "rotation", "search", "norms"}
     assert set(values) == {"rotation", "search", "norms"}

@@ -100,17 +100,20 @@ def main() -> None:
 
 
 def _encoding() -> None:
-    for form, centered in (("bf16", True), ("f32", False)):
+    for form in ("bf16", "f16", "f32"):
         sizes = {"DIM": 128, "D": 128, "VECTORS": 32, "COORDINATES": 16}
-        types = "*u8 *fp32 *fp32 *fp32 *fp64 *i32 i32 i32"
-        compiled(90, triton_rotate.rotate, types, True, FORM=form, CENTERED=centered, **sizes)
+        compiled(90, triton_rotate.rotate, "*u8 *fp32 *fp32 *fp64 *u8 i32", True, FORM=form, **sizes)
+    compiled(90, triton_means.group_means, "*u8 *fp64 i32", FORM="bf16", DIM=128, D=128, TOKENS=64)
+    sizes = {"DIM": 128, "D": 128, "GROUPS": 16, "COORDINATES": 32}
+    limits = {"LIMIT": 127.0, "LEAST": -126, "MOST": 120}
+    compiled(90, triton_means.code_means, "*fp64 *fp32 *i8 *fp32 i32", **limits, **sizes)
     for bits, scales in ((8, 5), (6, 1)):
-        sizes = {"DIM": 128, "D": 128, "VECTORS": 16, "PARTS": 2, "SIDE": 64, "SLOTS": 6}
+        sizes = {"DIM": 128, "D": 128, "VECTORS": 8, "SIDE": 64, "STARTS": 0x22100, "WIDTH": 4}
         sizes |= {"SIZE": 1 << bits, "BITS": bits, "NBYTES": 8 * bits}
         types = "*fp32 *fp64 *fp32 *fp32 *i64 *u8 *fp64 i32 fp32 fp32"
         compiled(90, triton_search.search_cells, types, NUM_SCALES=scales, GAIN=True, **sizes)
-    compiled(90, triton_rotate.log_norms, "*fp64 *u8 *fp16 *i32 i32", NORMS=64)
-    compiled(90, triton_rotate.half_norms, "*fp64 *fp16 *i32 i32", NORMS=1024)
+    compiled(90, triton_rotate.log_norms, "*fp64 *u8 *fp16 *u8 i32", NORMS=64)
+    compiled(90, triton_rotate.half_norms, "*fp64 *fp16 *u8 i32", NORMS=1024)
     for cells in (0, 256):
         sizes = {"NUM_BLOCKS": 32, "BLOCK": 4, "VECTORS": 8, "BLOCKS": 32, "CODEWORDS": 32}
         types = "*fp32 *fp32 *u8 *fp32 *i32 *fp64 i32 fp32 fp32"
@@ -118,7 +121,7 @@ def _encoding() -> None:
     compiled(90, triton_encode._pack, "*i32 *u8 i32", NUM_BLOCKS=64, BITS=6, NBYTES=48, TILE=1024)
     for form, limit in (("int8", 127.0), ("fp8", 448.0)):
         sizes = {"VECTORS": 64, "DIM": 128, "D": 128}
-        types = "*u8 *u8 *i16 *i32 i32"
+        types = "*u8 *u8 *i16 *u8 i32"
         compiled(80, triton_round._round, types, SOURCE="bf16", FORM=form, LIMIT=limit, **sizes)
 
 

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from fibkv.codes import FibCodes
 from fibkv.kernels.triton_encode import nearest_codewords
+from fibkv.kernels.triton_means import coded_means
 from fibkv.kernels.triton_rotate import stored_norms, unit_vectors
 from fibkv.kernels.triton_search import search
-from fibkv.kernels.triton_sides import DeviceTables, on_device
-from fibkv.means import encode_means
+from fibkv.kernels.triton_sides import FLOATS, DeviceTables, on_device
 from fibkv.packing import packed_nbytes
 from fibkv.tables import FibTables
 
@@ -28,16 +28,20 @@ def encode_fib(rows: Tensor, tables: FibTables, refused: Tensor) -> FibCodes:
     """
     device_tables = on_device(tables, rows.device)
     leading, tokens = rows.shape[:-2], rows.shape[-2]
-    groups = rows.reshape(-1, *rows.shape[-2:]).contiguous()
-    mean, taken = _means(groups, tables, device_tables)
+    narrow = rows if rows.dtype in FLOATS else rows.to(torch.float32)
+    groups = narrow.reshape(-1, *rows.shape[-2:]).contiguous()
+    mean = torch.empty(len(groups), 0, dtype=torch.int8, device=rows.device)
+    if tables.centered:
+        mean, taken = coded_means(groups, device_tables)
+        # As float32, whatever they are.
+        groups = groups - taken.unsqueeze(1)
     nbytes = packed_nbytes(tables.num_blocks, tables.bits)
     packed = torch.empty(*groups.shape[:-1], nbytes, dtype=torch.uint8, device=rows.device)
     norms = torch.empty(groups.shape[:-1], dtype=torch.float64, device=rows.device)
     at_once = max(1, ROTATED_AT_ONCE // tokens)
     for start in range(0, len(groups), at_once):
         part = slice(start, start + at_once)
-        some = None if taken is None else taken[part]
-        rotated, lengths = unit_vectors(groups[part], some, device_tables, refused)
+        rotated, lengths = unit_vectors(groups[part], device_tables, refused)
         _search(rotated, lengths, tables, device_tables, packed[part].view(-1, nbytes), norms[part].view(-1))
     codes, ranges = stored_norms(norms, tables.norm_format, refused)
     return FibCodes(
@@ -46,15 +50,6 @@ def encode_fib(rows: Tensor, tables: FibTables, refused: Tensor) -> FibCodes:
         norms=codes.view(*leading, tokens),
         indices=packed.view(*leading, tokens, nbytes),
     )
-
-
-def _means(groups: Tensor, tables: FibTables, device_tables: DeviceTables) -> tuple[Tensor, Tensor | None]:
-    """Of groups ``[G, T, d]``: coded means, and what they take from vectors, ``[G, d]`` float32 or None."""
-    if not tables.centered:
-        return torch.empty(len(groups), 0, dtype=torch.int8, device=groups.device), None
-    assert device_tables.rotation is not None
-    narrow = groups.to(torch.float32) if groups.dtype == torch.float64 else groups
-    return encode_means(narrow.mean(-2, dtype=torch.float64), device_tables.rotation)
 
 
 def _search(

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fibkv.kernels.triton_load import INTERPRETED
-from fibkv.kernels.triton_sides import FLOATS, FORMS, DeviceTables, octets, per_program
+from fibkv.kernels.triton_sides import FORMS, DeviceTables, octets, per_program
 
 # Vectors of one program, and coordinates of them that it reads at a time; the interpreter pays per program.
 VECTORS = 1 << 12 if INTERPRETED else 1 << 5
@@ -27,10 +27,8 @@ FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
-def _wide(numbers, taken, offsets, inside, CENTERED: tl.constexpr):
-    """Float32 numbers, without what their group's vectors lose, as float64, 0 for what is not finite; their squares."""
-    if CENTERED:
-        numbers -= tl.load(taken + offsets, inside, other=0.0)
+def _wide(numbers):
+    """Float32 numbers as float64, 0 for what is not finite, and their squares."""
     finite = tl.abs(numbers) < float("inf")
     wide = tl.where(finite, numbers, 0.0).to(tl.float64)
     # The squares of float32 numbers neither overflow nor vanish in float64.
@@ -40,15 +38,12 @@ def _wide(numbers, taken, offsets, inside, CENTERED: tl.constexpr):
 @triton.jit
 def rotate(
     rows,
-    taken,
     matrix,
     rotated,
     lengths,
     refused,
     count,
-    tokens,
     FORM: tl.constexpr,
-    CENTERED: tl.constexpr,
     DIM: tl.constexpr,
     D: tl.constexpr,
     VECTORS: tl.constexpr,
@@ -56,14 +51,12 @@ def rotate(
 ):
     """Unit vectors ``rotated [count, DIM]`` float32, rounded once, and their ``lengths [count]`` float64.
 
-    ``rows [count, DIM]`` are ``f32``, or ``f16`` or ``bf16`` with an even DIM; ``taken [count / tokens, DIM]`` float32
-    is what the vectors of a group lose first. ``matrix [D, D]`` float32 is the transposed rotation, filled up with
-    zeros. ``refused [1]`` (a byte) is set where a vector is not finite.
+    ``rows [count, DIM]`` are ``f32``, or ``f16`` or ``bf16`` with an even DIM. ``matrix [D, D]`` float32 is the
+    transposed rotation, filled up with zeros. ``refused [1]`` (a byte) is set where a vector is not finite.
     """
     vectors = tl.program_id(0).to(tl.int64) * VECTORS + tl.arange(0, VECTORS)
     mask = vectors < count
     axis = tl.arange(0, D)
-    means = (vectors // tokens) * DIM
     energy = tl.zeros([VECTORS], tl.float64)
     turned = tl.zeros([VECTORS, D], tl.float64)
     if FORM == "f32":
@@ -73,7 +66,7 @@ def rotate(
             numbers = tl.load(
                 rows.to(tl.pointer_type(tl.float32)) + vectors[:, None] * DIM + part[None, :], inside, 0.0
             )
-            wide, squares = _wide(numbers, taken, means[:, None] + part[None, :], inside, CENTERED)
+            wide, squares = _wide(numbers)
             energy += tl.sum(squares, 1)
             turned = tl.dot(
                 wide, tl.load(matrix + part[:, None] * D + axis[None, :]).to(tl.float64), turned, out_dtype=tl.float64
@@ -92,7 +85,7 @@ def rotate(
                     numbers = bits.to(tl.float32, bitcast=True)
                 else:
                     numbers = (words >> (16 * side)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-                wide, squares = _wide(numbers, taken, means[:, None] + (2 * part + side)[None, :], inside, CENTERED)
+                wide, squares = _wide(numbers)
                 energy += tl.sum(squares, 1)
                 turning = tl.load(matrix + (2 * part + side)[:, None] * D + axis[None, :]).to(tl.float64)
                 turned = tl.dot(wide, turning, turned, out_dtype=tl.float64)
@@ -155,14 +148,11 @@ def half_norms(norms, codes, refused, count, NORMS: tl.constexpr):
     tl.store(codes + places, tl.minimum(values, FLOAT16_MAX).to(tl.float16), mask)
 
 
-def unit_vectors(
-    rows: Tensor, taken: Tensor | None, device_tables: DeviceTables, refused: Tensor
-) -> tuple[Tensor, Tensor]:
+def unit_vectors(rows: Tensor, device_tables: DeviceTables, refused: Tensor) -> tuple[Tensor, Tensor]:
     """Rotated unit vectors.
 
     Args:
-        rows: ``[groups, T, d]``, contiguous, of any floating dtype.
-        taken: ``[groups, d]`` float32, what the vectors of a group lose first, or None.
+        rows: ``[groups, T, d]``, contiguous, of a dtype of `triton_sides.FLOATS`.
         device_tables: of the codec, on the rows' device.
         refused: ``[]`` bool, set where a vector is not finite.
 
@@ -170,7 +160,7 @@ def unit_vectors(
         ``[V, d]`` float32, and the vectors' norms ``[V]`` float64.
     """
     dim = rows.shape[-1]
-    if rows.dtype not in FLOATS or (rows.dtype != torch.float32 and dim % 2):
+    if rows.dtype != torch.float32 and dim % 2:
         rows = rows.to(torch.float32)
     count = rows.shape[:-1].numel()
     rotated = torch.empty(count, dim, device=rows.device)
@@ -178,15 +168,12 @@ def unit_vectors(
     vectors = max(16, per_program(count, VECTORS))
     rotate[(triton.cdiv(count, vectors),)](
         octets(rows),
-        rotated if taken is None else taken,
         device_tables.turning,
         rotated,
         lengths,
         refused.view(torch.uint8),
         count,
-        rows.shape[-2],
         FORM=FORMS[rows.dtype],
-        CENTERED=taken is not None,
         DIM=dim,
         D=device_tables.turning.shape[0],
         VECTORS=vectors,
