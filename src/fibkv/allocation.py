@@ -21,6 +21,12 @@ PAIR_LEVELS = (0, 2, 4, 6, 8)
 KLT_BITS: Mapping[str, float] = {"klt2": 2, "klt2.5": 2.5, "klt3": 3, "klt4": 4}
 """Payload bits per coordinate by name; the parameters behind a name are those of a layer of a calibration."""
 
+KLT_RIVALS: Mapping[str, str] = {"key2": "klt2", "key3": "klt3"}
+"""By keys of a recipe the klt codes that take fewer bits, having no mean per page."""
+
+KLT_RUNGS: tuple[tuple[str, str], ...] = (("klt2", "fib2"), ("klt2.5", "fib2"), ("klt3", "value3"))
+"""Codecs of keys and values that calibrations measure beside the recipes. (At 4 bits klt codes are worse.)"""
+
 
 class HeadAllocation(Contract):
     """Of one KV head, pair by pair.

@@ -16,8 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from fibkv.allocation import KLT_BITS, KLT_RUNGS
 from fibkv.attention_errors import AttentionErrors
-from fibkv.calibration import LayerStatistics
+from fibkv.calibration import LayerStatistics, klt_parameters
 from fibkv.calibration_file import (
     Calibration,
     CalibrationInfo,
@@ -26,11 +27,13 @@ from fibkv.calibration_file import (
     Sensitivity,
     SpaceKind,
     SpaceTrial,
+    klt_of,
     named_tensors,
     spaces_of,
     statistics_of,
     tensors_digest,
 )
+from fibkv.choices import NAMES_BY_BITS, parameters_of
 from fibkv.codecs import codec_for
 from fibkv.contract import Contract, Count
 from fibkv.digest import digest, digest_bytes
@@ -41,17 +44,18 @@ from fibkv.hf import Cache
 from fibkv.hf_attention import attention
 from fibkv.hf_model import model_digest
 from fibkv.hf_observe import Observation, observable_layers, observe
-from fibkv.parameters import named_parameters
+from fibkv.ladder import Choice
 from fibkv.progress import ProgressCallback, StepCounter
 from fibkv.prompts import spread_windows
 from fibkv.quality import CausalLM, cached_logits, dense_logits, score_tokens
-from fibkv.settings import NAMES_BY_BITS
 from fibkv.shape import Role
 from fibkv.space import KeySpace
 from fibkv.threads import torch_threads
 
 RUNGS: tuple[tuple[str, str], ...] = tuple(NAMES_BY_BITS[bits] for bits in (2, 3, 4))
 """Codecs of keys and values that are tried, from the fewest bits."""
+HALVES: tuple[tuple[str, str], ...] = tuple(NAMES_BY_BITS[bits] for bits in (2.5, 3.5))
+"""Pairs of the same codecs between them."""
 SPACES: tuple[SpaceKind, ...] = ("plain", "mean", "balanced")
 ROLES: tuple[Role, ...] = ("key", "value")
 
@@ -109,7 +113,8 @@ def run_calibrate(
             tokenizer, text, num_windows=settings.num_windows, window_tokens=settings.window_tokens
         )
     ]
-    steps = len(windows) + len(RUNGS) * (len(SPACES) + 2 * len(layers)) + 1
+    kinds = len(RUNGS) * (len(SPACES) + 2 * len(layers)) + len(KLT_RUNGS) * (1 + len(layers))
+    steps = len(windows) + kinds + len(HALVES) + 1
     source = digest_bytes(TEXT_DOMAIN, *(f"{len(text)}\0{text}".encode() for text in texts))
     identity = digest("fibkv_calibration_run_v1", [model_digest(model.config), source, settings.to_json()])
     with torch_threads(settings.num_threads):
@@ -155,23 +160,26 @@ class _Run:
         self._settings = settings
         self._trial = windows[:: max(1, len(windows) // settings.trial_windows)][: settings.trial_windows]
         self._spaces: Mapping[tuple[int, SpaceKind], KeySpace] = {}
+        self._statistics: Mapping[int, LayerStatistics] = {}
         self._seen: list[Observation] = []
 
     def calibration(self, layers: Sequence[int], source: str, step: StepCounter) -> Calibration:
         """Everything, in order."""
-        statistics = self._gather(step)
+        self._statistics = statistics = self._gather(step)
         self._spaces = spaces_of(statistics)
+        tried: list[tuple[tuple[str, str], SpaceKind]] = [(rung, kind) for rung in RUNGS for kind in SPACES]
+        tried += [(rung, "klt") for rung in self._klt_rungs()]
         trials = [
             SpaceTrial(profile=rung[0], space=kind, kl=self._kl(step, f"space {rung[0]} {kind}", rung, kind))
-            for rung in RUNGS
-            for kind in SPACES
+            for rung, kind in tried
         ]
-        best = {keys: min((t for t in trials if t.profile == keys), key=lambda t: t.kl).space for keys, _ in RUNGS}
+        names = [rung[0] for rung, _ in tried]
+        best = {keys: min((t for t in trials if t.profile == keys), key=lambda t: t.kl).space for keys in names}
         sensitivities = [
             self._sensitivity(step, statistics[layer], layer, role, rung[ROLES.index(role)], best[rung[0]])
             for layer in layers
             for role in ROLES
-            for rung in RUNGS
+            for rung in (*RUNGS, *(self._klt_rungs() if role == "key" else ()))
         ]
         recommendation = self._recommend(step, sensitivities, trials, best)
         tensors = named_tensors(statistics)
@@ -217,13 +225,31 @@ class _Run:
                 spaces = {layer: space for (layer, of), space in self._spaces.items() if of == kind}
             kl = []
             for ids in self._trial:
-                cache = Cache(self._model, profile=default, layer_profiles=chosen, key_spaces=spaces, read_through=True)
+                cache = self._cache(default, chosen or {}, spaces)
                 with attention(self._model):
                     logits = cached_logits(self._model, ids, cache, chunk_tokens=self._settings.chunk_tokens)
                 kl.append(score_tokens(dense_logits(self._model, ids), logits, ids).kl)
             self.partial.figures[name] = torch.cat(kl).mean().item()
             self.partial.keep()
         return float(self.partial.figures[name])
+
+    def _klt_rungs(self) -> tuple[tuple[str, str], ...]:
+        """None where a layer's coordinates do not make pairs."""
+        return KLT_RUNGS if all((layer, "klt") in self._spaces for layer in self._statistics) else ()
+
+    def _codec(self, layer: int, name: str) -> Choice:
+        """What a name stands for in a layer."""
+        return klt_parameters(klt_of(self._statistics[layer]), KLT_BITS[name]) if name in KLT_BITS else name
+
+    def _cache(
+        self, default: tuple[str, str], chosen: Mapping[int, tuple[str, str]], spaces: Mapping[int, KeySpace]
+    ) -> Cache:
+        """A cache with a codec for all layers, and others for those in ``chosen``."""
+        if default[0] in KLT_BITS:  # of every layer its own
+            chosen = {**dict.fromkeys(self._statistics, default), **chosen}
+            default = ("raw", default[1])
+        profiles = {layer: (self._codec(layer, keys), values) for layer, (keys, values) in chosen.items()}
+        return Cache(self._model, profile=default, layer_profiles=profiles, key_spaces=spaces, read_through=True)
 
     def _sensitivity(
         self, step: StepCounter, statistics: LayerStatistics, layer: int, role: Role, rung: str, kind: SpaceKind
@@ -237,7 +263,7 @@ class _Run:
             layer=layer,
             role=role,
             profile=rung,
-            bits=page_bits(rung, mean.shape[-1]),
+            bits=page_bits(self._codec(layer, rung), mean.shape[-1]),
             kl=self._kl(step, f"layer {layer} {role} {rung}", ("raw", "raw"), chosen={layer: pair}, spaces=spaces),
             heads=self._head_errors(layer, pair, spaces),
         )
@@ -248,7 +274,7 @@ class _Run:
         self._seen = self._seen or observe(self._model, self._trial[0])
         seen = next(one for one in self._seen if one.layer == layer)
         # Layers are filled in turn: one that is looked at alone has a cache of its own.
-        cache = Cache(self._model, profile=pair, key_spaces=spaces, read_through=True)
+        cache = self._cache(("raw", "raw"), {layer: pair}, spaces)
         return observed_errors(seen, cache, self._settings.num_queries)
 
     def _recommend(
@@ -261,18 +287,20 @@ class _Run:
         """The greedy choice, measured, and compared with the best single codec: the better one is recommended."""
         target = self._settings.bits
         chosen = allocate_rungs(sensitivities, target)
-        bits = _average(sensitivities, chosen)
         kl = self._kl(step, "recommended", RUNGS[-1], chosen=chosen, spaces=self._spaces_for(chosen, best))
         layers = list(chosen)
-        uniform = {rung: dict.fromkeys(layers, rung) for rung in RUNGS}
-        fitting = [rung for rung in RUNGS if _average(sensitivities, uniform[rung]) <= target]
-        single = min(fitting, key=lambda rung: _lowest(trials, rung[0]))
-        uniform_kl = _lowest(trials, single[0])
+        singles = {rung: _lowest(trials, rung[0]) for rung in (*RUNGS, *self._klt_rungs())}
+        for rung in HALVES:
+            spaces = self._spaces_for(dict.fromkeys(layers, rung), best)
+            singles[rung] = self._kl(step, f"{rung[0]} and {rung[1]}", rung, spaces=spaces)
+        fitting = [rung for rung in singles if _average(sensitivities, dict.fromkeys(layers, rung)) <= target]
+        single = min(fitting, key=lambda rung: singles[rung])
+        uniform_kl = singles[single]
         if uniform_kl < kl:
-            chosen, kl, bits = uniform[single], uniform_kl, _average(sensitivities, uniform[single])
+            chosen, kl = dict.fromkeys(layers, single), uniform_kl
         return Recommendation(
             target_bits=target,
-            bits=bits,
+            bits=_average(sensitivities, chosen),
             kl=kl,
             uniform_kl=uniform_kl,
             layers=tuple(LayerChoice(layer=layer, keys=k, values=v) for layer, (k, v) in chosen.items()),
@@ -296,9 +324,9 @@ def _sums(one: Observation) -> dict[str, Tensor]:
     }
 
 
-def page_bits(profile: str, head_dim: int, tokens: int = 64) -> float:
-    """Counted bits per element of a page of one head in a named codec: codes, norms and scales."""
-    codec = codec_for(named_parameters(profile, head_dim, "f16"))
+def page_bits(choice: Choice, head_dim: int, tokens: int = 64) -> float:
+    """Counted bits per element of a page of one head in a codec: codes, norms and scales."""
+    codec = codec_for(parameters_of(choice, head_dim, "f16"))
     return 8 * codec.encoded_nbytes(1, tokens) / (tokens * head_dim)
 
 

@@ -1,7 +1,7 @@
 """What is learned about one layer's queries, keys and values from text, and what follows from it for coding keys.
 
 Plain tensors and pure functions. `fibkv calibrate` gathers `LayerStatistics` while a model reads; a key space
-(`fibkv.space`) is made from the transforms; a recipe with a bit allocation from `allocate`.
+(`fibkv.space`) is made from the transforms; klt codes from `klt_parameters`.
 
 A transform is an invertible matrix ``A [..., d, d]`` per KV head. Keys are coded as ``A (k - mean)`` and attention
 takes ``A^-T q`` in place of the query, once per query: inner products stay what they were, and nothing is done per
@@ -16,14 +16,20 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from fibkv.allocation import PAIR_LEVELS, HeadAllocation, KltParameters
 from fibkv.errors import ContractError
 
 # Share of the mean eigenvalue that is added to every eigenvalue: directions that the calibration text hardly
 # used must not be stretched without bound.
 RIDGE = 1e-3
-# E|x - x^|^2 / E|x|^2 of the k = 2 codebooks with 2^b codewords, b = 0..8, on the source they are trained on
+# Share of the queries' energy that a Karhunen-Loeve transform takes to lie evenly in all directions. Where attention is
+# decided, which second moments do not say, errors count more: half of it lowers the KL of a model (docs/KLT.md).
+EVEN_SHARE = 0.5
+# E|x - x^|^2 / E|x|^2 of the k = 2 codebooks of `fibkv.allocation.PAIR_LEVELS`, on the source they are trained on
 # (`fibkv.codecs.fib.unit_distortion` at d = 128, without gain and scale search).
-PAIR_DISTORTIONS = (1.0, 0.6800, 0.3605, 0.1991, 0.1065, 0.0564, 0.0294, 0.0151, 0.0077)
+PAIR_DISTORTIONS = (1.0, 0.3605, 0.1065, 0.0294, 0.0077)
+# Largest number of half octaves between the variances of two pairs.
+MOST_HALF_OCTAVES = 255
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,6 +84,18 @@ class Klt:
     transform: Tensor
     variances: Tensor
 
+    @property
+    def pair_variances(self) -> Tensor:
+        """``[..., d / 2]``: of a coordinate of each pair, on average."""
+        pairs: Tensor = self.variances.unflatten(-1, (-1, 2)).mean(-1)
+        return pairs.clamp(min=torch.finfo(torch.float64).tiny)
+
+    @property
+    def whitened(self) -> Tensor:
+        """``[..., d, d]``: the transform to pairs of variance 1 per coordinate, in which klt codes are."""
+        scaled: Tensor = self.pair_variances.rsqrt().repeat_interleave(2, -1).unsqueeze(-1) * self.transform
+        return scaled
+
 
 def balanced_transform(key_covariance: Tensor, query_moment: Tensor) -> Tensor:
     """The symmetric ``A [..., d, d]`` that gives keys and queries one and the same second moment.
@@ -99,40 +117,69 @@ def klt(key_covariance: Tensor, query_moment: Tensor) -> Klt:
 
     Args:
         key_covariance: ``[..., d, d]``, Sk.
-        query_moment: ``[..., d, d]``, Sq.
+        query_moment: ``[..., d, d]``; Sq is this with `EVEN_SHARE` of its trace on the diagonal.
     """
-    root = _power(_regular(query_moment), 0.5)
+    root = _power(evened(query_moment), 0.5)
     variances, axes = torch.linalg.eigh(_symmetric(root @ _regular(key_covariance) @ root))
-    return Klt(axes.flip(-1).transpose(-1, -2) @ root, variances.flip(-1))
+    # An eigenvector has no sign of its own: its largest component is positive.
+    signs = axes.gather(-2, axes.abs().argmax(-2, keepdim=True)).sign()
+    return Klt((axes * signs).flip(-1).transpose(-1, -2) @ root, variances.flip(-1))
 
 
-def allocate(variances: Tensor, bits: float) -> Tensor:
-    """Bits for pairs of coordinates: one by one to the pair whose expected error falls most.
+def evened(moment: Tensor) -> Tensor:
+    """A moment ``[..., d, d]`` with `EVEN_SHARE` of its trace over the diagonal, float64; the identity for zero."""
+    matrix = _regular(moment)
+    level = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    identity = torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
+    spread: Tensor = (1 - EVEN_SHARE) * matrix + EVEN_SHARE * level * identity
+    return spread
+
+
+def allocate(variances: Tensor, bits: int) -> Tensor:
+    """Bits for pairs of coordinates: two by two to the pair whose expected error falls most.
 
     Args:
-        variances: ``[..., d]`` of coordinates; 2 i and 2 i + 1 make pair i.
-        bits: per coordinate; ``bits * d`` must be whole.
+        variances: ``[..., m]`` of pairs.
+        bits: to be given out, an even number.
 
     Returns:
-        ``[..., d / 2]`` int64, 0 to 8 bits per pair, with sum ``bits * d`` in every row.
+        ``[..., m]`` int64, each of `fibkv.allocation.PAIR_LEVELS`, with sum ``bits`` in every row.
 
     Raises:
-        ContractError: an odd number of coordinates, or a number of bits that cannot be given out.
+        ContractError: a number of bits that cannot be given out.
     """
-    dim = variances.shape[-1]
-    total = round(bits * dim)
-    if dim % 2 or abs(total - bits * dim) > 1e-9 or not 0 <= total <= dim // 2 * (len(PAIR_DISTORTIONS) - 1):
-        most = (len(PAIR_DISTORTIONS) - 1) / 2
-        raise ContractError("allocate.bits", f"0 to {most}, a whole number for {dim} coordinates (an even one)", bits)
-    pairs = variances.to(torch.float64).unflatten(-1, (-1, 2)).sum(-1)
-    # What each further bit of a pair takes off its error; the gains fall from bit to bit.
+    pairs = variances.shape[-1]
+    if bits % 2 or not 0 <= bits <= pairs * PAIR_LEVELS[-1]:
+        raise ContractError("allocate.bits", f"an even number up to {pairs * PAIR_LEVELS[-1]}", bits)
+    # What each further step of a pair takes off its error; the gains fall from step to step.
     steps = torch.tensor([more - less for more, less in pairwise(PAIR_DISTORTIONS)], dtype=torch.float64)
-    gains = (pairs.unsqueeze(-1) * steps.to(pairs.device)).flatten(-2)
-    # Ties (a pair of no variance) go to the earlier pair and the earlier bit.
-    order = gains.argsort(dim=-1, descending=True, stable=True)[..., :total]
-    given = torch.zeros_like(gains, dtype=torch.int64).scatter_(-1, order, 1)
-    pairs_bits: Tensor = given.unflatten(-1, (dim // 2, -1)).sum(-1)
+    gains = (variances.to(torch.float64).unsqueeze(-1) * steps.to(variances.device)).flatten(-2)
+    # Ties (a pair of no variance) go to the earlier pair and the earlier step.
+    order = gains.argsort(dim=-1, descending=True, stable=True)[..., : bits // 2]
+    given = torch.zeros_like(gains, dtype=torch.int64).scatter_(-1, order, 2)
+    pairs_bits: Tensor = given.unflatten(-1, (pairs, -1)).sum(-1)
     return pairs_bits
+
+
+def klt_parameters(found: Klt, bits: float) -> KltParameters:
+    """Klt codes for keys in the space of `Klt.whitened`.
+
+    Args:
+        found: of the KV heads of a layer, ``[H, d, d]``.
+        bits: per coordinate, rounded down to what can be given out.
+
+    Raises:
+        ContractError: nothing, or more than there is room for.
+    """
+    variances = found.pair_variances
+    dim = 2 * variances.shape[-1]
+    allocation = allocate(variances, 2 * int(bits * dim / 2))
+    falls = (2 * (variances[..., :1] / variances).log2()).round().clamp(0, MOST_HALF_OCTAVES)
+    heads = [
+        HeadAllocation(bits=tuple(widths), half_octaves=tuple(fall))
+        for widths, fall in zip(allocation.tolist(), falls.to(torch.int64).tolist(), strict=True)
+    ]
+    return KltParameters(head_dim=dim, heads=tuple(heads))
 
 
 def _symmetric(matrix: Tensor) -> Tensor:

@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from fibkv.allocation import KLT_BITS, KLT_RIVALS, KltParameters
 from fibkv.attention_errors import AttentionErrors
-from fibkv.calibration import LayerStatistics, balanced_transform
+from fibkv.calibration import Klt, LayerStatistics, balanced_transform, klt, klt_parameters
 from fibkv.codecs.base import tensor_bytes
 from fibkv.contract import Contract, Count, Index, MarkedContract
 from fibkv.digest import Digest, digest_bytes, require_digest
@@ -29,7 +30,7 @@ from fibkv.files import write_bytes
 from fibkv.shape import Role
 from fibkv.space import KeySpace
 
-SpaceKind = Literal["plain", "mean", "balanced"]
+SpaceKind = Literal["plain", "mean", "balanced", "klt"]
 TENSORS_DOMAIN = "fibkv_calibration_tensors_v1"
 _MOMENTS = tuple(field.name for field in fields(LayerStatistics) if field.name != "tokens")
 
@@ -143,13 +144,32 @@ class Calibration:
         require_digest("Calibration.model_digest", self.info.model_digest, model_digest)
 
     def best_space(self, profile: str) -> SpaceKind:
-        """The kind of space with the lowest measured KL for keys of a codec; ``plain`` for one that was not tried."""
+        """The kind of space with the lowest measured KL for keys of a codec; ``plain`` for one that was not tried.
+
+        Klt codes are made for a space of their own.
+        """
+        if profile in KLT_BITS:
+            return "klt"
         trials = [trial for trial in self.info.spaces if trial.profile == profile]
         return min(trials, key=lambda trial: trial.kl).space if trials else "plain"
+
+    def best_keys(self, profile: str) -> str:
+        """The keys of a recipe, or the klt codes that may stand for them, if these measured a lower KL."""
+        rival = KLT_RIVALS.get(profile)
+        kls = {name: [one.kl for one in self.info.spaces if one.profile == name] for name in (profile, rival)}
+        return rival if rival and kls[profile] and kls[rival] and min(kls[rival]) < min(kls[profile]) else profile
 
     def space(self, layer: int, kind: SpaceKind) -> KeySpace | None:
         """The space of a layer's keys."""
         return None if kind == "plain" else self._spaces[layer, kind]
+
+    def klt_parameters(self, layer: int, profile: str) -> KltParameters:
+        """What a name of `fibkv.allocation.KLT_BITS` stands for in a layer: made of its moments, always the same.
+
+        Raises:
+            ContractError: the layer's head_dim is odd.
+        """
+        return klt_parameters(klt_of(self.statistics[layer]), KLT_BITS[profile])
 
     @cached_property
     def _spaces(self) -> dict[tuple[int, SpaceKind], KeySpace]:
@@ -191,13 +211,26 @@ class Calibration:
 
 
 def spaces_of(statistics: Mapping[int, LayerStatistics]) -> dict[tuple[int, SpaceKind], KeySpace]:
-    """Key spaces by layer and kind: the mean alone, and with the balanced transform."""
+    """Key spaces by layer and kind: the mean alone, with the balanced transform, and with that of klt codes."""
     found: dict[tuple[int, SpaceKind], KeySpace] = {}
     for layer, one in statistics.items():
         found[layer, "mean"] = KeySpace.of(one.key_mean)
         transform = balanced_transform(one.key_covariance, one.query_moment)
         found[layer, "balanced"] = KeySpace.of(one.key_mean, transform)
+        if one.key_mean.shape[-1] % 2 == 0:
+            found[layer, "klt"] = KeySpace.of(one.key_mean, klt_of(one).whitened)
     return found
+
+
+def klt_of(statistics: LayerStatistics) -> Klt:
+    """The transform of a layer's keys, weighted by its queries.
+
+    Raises:
+        ContractError: an odd head_dim, of which no pairs can be made.
+    """
+    if statistics.key_mean.shape[-1] % 2:
+        raise ContractError("LayerStatistics.key_mean", "an even head_dim for klt codes", statistics.key_mean.shape[-1])
+    return klt(statistics.key_covariance, statistics.query_moment)
 
 
 def named_tensors(statistics: Mapping[int, LayerStatistics]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import QuantizedCache
 
+from fibkv.allocation import KLT_RUNGS
 from fibkv.bench_caches import held_tensors_nbytes
 from fibkv.calibration_file import Calibration
 from fibkv.errors import ContractError
@@ -160,7 +161,11 @@ def _calibrated_variants(protected: ProtectedRegions, calibration: Calibration |
         fibkv_variant(f"cal{bits}", f"calibrated {bits}", protected, bits=bits, calibration=calibration)
         for bits in WHOLE_BITS
     ]
-    return [*by_bits, fibkv_variant("calmix", "calibrated, per layer", protected, calibration=calibration)]
+    by_klt = [
+        fibkv_variant(f"cal{pair[0]}", f"calibrated {pair[0]}", protected, profile=pair, calibration=calibration)
+        for pair in KLT_RUNGS
+    ]
+    return [*by_bits, *by_klt, fibkv_variant("calmix", "calibrated, per layer", protected, calibration=calibration)]
 
 
 def _simulated(

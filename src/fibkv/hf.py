@@ -46,7 +46,7 @@ from fibkv.prefix_save import Saved, write_prefix
 from fibkv.quarantine import Quarantine
 from fibkv.regions import QualityBudget
 from fibkv.report import BudgetViolation, CacheReport
-from fibkv.settings import CacheSettings, calibrated
+from fibkv.settings import CacheSettings, calibrated, recommended
 from fibkv.space import KeySpace
 from fibkv.store.base import Store
 
@@ -61,8 +61,9 @@ class Cache(StockCache):
     Args:
         model: a causal language model of transformers, or its configuration.
         bits: 1, 2, 2.5, 3, 3.5, 4 (FibQuant), 8 (int8) or 16 (raw), or a pair of whole ones for keys and values. The
-            codecs behind them are `fibkv.settings.NAMES_BY_BITS`. Default 4.
+            codecs behind them are `fibkv.choices.NAMES_BY_BITS`. Default 4.
         profile: instead of bits: a name of `fibkv.parameters.PARAMETER_NAMES`, codec parameters, or a pair of either.
+            With a calibration the keys may also have a name of `fibkv.allocation.KLT_BITS`.
         policy: what is compressed. Default: all of it per token, except the first 4 and the last 64 tokens.
         tokens_per_page: tokens of a sealed page.
         raw_dtype: of protected vectors and raw pages: "f16", "bf16" or "f32"; default: the model's.
@@ -73,8 +74,8 @@ class Cache(StockCache):
             from a calibration. Attention takes the queries there, so that nothing is undone per token.
         layer_profiles: by layer index, a pair of codecs for keys and values in place of ``bits`` or ``profile``.
         calibration: what `fibkv calibrate` wrote for this model. Without bits, profile and layer_profiles its
-            recommended codecs are taken, and in any case, without key_spaces, the key spaces that measured best with
-            the codecs of the keys.
+            recommended codecs are taken; with bits, klt codes for the keys where they measured better; and in any case,
+            without key_spaces, the key spaces that measured best with the codecs of the keys.
         pool: that the cache shares memory with others in. Without bits, profile, layer_profiles and calibration the
             pool's ladder says how pages are kept: precision falls as the pool fills.
         budget: instead of a pool: a pool for this cache alone, see `fibkv.Pool`.
@@ -120,8 +121,11 @@ class Cache(StockCache):
         if calibration is not None:
             calibration = calibration if isinstance(calibration, Calibration) else Calibration.load(Path(calibration))
             calibration.check_model(model_digest(model.config if isinstance(model, PreTrainedModel) else model))
-            if bits is None and profile is None and layer_profiles is None:
-                layer_profiles = {layer: (keys, values) for layer, (keys, values) in calibration.choices().items()}
+            if profile is None:
+                profile, layer_profiles = recommended(
+                    calibration, bits, layer_profiles, in_its_spaces=key_spaces is None
+                )
+                bits = None
         self.settings = CacheSettings.of(
             bits=bits,
             profile=profile,

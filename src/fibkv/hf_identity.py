@@ -68,7 +68,7 @@ def bind(settings: CacheSettings, model: ModelIdentity) -> Binding:
         read_through=settings.read_through,
         raw_dtype=settings.raw_dtype,
         policy=settings.policy,
-        codecs=tuple((_name(keys), _name(values)) for keys, values in map(settings.choices, layers)),
+        codecs=tuple((_name(keys), _name(values)) for keys, values in map(settings.coded, layers)),
         spaces=tuple(None if space is None else space.digest for space in spaces),
     )
 

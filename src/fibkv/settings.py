@@ -4,27 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self, get_args
+from typing import Self, get_args
 
 import torch
 from torch import Tensor
 
 from fibkv import kernels
+from fibkv.allocation import KLT_BITS, KltParameters
 from fibkv.calibration_file import Calibration
+from fibkv.choices import block_dim_of, known_pair, names_by_bits, parameters_of
 from fibkv.coder import RoleCoder, bind_coder
 from fibkv.errors import ContractError, DecisionError, ModelError
 from fibkv.ladder import Choice, Ladder, Rung
-from fibkv.parameters import (
-    AffineParameters,
-    CodecParameters,
-    FibParameters,
-    Fp8Parameters,
-    Int8Parameters,
-    RawParameters,
-    TrellisParameters,
-    named_block_dim,
-    named_parameters,
-)
+from fibkv.parameters import RawParameters
 from fibkv.policy import Policy, carries
 from fibkv.regions import ProtectedRegions
 from fibkv.sampling import PageSampler
@@ -33,17 +25,6 @@ from fibkv.shape import AttentionKind, Dtype, KVShape, Role
 from fibkv.space import KeySpace
 from fibkv.view import DTYPE_NAMES
 
-NAMES_BY_BITS: Mapping[float, tuple[str, str]] = {
-    1: ("key1", "fib1"),
-    2: ("key2", "fib2"),
-    2.5: ("key2", "value3"),
-    3: ("key3", "value3"),
-    3.5: ("key3", "value4"),
-    4: ("key4", "value4"),
-    8: ("int8", "int8"),
-    16: ("raw", "raw"),
-}
-"""Codecs of keys and values behind ``bits=``. The odd half bit goes to the values, where it lowers KL more."""
 # Attention sinks sit in the first tokens, and the newest tokens are read most.
 DEFAULT_PROTECTED = ProtectedRegions(first_tokens_raw=4, last_tokens_raw=64)
 
@@ -64,6 +45,7 @@ class CacheSettings:
         query_heads: query heads of the model.
         key_spaces: by layer, what its keys go through before they are coded.
         layer_profiles: by layer, codecs of keys and values in place of the above.
+        allocations: by layer, what the name of a klt code of its keys stands for, from a calibration.
         samplers: by layer, what measures its pages when they are sealed.
         rungs: of a pool's ladder, the codecs of keys and values at each rung, in place of the above; empty = none.
     """
@@ -81,6 +63,7 @@ class CacheSettings:
     layer_profiles: Mapping[int, tuple[Choice, Choice]]
     rungs: Mapping[Rung, tuple[Choice, Choice]] = field(default_factory=dict)
     samplers: Mapping[int, PageSampler] = field(default_factory=dict)
+    allocations: Mapping[int, KltParameters] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -112,7 +95,7 @@ class CacheSettings:
         if profile is None:
             keys, values = names_by_bits(4 if bits is None else bits)
         else:
-            keys, values = (_known(choice) for choice in _pair("Cache.profile", profile))
+            keys, values = known_pair("Cache.profile", profile)
         if raw_dtype is not None and raw_dtype not in get_args(Dtype):
             raise ContractError("Cache.raw_dtype", f"one of {', '.join(get_args(Dtype))}", raw_dtype)
         if not isinstance(tokens_per_page, int) or tokens_per_page <= 0:
@@ -137,8 +120,13 @@ class CacheSettings:
         """Codecs of the keys and the values of a layer."""
         return self.layer_profiles.get(layer, (self.keys, self.values))
 
+    def coded(self, layer: int) -> tuple[Choice, Choice]:
+        """The same, with what the name of a klt code stands for."""
+        keys, values = self.choices(layer)
+        return self.allocations.get(layer, keys), values
+
     def names(self, layer: int) -> tuple[str, str]:
-        """The same in words."""
+        """Those of `choices` in words."""
         keys, values = (choice if isinstance(choice, str) else choice.codec for choice in self.choices(layer))
         return keys, values
 
@@ -153,8 +141,10 @@ class CacheSettings:
             DecisionError: no width splits into whole blocks, and the policy forbids to keep such vectors raw.
         """
         may_be_raw = self.policy is None or self.policy.allow_raw_fallback or self.policy.strategy == "raw"
+        if not self.allocations and any(self.names(layer)[0] in KLT_BITS for layer in range(self.layers)):
+            raise ContractError("Cache.calibration", "one of the model beside klt codes, and no key_spaces", None)
         for role, choice in (("keys", self.keys), ("values", self.values)):
-            block_dim = _block_dim(choice)
+            block_dim = block_dim_of(choice)
             if not head_dims:
                 continue
             if not isinstance(choice, str) and choice.head_dim not in head_dims:
@@ -185,7 +175,7 @@ class CacheSettings:
             raise ModelError(f"layer {layer}: expected keys and values in float16, bfloat16 or float32, got {got}")
         if keys.device.type == "meta":
             raise ModelError(f"layer {layer}: expected keys with data, got a meta tensor")
-        key_choice, value_choice = self.choices(layer)
+        key_choice, value_choice = self.coded(layer)
         key_shape, key_coder = self._role("key", keys, key_choice)
         value_shape, value_coder = self._role("value", values, "raw" if is_latent else value_choice)
         return LayerSettings(
@@ -208,8 +198,9 @@ class CacheSettings:
         """
         found = {}
         for rung in rungs:
-            keys, values = (_known(choice) for choice in ladder.choices(rung))
-            found[rung] = (keys, values)
+            found[rung] = known_pair(f"Ladder.{rung}", ladder.choices(rung))
+            if found[rung][0] in KLT_BITS:
+                raise ContractError(f"Ladder.{rung}", "codecs that need no calibration", found[rung][0])
         return replace(self, rungs=found)
 
     def rungs_of_layer(
@@ -239,13 +230,13 @@ class CacheSettings:
             # The fixed part must hold the protected tokens, whatever the page size.
             max(self.tokens_per_page, protected.first_tokens_raw, protected.last_tokens_raw)
         )
-        block_dim = _block_dim(choice)
+        block_dim = block_dim_of(choice)
         # Where the shape cannot carry the choice, the raw codec stands in, if the policy allows that.
         stands_in = policy.strategy == "raw" or not carries(shape.head_dim, block_dim)
         fitting = "raw" if stands_in and not isinstance(choice, RawParameters) else choice
         coder = bind_coder(
             shape,
-            _parameters(fitting, shape.head_dim, raw_dtype),
+            parameters_of(fitting, shape.head_dim, raw_dtype),
             policy,
             profile_id=f"{role}:{choice if isinstance(choice, str) else choice.codec}",
             tokens_per_page=self.tokens_per_page,
@@ -289,47 +280,40 @@ class CacheSettings:
         )
 
 
-def names_by_bits(bits: Any) -> tuple[str, str]:
-    """Codecs of keys and values behind ``bits=``: a number of `NAMES_BY_BITS`, or a pair of whole ones.
+def recommended(
+    calibration: Calibration,
+    bits: float | tuple[int, int] | None,
+    layer_profiles: Mapping[int, tuple[Choice, Choice]] | None,
+    *,
+    in_its_spaces: bool,
+) -> tuple[tuple[Choice, Choice] | None, Mapping[int, tuple[Choice, Choice]] | None]:
+    """The codecs of all layers and those by layer where no profile is given.
 
-    Raises:
-        ContractError: anything else.
+    Args:
+        calibration: of the model.
+        bits: asked for; None = what the calibration recommends, if ``layer_profiles`` does not say.
+        layer_profiles: asked for, or None.
+        in_its_spaces: whether keys are coded in the calibration's spaces, without which there are no klt codes.
     """
-    keys, values = _pair("Cache.bits", bits)
-    is_pair = isinstance(bits, tuple | list)
-    for number in (keys, values):
-        if type(number) not in (int, float) or number not in NAMES_BY_BITS or (is_pair and number % 1):
-            expected = f"one of {', '.join(map(str, NAMES_BY_BITS))}, or a pair of whole ones"
-            raise ContractError("Cache.bits", expected, bits)
-    return NAMES_BY_BITS[keys][0], NAMES_BY_BITS[values][1]
+    if bits is None:
+        return None, dict(calibration.choices()) if layer_profiles is None else layer_profiles
+    keys, values = names_by_bits(bits)
+    return (calibration.best_keys(keys) if in_its_spaces else keys, values), layer_profiles
 
 
 def calibrated(settings: CacheSettings, calibration: Calibration) -> CacheSettings:
-    """Settings with the key spaces of a calibration that measured best with each layer's key codec."""
-    spaces = {}
+    """Settings with the key spaces of a calibration that measured best with each layer's key codec, and with what the
+    names of klt codes stand for.
+    """
+    spaces, allocations = {}, {}
     for layer in calibration.statistics:
-        space = calibration.space(layer, calibration.best_space(settings.names(layer)[0]))
+        name = settings.names(layer)[0]
+        space = calibration.space(layer, calibration.best_space(name))
         if space is not None:
             spaces[layer] = space
-    return replace(settings, key_spaces=_checked_spaces(spaces, settings.layers))
-
-
-def _pair(field: str, given: Any) -> tuple[Any, Any]:
-    """Keys' and values' choice from one for both, or a pair."""
-    if not isinstance(given, tuple | list):
-        return given, given
-    if len(given) != 2:
-        raise ContractError(field, "one choice, or a pair for keys and values", given)
-    return given[0], given[1]
-
-
-def _known(choice: Any) -> Choice:
-    eights = Int8Parameters | Fp8Parameters
-    if not isinstance(choice, str | RawParameters | eights | AffineParameters | FibParameters | TrellisParameters):
-        raise ContractError("Cache.profile", "a name or codec parameters, or a pair", choice)
-    # Any head_dim will do to refuse an unknown name before a token has been seen.
-    _parameters(choice, 64, "f16")
-    return choice
+        if name in KLT_BITS:
+            allocations[layer] = calibration.klt_parameters(layer, name)
+    return replace(settings, key_spaces=_checked_spaces(spaces, settings.layers), allocations=allocations)
 
 
 def _checked_spaces(spaces: Mapping[int, KeySpace], layers: int) -> Mapping[int, KeySpace]:
@@ -350,8 +334,7 @@ def _checked_profiles(
     for layer, pair in profiles.items():
         if not 0 <= layer < layers:
             raise ContractError("Cache.layer_profiles", f"layers below {layers}", layer)
-        keys, values = (_known(choice) for choice in _pair(f"Cache.layer_profiles[{layer}]", pair))
-        found[layer] = (keys, values)
+        found[layer] = known_pair(f"Cache.layer_profiles[{layer}]", pair)
     return found
 
 
@@ -365,13 +348,3 @@ def _check_policy(policy: Policy | None, layers: int, kv_heads: int) -> None:
         listed = getattr(policy.protected, name)
         if any(index >= count for index in listed):
             raise ContractError(f"Cache.policy.protected.{name}", f"indices below {count}", listed)
-
-
-def _parameters(choice: Choice, head_dim: int, raw_dtype: Dtype) -> CodecParameters:
-    if isinstance(choice, str):
-        return named_parameters(choice, head_dim, raw_dtype)
-    return choice
-
-
-def _block_dim(choice: Choice) -> int:
-    return named_block_dim(choice) if isinstance(choice, str) else choice.block_dim

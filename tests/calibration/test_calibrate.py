@@ -19,8 +19,13 @@ from fibkv.errors import ContractError, DigestMismatch, EncodingError
 from fibkv.hf import Cache
 from fibkv.hf_attention import attention
 from fibkv.hf_observe import observe
+from fibkv.hf_restore import restore
+from fibkv.ladder import Ladder
+from fibkv.parameters import named_parameters
+from fibkv.pool import Pool
 from fibkv.prompts import spread_windows
 from fibkv.regions import QualityBudget
+from fibkv.store import MemoryStore
 
 SMALL = CalibrateSettings(num_windows=3, window_tokens=128, trial_windows=1, num_queries=8)
 NOTHING = AttentionErrors(
@@ -86,11 +91,14 @@ def test_it_measures_what_it_recommends(path: Path) -> None:
     best = info.recommendation
     assert best.bits <= best.target_bits == 3.5
     assert best.kl <= best.uniform_kl
-    assert len(info.sensitivities) == 4 * 2 * 3
+    assert len(info.sensitivities) == 4 * (2 * 3 + 3)
+    assert [one.profile for one in info.spaces if one.space == "klt"] == ["klt2", "klt2.5", "klt3"]
     for layer in range(4):
         for role in ("key", "value"):
             ladder = [one for one in info.sensitivities if (one.layer, one.role) == (layer, role)]
-            assert [one.kl for one in ladder] == sorted((one.kl for one in ladder), reverse=True)
+            for codes in ("klt", "key" if role == "key" else ("fib", "value")):
+                kls = [one.kl for one in ladder if one.profile.startswith(codes)]
+                assert kls == sorted(kls, reverse=True)
             assert all(len(one.heads) == 2 for one in ladder)
             exact = {one.logit_mse if role == "value" else one.value_aggregation_mse for s in ladder for one in s.heads}
             assert exact == {0.0}, "the other role is exact"
@@ -110,6 +118,81 @@ def test_a_cache_uses_it(loaded: tuple[Any, Any], path: Path) -> None:
         Cache(loaded[0], layer_profiles={4: ("fib2", "fib2")})
 
 
+def test_klt_codes_are_those_of_the_layers(loaded: tuple[Any, Any], path: Path) -> None:
+    """Another digest for another allocation or space, so that pages of another calibration are refused."""
+    calibration = Calibration.load(path)
+    cache = Cache(loaded[0], profile=("klt2", "fib2"), calibration=path, read_through=True)
+    ids = loaded[1](embedded.heldout_text()[-4000:], return_tensors="pt")["input_ids"][:, :200]
+    with attention(loaded[0]), torch.no_grad():
+        logits = loaded[0](input_ids=ids, past_key_values=cache).logits
+        dense = loaded[0](input_ids=ids).logits
+    divergence = (dense.softmax(-1) * (dense.log_softmax(-1) - logits.log_softmax(-1))).sum(-1).mean()
+    assert 0 < float(divergence) < 0.3
+    digests = set()
+    for layer in cache.layers:
+        coder = layer.store.settings.keys
+        assert coder.profile.codec == calibration.klt_parameters(layer.index, "klt2")
+        assert coder.profile.codec.vector_bits == 128
+        assert coder.space == calibration.space(layer.index, "klt")
+        assert {page.keys[0].codec.name for page in layer.store.pages()} == {"klt"}
+        digests.add(coder.profile_digest)
+    assert len(digests) == 4
+    assert cache.settings.names(0) == ("klt2", "fib2"), "reports and budgets speak of the name"
+
+
+def test_stored_prefixes_are_bound_to_the_allocation(loaded: tuple[Any, Any], path: Path) -> None:
+    model, store = loaded[0], MemoryStore()
+    ids = torch.randint(0, 500, (1, 200), generator=torch.Generator().manual_seed(0))
+    settings = {"profile": ("klt2", "fib2"), "calibration": path}
+    cache = Cache(model, **settings)
+    with attention(model), torch.no_grad():
+        model(ids, past_key_values=cache)
+        assert cache.save(store, ids, name="m").failure is None
+        restored = restore(model, ids, store, name="m", **settings)
+        assert restored.restored.tokens == 199
+        cache.crop_to(199)
+        expected, found = (model(ids[:, -1:], past_key_values=one).logits for one in (cache, restored))
+    assert torch.equal(expected, found)
+    other = restore(model, ids, store, name="m", profile=("klt2.5", "fib2"), calibration=path)
+    assert other.restored.tokens == 0
+
+
+def test_bits_take_klt_codes_only_where_they_measured_better(loaded: tuple[Any, Any], path: Path) -> None:
+    calibration = Calibration.load(path)
+    lowest = {
+        name: min(one.kl for one in calibration.info.spaces if one.profile == name)
+        for name in ("key2", "klt2", "key3", "klt3")
+    }
+    assert lowest["klt2"] < lowest["key2"]
+    for bits, names in ((2, ("klt2", "fib2")), (2.5, ("klt2", "value3")), (4, ("key4", "value4"))):
+        cache = Cache(loaded[0], bits=bits, calibration=calibration)
+        assert {cache.settings.names(layer) for layer in range(4)} == {names}
+    assert calibration.best_keys("key3") == ("klt3" if lowest["klt3"] < lowest["key3"] else "key3")
+    worse = tuple(one.model_copy(update={"kl": 9.0}) if one.space == "klt" else one for one in calibration.info.spaces)
+    other = Calibration(calibration.info.model_copy(update={"spaces": worse}), calibration.statistics)
+    assert (other.best_keys("key2"), other.best_keys("fib2")) == ("key2", "fib2")
+    spaces = {0: calibration.space(0, "mean")}
+    cache = Cache(loaded[0], bits=2, calibration=calibration, key_spaces=spaces)
+    assert cache.settings.names(0) == ("key2", "fib2"), "klt codes would need spaces of their own"
+
+
+def test_klt_codes_are_refused_without_a_calibration_and_for_values(loaded: tuple[Any, Any], path: Path) -> None:
+    with pytest.raises(ContractError, match=r"Cache\.calibration: expected one of the model beside klt codes"):
+        Cache(loaded[0], profile=("klt2", "fib2"))
+    with pytest.raises(ContractError, match=r"Cache\.profile: expected another codec for values than klt"):
+        Cache(loaded[0], profile="klt2", calibration=path)
+    with pytest.raises(ContractError, match=r"Cache\.layer_profiles\[1\]: expected another codec for values"):
+        Cache(loaded[0], layer_profiles={1: ("fib2", "klt3")}, calibration=path)
+    with pytest.raises(ContractError, match=r"a calibration of the model beside keys of klt3"):
+        named_parameters("klt3", 64, "f32")
+    with pytest.raises(ContractError, match=r"Ladder\.q4: expected codecs that need no calibration, got 'klt3'"):
+        Cache(loaded[0], pool=Pool(budget="1 MiB", ladder=Ladder(q4=("klt3", "fib2"))))
+    foreign = Calibration.load(path).klt_parameters(0, "klt2").of_heads(0, 1)
+    cache = Cache(loaded[0], profile=(foreign, "fib2"))
+    with pytest.raises(ContractError, match=r"Profile\.codec\.heads: expected 2 of the shape, got 1"):
+        cache.update(torch.zeros(1, 2, 3, 64), torch.zeros(1, 2, 3, 64), 0)
+
+
 def test_a_budget_keeps_raw_what_breaks_it(loaded: tuple[Any, Any], path: Path) -> None:
     info = Calibration.load(path).info
     worst = {
@@ -119,7 +202,7 @@ def test_a_budget_keeps_raw_what_breaks_it(loaded: tuple[Any, Any], path: Path) 
     }
     bound = sorted(worst.values())[1]  # two of the four layers keep it
     budget = QualityBudget(max_attention_tv=bound)
-    cache = Cache(loaded[0], bits=2, calibration=path, quality_budget=budget)
+    cache = Cache(loaded[0], profile=("key2", "fib2"), calibration=path, quality_budget=budget)
     for layer, value in worst.items():
         assert cache.settings.names(layer) == ("key2" if value <= bound else "raw", "fib2")
     violations = cache.report().budget_violations
@@ -138,7 +221,9 @@ def test_budgets_that_cannot_be_kept_are_refused(loaded: tuple[Any, Any], path: 
         Cache(loaded[0], bits=4, calibration=path, quality_budget=closed)
     with pytest.raises(ContractError, match="a calibration beside it"):
         Cache(loaded[0], quality_budget=closed)
-    with pytest.raises(ContractError, match=r"measured \(fib2, key2, key3, key4, value3, value4\), got 'int8'"):
+    with pytest.raises(
+        ContractError, match=r"measured \(fib2, key2, .*, klt2, klt2\.5, klt3, value3, value4\), got 'int8'"
+    ):
         Cache(loaded[0], profile="int8", calibration=path, quality_budget=closed)
     assert Cache(loaded[0], profile=("raw", "raw"), calibration=path, quality_budget=closed).budget_violations == ()
 

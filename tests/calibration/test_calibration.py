@@ -8,8 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fibkv.calibration import PAIR_DISTORTIONS, LayerStatistics, allocate, balanced_transform, klt
+from fibkv.allocation import PAIR_LEVELS
+from fibkv.calibration import (
+    PAIR_DISTORTIONS,
+    LayerStatistics,
+    allocate,
+    balanced_transform,
+    evened,
+    klt,
+    klt_parameters,
+)
+from fibkv.codecs.fib import unit_distortion
 from fibkv.errors import ContractError
+from fibkv.parameters import FibParameters
 
 HEADS, DIM = 2, 8
 
@@ -43,7 +54,7 @@ def test_klt_decorrelates_keys_and_whitens_queries() -> None:
     assert torch.allclose(coded, torch.diag_embed(found.variances), atol=0.01 * float(coded.max()))
     assert bool((found.variances.diff(dim=-1) <= 0).all())
     inverse = torch.linalg.inv(found.transform)
-    white = inverse.mT @ queries @ inverse
+    white = inverse.mT @ evened(queries) @ inverse
     assert torch.allclose(white, torch.eye(DIM, dtype=torch.float64).expand(HEADS, -1, -1), atol=0.1)
 
 
@@ -56,33 +67,74 @@ def test_transforms_of_a_singular_moment_are_invertible() -> None:
 
 def error_of(variances: Tensor, pairs: Tensor) -> float:
     table = torch.tensor(PAIR_DISTORTIONS, dtype=torch.float64)
-    return float((variances.unflatten(-1, (-1, 2)).sum(-1) * table[pairs]).sum())
+    return float((variances * table[pairs // 2]).sum())
 
 
 @settings(deadline=None, max_examples=30)
 @given(
-    st.lists(st.floats(0, 1e6), min_size=4, max_size=4),
-    st.sampled_from([0.0, 0.25, 1.0, 1.75, 2.0, 3.5, 4.0]),
+    st.lists(st.floats(0, 1e6), min_size=2, max_size=2),
+    st.sampled_from(range(0, 17, 2)),
 )
-def test_allocation_is_the_best_of_all(spreads: list[float], bits: float) -> None:
+def test_allocation_is_the_best_of_all(spreads: list[float], bits: int) -> None:
     variances = torch.tensor(spreads, dtype=torch.float64)
     pairs = allocate(variances, bits)
-    total = int(bits * 4)
-    assert int(pairs.sum()) == total
-    others = [torch.tensor([n, total - n]) for n in range(9) if 0 <= total - n <= 8]
+    assert int(pairs.sum()) == bits
+    others = [torch.tensor([n, bits - n]) for n in PAIR_LEVELS if bits - n in PAIR_LEVELS]
     best = min(error_of(variances, other) for other in others)
     assert error_of(variances, pairs) <= best * (1 + 1e-9)
 
 
 def test_allocation_follows_the_variance_of_each_head() -> None:
-    variances = torch.tensor([[20.0, 20.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
-    assert allocate(variances, 2).tolist() == [[6, 2], [4, 4]]
+    variances = torch.tensor([[20.0, 1.0], [1.0, 1.0]])
+    assert allocate(variances, 8).tolist() == [[6, 2], [4, 4]]
 
 
-@pytest.mark.parametrize(("dim", "bits"), [(3, 2.0), (4, 4.25), (4, -1.0), (4, 0.3)])
-def test_allocation_refuses_bits_that_cannot_be_given_out(dim: int, bits: float) -> None:
-    with pytest.raises(ContractError, match=r"allocate\.bits.*whole number"):
-        allocate(torch.ones(dim), bits)
+@pytest.mark.parametrize("bits", [3, 18, -2])
+def test_allocation_refuses_bits_that_cannot_be_given_out(bits: int) -> None:
+    with pytest.raises(ContractError, match=r"allocate\.bits: expected an even number up to 16"):
+        allocate(torch.ones(2), bits)
+
+
+def test_levels_cost_what_their_codebooks_err() -> None:
+    for bits, expected in zip(PAIR_LEVELS[2:], PAIR_DISTORTIONS[2:], strict=True):
+        book = FibParameters.of(128, 2, 1 << bits, norm_format="f16", gain_corrected=False)
+        assert unit_distortion(book, vectors=4000) == pytest.approx(expected, rel=0.02)
+
+
+def test_klt_codes_spend_the_same_bits_in_every_head_and_follow_its_variances() -> None:
+    keys, queries = moments()
+    found = klt(keys, queries)
+    parameters = klt_parameters(found, 2.5)
+    assert parameters.vector_bits == 20
+    assert parameters.head_dim == DIM
+    for head, variances in zip(parameters.heads, found.pair_variances, strict=True):
+        assert list(head.bits) == allocate(variances, 20).tolist()
+        expected = 2 * (variances[0] / variances).log2()
+        assert head.half_octaves == tuple(round(float(fall)) for fall in expected)
+    assert klt_parameters(klt(keys, queries), 2.5) == parameters
+    odd = klt_parameters(found, 2.3)
+    assert odd.vector_bits == 18, "rounded down to whole steps"
+    with pytest.raises(ContractError, match="up to 32"):
+        klt_parameters(found, 4.5)
+
+
+def test_the_space_of_klt_codes_has_pairs_of_variance_one() -> None:
+    keys, queries = moments()
+    white = klt(keys, queries).whitened
+    diagonal = (white @ keys @ white.mT).diagonal(dim1=-2, dim2=-1).unflatten(-1, (-1, 2)).mean(-1)
+    assert torch.allclose(diagonal, torch.ones(HEADS, DIM // 2, dtype=torch.float64), atol=0.02)
+
+
+def test_axes_have_signs_of_their_own() -> None:
+    """Whatever sign an eigenvector comes with, the space is the same."""
+    keys, queries = moments()
+    flipped = torch.diag(torch.tensor([-1.0, 1, -1, 1, 1, -1, 1, 1], dtype=torch.float64))
+    one = klt(keys, torch.eye(DIM, dtype=torch.float64).expand(HEADS, -1, -1)).transform
+    largest = one.gather(-1, one.abs().argmax(-1, keepdim=True))
+    assert (largest > 0).all()
+    other = klt(flipped @ keys @ flipped, torch.eye(DIM, dtype=torch.float64).expand(HEADS, -1, -1)).transform
+    assert torch.allclose(other.abs(), one.abs(), atol=1e-9)
+    assert klt(keys, queries).transform.equal(klt(keys.clone(), queries.clone()).transform)
 
 
 def statistics(**changes: object) -> LayerStatistics:
