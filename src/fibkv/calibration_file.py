@@ -257,7 +257,7 @@ def statistics_of(tensors: Mapping[str, Tensor], tokens: int) -> dict[int, Layer
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     """Digest over names, shapes and values, in the order of the names."""
-    chunks = []
+    chunks: list[bytes | memoryview] = []
     for name in sorted(tensors):
         tensor = tensors[name].to(torch.float64)
         chunks += [f"{name}{list(tensor.shape)}\0".encode(), tensor_bytes(tensor)]

@@ -111,12 +111,15 @@ class Container:
         """
         view, layout = memoryview(data).cast("B"), _layout(kind, len(header), tuple(sizes))
         found = bytes(view[: layout.start])
-        if len(view) != layout.nbytes or not layout.begins(found, header):
+        digest = found[_DIGEST]
+        if len(view) != layout.nbytes or found != layout.beginning(header, digest):
             return None
-        if any(bytes(view[stop:end]).strip(b"\0") for _, stop, end in layout.places):
-            return None
-        sections = tuple([view[start:stop] for start, stop, _ in layout.places])
-        return cls(kind, header, sections, f"blake3:{found[_DIGEST].hex()}")
+        sections = []
+        for start, stop, end in layout.places:
+            if bytes(view[stop:end]).strip(b"\0"):
+                return None
+            sections.append(view[start:stop])
+        return cls(kind, header, tuple(sections), f"blake3:{digest.hex()}")
 
     @classmethod
     def read(cls, data: Bytes, kind: Kind | None = None) -> Container:
@@ -222,17 +225,9 @@ class _Layout:
     places: tuple[tuple[int, int, int], ...]
     nbytes: int
 
-    def beginning(self, header: bytes) -> bytes:
-        """What comes before the sections; the digest is zeros."""
-        return b"".join((self.head, bytes(32), self.table, header)).ljust(self.start, b"\0")
-
-    def begins(self, beginning: bytes, header: bytes) -> bool:
-        """Whether these bytes are so, whatever the digest."""
-        expected = self.beginning(header)
-        return (
-            beginning[: _DIGEST.start] == expected[: _DIGEST.start]
-            and beginning[_DIGEST.stop :] == expected[_DIGEST.stop :]
-        )
+    def beginning(self, header: bytes, digest: bytes = bytes(32)) -> bytes:
+        """What comes before the sections."""
+        return b"".join((self.head, digest, self.table, header)).ljust(self.start, b"\0")
 
 
 # The pages of a cache have a handful of forms, and headers of a few lengths.

@@ -207,27 +207,53 @@ def span_to_bytes(name: str, previous: str, pages: Sequence[Page]) -> memoryview
     return draft.data
 
 
-def span_from_bytes(
-    data: Bytes, place: tuple[str, str, int, int], readers: Sequence[PageReader], pack: Packing | None = None
-) -> tuple[Page, ...]:
-    """The pages of a span, one per layer, all checked.
+Place = tuple[str, str, int, int]
+"""Of a span: name, name before, first token and number of tokens. Of an end: name, name before, start and length."""
+
+
+def spans_from_bytes(
+    spans: Sequence[Bytes], places: Sequence[Place], readers: Sequence[PageReader], pack: Packing | None = None
+) -> list[tuple[Page, ...]]:
+    """The pages of some spans, one per layer, all checked.
 
     Args:
-        data: the container.
-        place: name, previous name, first token and number of tokens that it must have.
+        spans: the containers.
+        places: of each what it must have.
         readers: of the layers.
         pack: see `fibkv.wire.load_pages`.
 
     Raises:
-        DigestMismatch, PageError, ContractError: it is not what it must be.
+        DigestMismatch, PageError, ContractError: one is not what it must be.
     """
+    opened = [_open_span(data, place, readers) for data, place in zip(spans, places, strict=True)]
+    # Layer by layer, as they are read: those of a layer get neighbouring memory.
+    pages = load_pages([page for column in zip(*opened, strict=True) for page in column], pack)
+    return [tuple(pages[index :: len(spans)]) for index in range(len(spans))]
+
+
+def _open_span(data: Bytes, place: Place, readers: Sequence[PageReader]) -> list[StoredPage]:
     container = Container.read(data, "span")
+    if len(container.sections) == len(readers):
+        pages = [reader.open(section, place[2]) for reader, section in zip(readers, container.sections, strict=True)]
+        # Its header can only be this one then, which is faster to write than to parse.
+        text = _span_text(place, [page.container.digest for page in pages])
+        if text == container.header and all((page.start, page.form.tokens) == place[2:] for page in pages):
+            return pages
     header = canonical(container, SpanHeader)
     if (header.name, header.previous, header.start, header.tokens) != place:
         raise PageError(f"span: expected (name, previous, start, tokens) {place}, got {header}")
     _require_count("span", len(readers), header.pages, container.sections)
     pairs = zip(readers, header.pages, container.sections, strict=True)
-    return tuple(load_pages([_open(section, digest, place[2:], reader) for reader, digest, section in pairs], pack))
+    return [_open(section, digest, place[2:], reader) for reader, digest, section in pairs]
+
+
+def _span_text(place: Place, pages: Sequence[str]) -> bytes:
+    """The header of a span as canonical JSON."""
+    name, previous, start, tokens = place
+    listed = '","'.join(pages)
+    return (
+        f'{{"name":"{name}","previous":"{previous}","start":{start},"tokens":{tokens},"pages":["{listed}"]}}'
+    ).encode()
 
 
 def end_to_bytes(
@@ -255,7 +281,7 @@ def end_to_bytes(
     return draft.data
 
 
-def end_from_bytes(data: Bytes, place: tuple[str, str, int, int], readers: Sequence[PageReader]) -> End:
+def end_from_bytes(data: Bytes, place: Place, readers: Sequence[PageReader]) -> End:
     """An end, checked.
 
     Args:

@@ -6,7 +6,7 @@ The canonical order (`fibkv.codes`) is what is hashed, stored and sent; this one
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,30 +22,37 @@ class Packed:
     """Codes of a rectangle (heads x tokens) as one run of bytes.
 
     Attributes:
-        data: ``[nbytes]`` uint8 on the CPU, part of ``block``.
-        block: the memory behind it, which it keeps alive.
+        block: uint8 on the CPU, the memory that they lie in; they keep it alive.
+        start: of the run in it.
+        nbytes: of the run, the padding of tiles included.
         heads: number of heads.
         tokens: number of tokens.
         tables: of the codec.
         side: the native object that knows the order (`fibkv.kernels.native.side_of`).
     """
 
-    data: Tensor
     block: Tensor
+    start: int
+    nbytes: int
     heads: int
     tokens: int
     tables: Tables
     side: Any
 
     @property
-    def nbytes(self) -> int:
-        """Bytes held, the padding of tiles included."""
-        return self.data.numel()
+    def data(self) -> Tensor:
+        """``[nbytes]`` uint8, a view of the block."""
+        return self.block[self.start : self.start + self.nbytes]
+
+    @property
+    def address(self) -> int:
+        """Of the run, for as long as this object lives."""
+        return self.block.data_ptr() + self.start
 
     @property
     def device(self) -> torch.device:
         """The CPU."""
-        return self.data.device
+        return self.block.device
 
     def canonical(self) -> Codes:
         """The codes in canonical order ``[heads, tokens, ...]``, newly allocated."""
@@ -56,7 +63,7 @@ class Packed:
     def to_bytes(self) -> memoryview:
         """The canonical bytes, as `fibkv.codecs.Codec.to_bytes` gives them."""
         out = memoryview(bytearray(self.side.canonical_nbytes(self.heads, self.tokens)))
-        self.side.unpack_runs(self.heads, self.tokens, [self.data.data_ptr()], [out])
+        self.side.unpack_runs(self.heads, self.tokens, [self.address], [out])
         return out
 
     def store(self, codes: Codes) -> None:
@@ -70,12 +77,6 @@ class Packed:
     def __reduce__(self) -> tuple[Any, ...]:
         # Another process may have other kernels: what travels is canonical.
         return _identity, (self.canonical(),)
-
-    def within(self, block: Tensor, start: int) -> Packed:
-        """The same codes copied to ``block[start:]``."""
-        data = block[start : start + self.nbytes]
-        data.copy_(self.data)
-        return replace(self, data=data, block=block)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,7 +135,7 @@ def write_runs(packed: Sequence[Packed], places: Sequence[memoryview]) -> None:
     alike: dict[tuple[Any, int, int], tuple[list[int], list[memoryview]]] = {}
     for one, place in zip(packed, places, strict=True):
         addresses, runs = alike.setdefault((one.side, one.heads, one.tokens), ([], []))
-        addresses.append(one.data.data_ptr())
+        addresses.append(one.address)
         runs.append(place)
     for (side, heads, tokens), (addresses, runs) in alike.items():
         side.unpack_runs(heads, tokens, addresses, runs)

@@ -6,37 +6,29 @@ store there is only more to compute.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from threading import BoundedSemaphore
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
-from fibkv import kernels
 from fibkv.contract import Contract, Total
 from fibkv.errors import FibkvError, StoreError
-from fibkv.kernels.native import Native
-from fibkv.manifest import Binding, End, Root, end_from_bytes, root_from_bytes, span_from_bytes
+from fibkv.manifest import Binding, End, Root, end_from_bytes, root_from_bytes
 from fibkv.page import Page
 from fibkv.prefix import TokenIds, chain, chain_names
 from fibkv.prefix_places import end_place, ends_folder, root_key, span_key
+from fibkv.prefix_spans import Span, SpanReader
 from fibkv.sealing import LayerSettings
-from fibkv.slabs import Lanes, Slabs
+from fibkv.slabs import Slabs
 from fibkv.states import LayerState
 from fibkv.store.base import Store, set_aside
-from fibkv.wire import Packing, PageReader
+from fibkv.wire import PageReader
 
 Loaded = TypeVar("Loaded")
 
-# Spans that are read at the same time: what is far away comes as fast as the network can, not as it answers.
-AHEAD = 4
-# Of them, how many are checked at the same time. More would wait for one another: a third of the work is Python's.
-CHECKERS = 2
 # Spans behind which the end of a prefix with states is looked for, from the last that is stored on.
 MAX_BACK = 64
 
@@ -107,7 +99,6 @@ class PrefixLoader:
                 codes stay where they were read until a layer adopts them, which other kernels do in any case.
         """
         size = self.binding.tokens_per_page
-        readers = [PageReader(layer) for layer in settings]
         names = chain_names(self.binding.name, self.token_ids, range(size, len(self.token_ids) + 1, size))
         count = self._num_stored(names)
         starts = [self.binding.name, *names]
@@ -115,8 +106,9 @@ class PrefixLoader:
         if with_states:
             back = range(count, max(-1, count - MAX_BACK), -1)
             count = next((number for number in back if self._ends(starts[number], number * size, longest)), 0)
-        spans = self._spans(starts[: count + 1], readers, None if slabs is None else _packing(settings, slabs, count))
-        end = self._end(starts[len(spans)], size * len(spans), longest, readers)
+        places = [(name, starts[index], index * size, size) for index, name in enumerate(names[:count])]
+        spans = self._spans(SpanReader(self.store, settings, places, slabs), names)
+        end = self._end(starts[len(spans)], size * len(spans), longest, list(map(PageReader, settings)))
         # The beginning, which everything behind it needs, counts as used last.
         self._try(self.store.touch, [*map(span_key, names[: len(spans)][::-1]), root_key(self.binding)])
         columns = [tuple(span[layer] for span in spans) for layer in range(len(settings))]
@@ -129,31 +121,14 @@ class PrefixLoader:
         whole = tuple((*before, *behind) for before, (behind, _, _) in zip(columns, end.layers, strict=True))
         return Prefix(end.length, whole, tuple((keys, values) for _, keys, values in end.layers), end.states)
 
-    def _spans(
-        self, starts: Sequence[str], readers: Sequence[PageReader], pack: Packing | None
-    ) -> list[tuple[Page, ...]]:
-        """The pages of the spans between names, as many from the first on as are sound."""
-        size = self.binding.tokens_per_page
-        keys = [span_key(name) for name in starts[1:]]
-        checking = BoundedSemaphore(CHECKERS)
-
-        def load(index: int) -> tuple[tuple[Page, ...], int] | None:
-            data = self.store.get(keys[index])
-            if data is None:
-                return None
-            with checking:
-                place = (starts[index + 1], starts[index], size * index, size)
-                return span_from_bytes(data, place, readers, pack), len(data)
-
+    def _spans(self, reader: SpanReader, names: Sequence[str]) -> list[tuple[Page, ...]]:
+        """The pages of spans, as many from the first on as are sound."""
         spans: list[tuple[Page, ...]] = []
-        with ThreadPoolExecutor(AHEAD, "fibkv-load") as loading:
-            coming = deque(loading.submit(load, index) for index in range(min(AHEAD, len(keys))))
-            for index, key in enumerate(keys):
-                pages = self._checked(key, coming.popleft().result)
+        with closing(reader.read()) as outcomes:
+            for name, outcome in zip(names, outcomes, strict=False):
+                pages = self._checked(span_key(name), partial(_found, outcome))
                 if pages is None:
                     break
-                if index + AHEAD < len(keys):
-                    coming.append(loading.submit(load, index + AHEAD))
                 spans.append(pages)
         return spans
 
@@ -221,7 +196,7 @@ class PrefixLoader:
             return None
 
 
-def _packing(settings: Sequence[LayerSettings], slabs: Slabs, spans: int) -> Packing | None:
-    """Puts the codes of so many spans in the order of the layers' kernels, if these are native."""
-    found = kernels.resolve(settings[0].keys.implementation, torch.device("cpu"))
-    return partial(found.pack, memory=Lanes(slabs, spans)) if isinstance(found, Native) else None
+def _found(outcome: Span | FibkvError | None) -> Span | None:
+    if isinstance(outcome, FibkvError):
+        raise outcome
+    return outcome

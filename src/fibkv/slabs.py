@@ -43,7 +43,9 @@ class Slabs:
         self._lock = threading.Lock()
         self._ranges = Ranges()
         self._memory: dict[int, tuple[mmap.mmap, Tensor]] = {}
-        self._returned: deque[Taken] = deque()
+        # By their identity: references to tensors are compared as tensors are.
+        self._loans: dict[int, _Loan] = {}
+        self._returned: deque[_Loan] = deque()
         self._watch = watch or (lambda _: None)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Slabs:
@@ -93,7 +95,9 @@ class Slabs:
 
     def _lend(self, memory: Tensor, block: Taken, nbytes: int) -> Tensor:
         lent = memory[block.start : block.start + nbytes]
-        weakref.finalize(lent, self._returned.append, block).atexit = False
+        loan = _Loan(lent, self._returned.append)
+        loan.block = block
+        self._loans[id(loan)] = loan
         return lent
 
     def _settle(self) -> None:
@@ -101,7 +105,9 @@ class Slabs:
         if not self._returned:
             return
         while self._returned:
-            released = self._ranges.give(self._returned.popleft())
+            loan = self._returned.popleft()
+            del self._loans[id(loan)]
+            released = self._ranges.give(loan.block)
             if released is not None:
                 self._release(released)
         self._watch(self._ranges.allocated)
@@ -118,35 +124,50 @@ class Slabs:
         return self._memory[region][1]
 
 
+class _Loan(weakref.ref[Tensor]):
+    """A block's tensor, with what comes back when it is gone: one object where `weakref.finalize` makes six."""
+
+    __slots__ = ("block",)
+
+    block: Taken
+
+
 class Lanes:
-    """Blocks that are taken round by round, one for each lane: those of a lane follow one another.
+    """Blocks that are taken in rounds, some for each lane: those of a lane follow one another.
 
     Pages of a prefix come span by span, a page for each layer, and are read layer by layer. Safe to use from several
     threads.
 
     Args:
         slabs: where the blocks come from.
-        rounds: how many there will be.
+        lanes: how many.
+        blocks: of each lane, in all rounds.
     """
 
-    def __init__(self, slabs: Slabs, rounds: int) -> None:
+    def __init__(self, slabs: Slabs, lanes: int, blocks: int) -> None:
         self._slabs = slabs
-        self._left = rounds
+        self._lanes = lanes
+        self._left = blocks
         self._lock = threading.Lock()
-        self._ready: dict[tuple[int, int], deque[list[Tensor]]] = {}
+        self._ready: dict[int, list[deque[Tensor]]] = {}
 
-    def take(self, nbytes: int, lanes: int) -> list[Tensor]:
-        """A round of ``lanes`` blocks. What is asked for twice gets memory for all rounds that are left."""
+    def take(self, nbytes: int, count: int) -> list[Tensor]:
+        """A round: equally many blocks for each lane, one lane after another.
+
+        What is asked for twice gets memory for all that is to come. What is not for every lane is taken as it comes.
+        """
+        each, rest = divmod(count, self._lanes)
+        if rest:
+            return self._slabs.take(nbytes, count)
         with self._lock:
-            left, self._left = max(1, self._left), self._left - 1
-            ready = self._ready.get((nbytes, lanes))
-            if ready is None:
-                self._ready[nbytes, lanes] = deque()
-                return self._slabs.take(nbytes, lanes)
-            if not ready:
-                blocks = self._slabs.take(nbytes, lanes * left)
-                ready.extend(blocks[index::left] for index in range(left))
-            return ready.popleft()
+            left, self._left = max(each, self._left), self._left - each
+            if nbytes not in self._ready:
+                self._ready[nbytes] = [deque()] * self._lanes
+                return self._slabs.take(nbytes, count)
+            if len(self._ready[nbytes][0]) < each:
+                blocks = self._slabs.take(nbytes, left * self._lanes)
+                self._ready[nbytes] = [deque(blocks[lane * left :][:left]) for lane in range(self._lanes)]
+            return [lane.popleft() for lane in self._ready[nbytes] for _ in range(each)]
 
 
 def block_nbytes(nbytes: int) -> int:

@@ -20,7 +20,7 @@ from fibkv.container import Bytes, Container, canonical
 from fibkv.contract import Contract
 from fibkv.digest import require_digest
 from fibkv.errors import ContractError, PageError
-from fibkv.packed import Held, Packed, Stored
+from fibkv.packed import Held, Stored
 from fibkv.page import FALLBACKS, Page, PageHeader, Segment, SegmentHeader
 from fibkv.policy import Decision, Run
 from fibkv.sealing import LayerSettings
@@ -28,8 +28,13 @@ from fibkv.shape import Role
 from fibkv.space import KeySpace
 from fibkv.tables import Tables
 
-Packing = Callable[[Sequence[tuple[Tables, Role]], Sequence[Sequence[Held]]], Sequence[Sequence[Packed]]]
-"""Tables and roles of the segments of pages that are alike, and their codes, page by page -> the same in memory."""
+Rectangle = tuple[Codec, int, int]
+"""Codec, heads and tokens of a segment."""
+Packing = Callable[
+    [Sequence[tuple[Tables, Role]], Sequence[tuple[int, int]], Sequence[Sequence[memoryview]]], Sequence[Sequence[Held]]
+]
+"""Of pages that are alike: tables and role, heads and tokens of their segments; canonical bytes, page by page; to codes
+in memory. See `fibkv.kernels.native.Native.pack_bytes`."""
 
 # The header of a page in canonical JSON, so that equal segments are recognized by their bytes.
 _BEFORE, _BETWEEN = b'{"page":', b',"segments":'
@@ -122,7 +127,7 @@ class PageForm:
     tokens: int
     segments: tuple[SegmentForm, ...]
     sizes: tuple[int, ...] = field(init=False)
-    rectangles: tuple[tuple[Codec, int, int], ...] = field(init=False)
+    rectangles: tuple[Rectangle, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", tuple(one.header.nbytes for one in self.segments))
@@ -257,7 +262,7 @@ def load_pages(stored: Sequence[StoredPage], pack: Packing | None = None) -> lis
 
     Args:
         stored: what was opened.
-        pack: puts codes into memory of their own, in the order of kernels (`fibkv.kernels.native.Native.pack`);
+        pack: puts codes into memory of their own, in the order of kernels;
             None = they are still where they were read, and a cache takes them over.
 
     Raises:
@@ -266,10 +271,10 @@ def load_pages(stored: Sequence[StoredPage], pack: Packing | None = None) -> lis
     """
     for one in stored:
         one.container.check_digest()
-    alike: dict[tuple[tuple[Codec, int, int], ...], list[int]] = {}
+    alike: dict[tuple[Rectangle, ...], list[int]] = {}
     for index, one in enumerate(stored):
         alike.setdefault(one.form.rectangles, []).append(index)
-    parts: dict[tuple[Codec, int, int], list[memoryview]] = {}
+    parts: dict[Rectangle, list[memoryview]] = {}
     for rectangles, indices in alike.items():
         for at, rectangle in enumerate(rectangles):
             parts.setdefault(rectangle, []).extend(stored[index].container.sections[at] for index in indices)
@@ -277,21 +282,31 @@ def load_pages(stored: Sequence[StoredPage], pack: Packing | None = None) -> lis
         codec.check_bytes(same, groups, tokens)
     pages: dict[int, Page] = {}
     for rectangles, indices in alike.items():
-        read = [_held(stored[index], rectangles) for index in indices]
-        held = read if pack is None else pack(_sides(rectangles), read)
+        read = [stored[index].container.sections for index in indices]
+        held = _stored(rectangles, read) if pack is None else pack(_sides(rectangles), _extents(rectangles), read)
         pages.update((index, stored[index].page(codes)) for index, codes in zip(indices, held, strict=True))
     return [pages[index] for index in range(len(stored))]
 
 
-def _held(stored: StoredPage, rectangles: Sequence[tuple[Codec, int, int]]) -> Sequence[Held]:
-    pairs = zip(stored.container.sections, rectangles, strict=True)
-    return [Stored(section, groups, tokens, codec.from_bytes) for section, (codec, groups, tokens) in pairs]
+def _stored(rectangles: Sequence[Rectangle], pages: Sequence[Sequence[memoryview]]) -> list[list[Stored]]:
+    """Codes that stay where they were read."""
+    return [
+        [
+            Stored(section, groups, tokens, codec.from_bytes)
+            for section, (codec, groups, tokens) in zip(page, rectangles, strict=True)
+        ]
+        for page in pages
+    ]
 
 
-def _sides(rectangles: Sequence[tuple[Codec, int, int]]) -> list[tuple[Tables, Role]]:
+def _sides(rectangles: Sequence[Rectangle]) -> list[tuple[Tables, Role]]:
     half = len(rectangles) // 2
     keys: list[tuple[Tables, Role]] = [(codec.tables, "key") for codec, _, _ in rectangles[:half]]
     return [*keys, *((codec.tables, "value") for codec, _, _ in rectangles[half:])]
+
+
+def _extents(rectangles: Sequence[Rectangle]) -> list[tuple[int, int]]:
+    return [(groups, tokens) for _, groups, tokens in rectangles]
 
 
 def _split(container: Container) -> tuple[PageHeader, bytes]:

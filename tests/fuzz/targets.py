@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -31,11 +31,11 @@ from fibkv.chunks import ChunkCodec, ChunkHeader
 from fibkv.container import Container, Kind, pack
 from fibkv.contract import Contract
 from fibkv.errors import FibkvError, PageError
-from fibkv.manifest import EndHeader, Root, SpanHeader, end_from_bytes, root_from_bytes, span_from_bytes
+from fibkv.manifest import EndHeader, Place, Root, SpanHeader, end_from_bytes, root_from_bytes, spans_from_bytes
 from fibkv.page_draft import page_to_bytes
 from fibkv.policy import Policy
-from fibkv.prefix_load import _packing
 from fibkv.prefix_save import save_prefix
+from fibkv.prefix_spans import _packing
 from fibkv.sealing import LayerSettings
 from fibkv.slabs import Slabs
 from fibkv.states import LayerState
@@ -152,6 +152,10 @@ def _behind(kind: Kind, header: type[SpanHeader | EndHeader], parse: Callable[..
     return Target(Sections(kind, Sections("page")), seed, read)
 
 
+def _span_from_bytes(data: bytes, place: Place, readers: Sequence[PageReader]) -> object:
+    return spans_from_bytes([data], [place], readers)
+
+
 def _read_object(key: str, kind: Kind, parse: Read, data: bytes) -> None:
     """As `fibkv pages` and then as `fibkv.restore` do."""
     with suppress(FibkvError):
@@ -257,7 +261,7 @@ _HEADERS: dict[str, type[Contract]] = {
 _MAKERS: dict[str, Callable[[], Target]] = {
     **{f"page-{name}": partial(_page, settings) for name, settings in PAGES.items()},
     "root": _root,
-    "span": partial(_behind, "span", SpanHeader, span_from_bytes),
+    "span": partial(_behind, "span", SpanHeader, _span_from_bytes),
     "end": partial(_behind, "end", EndHeader, end_from_bytes),
     "chunk": _chunk,
     "artifact": _artifact,

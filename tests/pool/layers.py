@@ -55,6 +55,8 @@ def bytes_held(*layers: LayerCache) -> int:
         for page in layer.pages():
             for segment in (*page.keys, *page.values):
                 held = segment.held
-                tensors = [held.data] if isinstance(held, Packed) else [tensor for _, tensor in held.named()]
-                found |= {id(tensor): tensor.nbytes for tensor in tensors}
+                if isinstance(held, Packed):
+                    found[held.address] = held.data.nbytes
+                else:
+                    found |= {id(tensor): tensor.nbytes for _, tensor in held.named()}
     return sum(found.values())

@@ -11,7 +11,7 @@ import torch
 from fibkv.container import Container, pack
 from fibkv.digest import canonical_json
 from fibkv.errors import ContractError, DigestMismatch, PageError
-from fibkv.manifest import Binding, EndHeader, end_from_bytes, root_from_bytes, span_from_bytes
+from fibkv.manifest import Binding, EndHeader, end_from_bytes, root_from_bytes, span_to_bytes, spans_from_bytes
 from fibkv.prefix_load import PrefixLoader
 from fibkv.prefix_save import save_prefix
 from fibkv.states import LayerState
@@ -63,7 +63,7 @@ def read_root(data: bytes) -> object:
 
 
 def read_span(data: bytes) -> object:
-    return span_from_bytes(data, PLACE, READERS)
+    return spans_from_bytes([data], [PLACE], READERS)
 
 
 def read_end(data: bytes) -> object:
@@ -93,6 +93,20 @@ def test_the_example_has_everything() -> None:
     loader = PrefixLoader(STORE, binding(), IDS)
     assert loader.root() is not None
     assert loader.load(SETTINGS).length == 54
+
+
+def test_a_span_of_other_tokens_is_refused_though_its_header_is_right() -> None:
+    name, previous, start, _ = PLACE
+    pages = [layer.rows[0][1] for layer in fed(IDS)]
+    assert (pages[0].start, pages[0].tokens) == (16, 16)
+    data = forged(bytes(span_to_bytes(name, previous, pages)), put("start", start))
+    assert fields_of(data)["start"] == 0
+    for readers in (
+        READERS,
+        [PageReader(layer) for layer in SETTINGS],
+    ):  # know the form, or do not
+        with pytest.raises(PageError, match=r"expected \(start, tokens\) \(0, 16\), got \(16, 16\)"):
+            spans_from_bytes([data], [PLACE], readers)
 
 
 STATE = {"layer": 5, "kind": "X", "numbers": [["n", 1]], "tensors": [{"name": "a", "dtype": "f32", "shape": [2, 3]}]}

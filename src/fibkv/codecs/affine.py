@@ -6,6 +6,7 @@ KIVI's group of 32. bits + 32 / group bits per element: both numbers of a grid a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -49,10 +50,9 @@ class AffineCodec(Codec):
         """AffineCodes, of the axis."""
         return AffineChannelCodes(**tensors) if self.tables.per_channel else AffineCodes(**tensors)
 
-    def check(self, codes: Codes) -> None:
+    def check_fields(self, fields: Mapping[str, Tensor]) -> None:
         """Grids are finite, steps not negative, filling bits zero."""
-        assert isinstance(codes, AffineCodes)
-        require(torch.isfinite(codes.grid), "grid", "finite numbers")
-        require(~torch.signbit(codes.grid[..., 1]), "grid", "steps >= 0")
-        if stray_bits(codes.values, self.head_dim, self.tables.bits):
+        require(torch.isfinite(fields["grid"]), "grid", "finite numbers")
+        require(~torch.signbit(fields["grid"][..., 1]), "grid", "steps >= 0")
+        if stray_bits(fields["values"], self.head_dim, self.tables.bits):
             raise PageError("codes field 'values': expected zero bits behind the last number of a vector")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -76,12 +78,19 @@ class Codec(ABC):
         """Codes from the tensors that `layout` names."""
 
     @abstractmethod
-    def check(self, codes: Codes) -> None:
-        """Refuses codes that no encoder makes.
+    def check_fields(self, fields: Mapping[str, Tensor]) -> None:
+        """Refuses what no encoder makes.
+
+        Args:
+            fields: the tensors that `layout` names, with any leading axes; those that are free or empty may be missing.
 
         Raises:
             PageError: with the field and the value.
         """
+
+    def check(self, codes: Codes) -> None:
+        """`check_fields` of all fields of codes."""
+        self.check_fields(dict(codes.named()))
 
     @property
     def free_fields(self) -> frozenset[str]:
@@ -139,24 +148,21 @@ class Codec(ABC):
         Raises:
             PageError: one of them holds what no encoder makes.
         """
-        tensors: dict[str, Tensor] = {}
+        fields: dict[str, Tensor] = {}
         free, offset = self.free_fields, 0
         for field in self.layout(tokens):
             stop = offset + groups * field.nbytes
-            shape = (groups * len(parts), *field.shape)
-            if field.name in free or not field.nbytes:
-                tensors[field.name] = torch.zeros((), dtype=field.dtype).expand(shape)
-            else:
+            if field.nbytes and field.name not in free:
                 together = b"".join([part[offset:stop] for part in parts])
-                tensors[field.name] = _tensor(memoryview(together), field.dtype, shape)
+                fields[field.name] = _tensor(memoryview(together), field.dtype, (groups * len(parts), *field.shape))
             offset = stop
-        self.check(self.assemble(tensors))
+        self.check_fields(fields)
 
 
-def tensor_bytes(tensor: Tensor) -> bytes:
-    """The bytes of a tensor in C order, little endian (torch runs on no other machine)."""
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in C order, little endian (torch runs on no other machine): its own where they are so."""
     flat = tensor.detach().cpu().contiguous().view(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def _tensor(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -166,11 +172,11 @@ def _tensor(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Ten
     return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(dtype).view(shape)
 
 
-def require(condition: Tensor, field: str, rule: str) -> None:
+def require(condition: Tensor | npt.NDArray[np.bool_], field: str, rule: str) -> None:
     """Refuses codes of which an element breaks a rule.
 
     Args:
-        condition: bool, True where the rule holds.
+        condition: True where the rule holds.
         field: the codes' field.
         rule: what was expected.
 
@@ -178,5 +184,5 @@ def require(condition: Tensor, field: str, rule: str) -> None:
         PageError: naming the field, the rule and the number of broken elements.
     """
     if not bool(condition.all()):
-        broken = int((~condition).sum())
-        raise PageError(f"codes field {field!r}: expected {rule}, {broken} of {condition.numel()} elements are not")
+        broken, count = int((~condition).sum()), prod(condition.shape)
+        raise PageError(f"codes field {field!r}: expected {rule}, {broken} of {count} elements are not")

@@ -7,6 +7,7 @@ scales go to the query when attention reads the page, so nothing is undone per t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,9 +41,8 @@ class ChannelCodec(Codec):
         rest = {name: tensor for name, tensor in tensors.items() if name != "channel_scales"}
         return ChannelCodes(channel_scales=tensors["channel_scales"], inner=self.inner.assemble(rest))
 
-    def check(self, codes: Codes) -> None:
+    def check_fields(self, fields: Mapping[str, Tensor]) -> None:
         """Scales are finite and not negative; the inner codes as their codec says."""
-        assert isinstance(codes, ChannelCodes)
-        scales = codes.channel_scales
+        scales = fields["channel_scales"]
         require(torch.isfinite(scales) & ~torch.signbit(scales), "channel_scales", "finite numbers >= 0")
-        self.inner.check(codes.inner)
+        self.inner.check_fields(fields)

@@ -7,6 +7,7 @@ transform, and the pairs' scales, are the key space's; what stands here is the a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from itertools import product
 
@@ -73,15 +74,15 @@ class KltCodec(Codec):
 
     @property
     def free_fields(self) -> frozenset[str]:
-        """Indices, where they fill their bytes: every one is of a codeword."""
-        return frozenset({"indices"} if self.parameters.vector_bits % 8 == 0 else ())
+        """Norms; indices, where they fill their bytes: every one is of a codeword."""
+        return frozenset({"norms", "indices"} if self.parameters.vector_bits % 8 == 0 else {"norms"})
 
-    def check(self, codes: Codes) -> None:
+    def check_fields(self, fields: Mapping[str, Tensor]) -> None:
         """Ranges of norms within float32, filling bits zero."""
-        assert isinstance(codes, FibCodes)
         used = self.parameters.vector_bits % 8
-        require((codes.indices[..., -1:] >> used == 0) | (used == 0), "indices", "zero bits behind the last index")
-        check_norm_range(codes)
+        if used and "indices" in fields:
+            require(fields["indices"][..., -1:] >> used == 0, "indices", "zero bits behind the last index")
+        check_norm_range(fields["norm_range"])
 
 
 @lru_cache(maxsize=256)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,6 @@ class RawCodec(Codec):
         """RawCodes."""
         return RawCodes(**tensors)
 
-    def check(self, codes: Codes) -> None:
+    def check_fields(self, fields: Mapping[str, Tensor]) -> None:
         """Values must be finite."""
-        assert isinstance(codes, RawCodes)
-        require(torch.isfinite(codes.values), "values", "finite numbers")
+        require(torch.isfinite(fields["values"]), "values", "finite numbers")

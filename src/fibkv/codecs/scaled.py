@@ -5,6 +5,8 @@ Scales are bfloat16, rounded up so that no value is clipped. 8 + 16/d bits per e
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -28,13 +30,13 @@ class _ScaledCodec(Codec):
         """ScaledCodes."""
         return ScaledCodes(**tensors)
 
-    def check(self, codes: Codes) -> None:
+    def check_fields(self, fields: Mapping[str, Tensor]) -> None:
         """Scales are finite and not negative, values inside the symmetric range."""
-        assert isinstance(codes, ScaledCodes)
-        require(torch.isfinite(codes.scales) & ~torch.signbit(codes.scales), "scales", "finite numbers >= 0")
+        scales = fields["scales"]
+        require(torch.isfinite(scales) & ~torch.signbit(scales), "scales", "finite numbers >= 0")
         # Compared as float32: NaN, the one code of e4m3 outside its range, fails the comparison too.
         limit = self.tables.limit
-        require(codes.values.to(torch.float32).abs() <= limit, "values", f"numbers in -{limit:g}..{limit:g}")
+        require(fields["values"].to(torch.float32).abs() <= limit, "values", f"numbers in -{limit:g}..{limit:g}")
 
 
 class Int8Codec(_ScaledCodec):

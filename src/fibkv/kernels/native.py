@@ -22,9 +22,11 @@ from fibkv.kernels.native_sides import (
     extension,
     extent,
     fill_all,
+    fill_bytes,
     native_space,
     packed_codes,
     raw_tables,
+    room,
     side_of,
 )
 from fibkv.kernels.runs import Masking, Run, attend_part
@@ -93,16 +95,37 @@ class Native:
         """
         if not pages:
             return []
+        packed = self._room(sides, [extent(codes) for codes in pages[0]], len(pages), memory)
+        for index, column in enumerate(packed):
+            fill_all([page[index] for page in pages], column)
+        return [list(page) for page in zip(*packed, strict=True)]
+
+    def pack_bytes(
+        self,
+        sides: Sequence[tuple[Tables, Role]],
+        extents: Sequence[tuple[int, int]],
+        pages: Sequence[Sequence[memoryview]],
+        memory: Blocks,
+    ) -> list[list[Packed]]:
+        """`pack` of the canonical bytes of codes, with heads and tokens of each rectangle."""
+        packed = self._room(sides, extents, len(pages), memory)
+        for index, column in enumerate(packed):
+            fill_bytes([page[index] for page in pages], column)
+        return [list(page) for page in zip(*packed, strict=True)]
+
+    def _room(
+        self, sides: Sequence[tuple[Tables, Role]], extents: Sequence[tuple[int, int]], pages: int, memory: Blocks
+    ) -> list[list[Packed]]:
+        """Memory for the rectangles of pages, not yet written: for each rectangle that of all pages."""
         native = [side_of(tables, role, self.isa) for tables, role in sides]
         starts = [0]
-        for side, codes in zip(native, pages[0], strict=True):
-            starts.append(starts[-1] + -(-side.nbytes(*extent(codes)) // ALIGNMENT) * ALIGNMENT)
-        blocks = memory.take(starts[-1], len(pages))
-        columns = [
-            fill_all([page[index] for page in pages], sides[index][0], side, blocks, starts[index])
-            for index, side in enumerate(native)
+        for side, (heads, tokens) in zip(native, extents, strict=True):
+            starts.append(starts[-1] + -(-side.nbytes(heads, tokens) // ALIGNMENT) * ALIGNMENT)
+        blocks = memory.take(starts[-1], pages)
+        return [
+            room(blocks, start, heads, tokens, tables, side)
+            for start, (heads, tokens), (tables, _), side in zip(starts, extents, sides, native, strict=False)
         ]
-        return [list(page) for page in zip(*columns, strict=True)]
 
     def hold(self, sides: Sequence[tuple[Tables, Role]], pages: Sequence[Sequence[Held]]) -> bool:
         """Whether the codes of pages, as `pack` takes them, are in the order that these kernels read in place."""
@@ -132,8 +155,8 @@ class Native:
                 key=key,
                 value=value,
                 space=None if run.space is None else native_space(run.space),
-                keys=[packed.data.data_ptr() for packed in keys],
-                values=[packed.data.data_ptr() for packed in values],
+                keys=[packed.address for packed in keys],
+                values=[packed.address for packed in values],
             )
             held += [*keys, *values]
         return Plan(native, tuple(held))

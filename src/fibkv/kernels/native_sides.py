@@ -136,33 +136,39 @@ def raw_tables(dtype: torch.dtype, head_dim: int) -> RawTables:
     return RawTables(dtype=dtype, head_dim=head_dim)
 
 
-def fill(codes: Held, tables: Tables, side: Any, block: Tensor, start: int) -> Packed:
-    """Codes packed into ``block[start:]``."""
-    if isinstance(codes, Packed) and codes.side is side:
-        return codes.within(block, start)
-    heads, tokens = extent(codes)
-    packed = Packed(block[start : start + side.nbytes(heads, tokens)], block, heads, tokens, tables, side)
-    packed.store(codes.canonical())
-    return packed
+def room(blocks: Sequence[Tensor], start: int, heads: int, tokens: int, tables: Tables, side: Any) -> list[Packed]:
+    """Codes of equal rectangles, not yet written, at ``block[start:]`` of each block."""
+    nbytes = side.nbytes(heads, tokens)
+    return [Packed(block, start, nbytes, heads, tokens, tables, side) for block in blocks]
 
 
-def fill_all(held: Sequence[Held], tables: Tables, side: Any, blocks: Sequence[Tensor], start: int) -> list[Packed]:
-    """Codes of equal rectangles packed into ``block[start:]`` of each block; stored ones by one call."""
-    stored = [codes for codes in held if isinstance(codes, Stored)]
-    if len(stored) < len(held):
-        return [fill(codes, tables, side, block, start) for codes, block in zip(held, blocks, strict=True)]
-    heads, tokens = extent(held[0])
-    stop = start + side.nbytes(heads, tokens)
-    packed = [Packed(block[start:stop], block, heads, tokens, tables, side) for block in blocks]
-    side.pack_runs(heads, tokens, [codes.data for codes in stored], [one.data.data_ptr() for one in packed])
-    return packed
+def fill_all(held: Sequence[Held], places: Sequence[Packed]) -> None:
+    """Writes codes of equal rectangles to their places; stored ones by one call."""
+    stored = [codes.data for codes in held if isinstance(codes, Stored)]
+    if len(stored) == len(held):
+        fill_bytes(stored, places)
+        return
+    for codes, place in zip(held, places, strict=True):
+        if isinstance(codes, Packed) and codes.side is place.side:
+            place.data.copy_(codes.data)
+        else:
+            place.store(codes.canonical())
+
+
+def fill_bytes(runs: Sequence[memoryview], places: Sequence[Packed]) -> None:
+    """Writes the canonical bytes of equal rectangles to their places, by one call."""
+    first = places[0]
+    first.side.pack_runs(first.heads, first.tokens, runs, [place.address for place in places])
 
 
 def packed_codes(codes: Held, tables: Tables, side: Any) -> Packed:
     """Codes in the order of a side: themselves if they are in it, else a copy."""
     if isinstance(codes, Packed) and codes.side is side:
         return codes
-    return fill(codes, tables, side, torch.empty(side.nbytes(*extent(codes)), dtype=torch.uint8), 0)
+    heads, tokens = extent(codes)
+    (copy,) = room([torch.empty(side.nbytes(heads, tokens), dtype=torch.uint8)], 0, heads, tokens, tables, side)
+    fill_all([codes], [copy])
+    return copy
 
 
 def extent(codes: Held) -> tuple[int, int]:
