@@ -1,19 +1,24 @@
 """Times prefixes in a directory store: saving, restoring, and what restoring saves.
 
-    python tools/time_stores.py [--tokens 4096] [--threads 1]
+    python tools/time_stores.py [--tokens 32768] [--threads 1] [--runs 5] [--only bandwidth|embedded|processes]
 
-Three parts, each the best of RUNS with the files in the page cache:
+Three parts, each the best of so many runs with the files in the page cache:
 
 * bandwidth: keys and values as of a model with 32 layers, 8 KV heads and head_dim 128, 4 bits, bfloat16;
-* the embedded model: its prompt computed, against restored, to the first token;
-* a second process, from its start to the first token, without and with the store.
+* embedded: the prompt of the embedded model computed, against restored;
+* processes: one process computes a prompt of 8000 tokens and saves it; another one, with the same beginning and a
+  question of its own behind it, takes it up. Random weights in the shape of SmolLM2-135M (30 layers, 3 KV heads of
+  64), whose context is 8192 tokens; the digest of the weights is part of the second one's time.
 
-Times are of the wall unless they say CPU; CPU times are those of the whole process, so that other load counts little.
+Times are of the wall, and of the CPU for the whole process: under other load only these say something. Saving makes
+and writes on two threads, restoring checks on two, whatever ``--threads`` gives to torch.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +30,7 @@ import torch
 import fibkv
 from fibkv import embedded
 from fibkv.cache import LayerCache
+from fibkv.inventory import Inventory
 from fibkv.machine import Conditions
 from fibkv.manifest import Binding, ModelIdentity
 from fibkv.prefix_load import PrefixLoader
@@ -33,40 +39,63 @@ from fibkv.quarantine import Quarantine
 from fibkv.settings import CacheSettings
 from fibkv.store import DirectoryStore
 
-RUNS = 3
 LAYERS, HEADS, HEAD_DIM, PAGE = 32, 8, 128, 64
-PROMPT_TOKENS = 2000
+EMBEDDED_TOKENS = 4000
 
-SECOND_PROCESS = f"""
+PROCESS = """
 import sys, time
-began = time.perf_counter()
-import torch, fibkv
-from fibkv import embedded
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+role, place, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+torch.manual_seed(0)
+model = LlamaForCausalLM(LlamaConfig(
+    num_hidden_layers=30, hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3,
+    vocab_size=49152, max_position_embeddings=8192, rope_theta=1e5, tie_word_embeddings=True, eos_token_id=None,
+)).eval()
+shared = torch.randint(49152, (1, 8000))
+torch.manual_seed(len(role))
+ids = torch.cat([shared, torch.randint(49152, (1, 32))], 1)
+wall, cpu = time.perf_counter(), time.process_time()
+import fibkv
 from fibkv.store import DirectoryStore
-torch.set_num_threads(int(sys.argv[2]))
-model, tokenizer = embedded.load()
-ids = tokenizer(embedded.heldout_text(), return_tensors="pt").input_ids[:, :{PROMPT_TOKENS}]
-ready = time.perf_counter()
-store = DirectoryStore(sys.argv[1]) if sys.argv[1] else None
-cache = fibkv.restore(model, ids, store, name="embedded") if store else fibkv.Cache(model)
+store = DirectoryStore(place)
+cache = fibkv.restore(model, ids, store)
 with fibkv.attention(model), torch.no_grad():
     model.generate(ids, past_key_values=cache, max_new_tokens=1, do_sample=False)
-print(ready - began, time.perf_counter() - ready)
+print(time.perf_counter() - wall, time.process_time() - cpu, cache.restored.tokens)
+if role == "first":
+    assert cache.save(store, ids).failure is None
 """
 
 
-def best(run: Callable[[], object]) -> tuple[float, float]:
-    """Seconds of the wall and of the CPU, each the least of RUNS."""
-    walls, cpus = [], []
-    for _ in range(RUNS):
-        wall, cpu = time.perf_counter(), time.process_time()
-        run()
-        walls.append(time.perf_counter() - wall)
-        cpus.append(time.process_time() - cpu)
-    return min(walls), min(cpus)
+def best(runs: int, *tries: Callable[[], object]) -> list[tuple[float, float]]:
+    """Of each of the tries, seconds of the wall and of the CPU: each the least of the runs, which take turns.
+
+    What a try returns is given up when its time is taken.
+    """
+    seen: list[list[tuple[float, float]]] = [[] for _ in tries]
+    for _ in range(runs):
+        for attempt, times in zip(tries, seen, strict=True):
+            gc.collect()
+            wall, cpu = time.perf_counter(), time.process_time()
+            kept = attempt()
+            times.append((time.perf_counter() - wall, time.process_time() - cpu))
+            del kept
+    return [(min(walls), min(cpus)) for walls, cpus in (zip(*times, strict=True) for times in seen)]
 
 
-def bandwidth(tokens: int) -> None:
+class Folder:
+    """A directory for as long as this object."""
+
+    def __init__(self) -> None:
+        self.path = tempfile.mkdtemp()
+
+    def __del__(self) -> None:
+        shutil.rmtree(self.path)
+
+
+def bandwidth(tokens: int, runs: int) -> None:
     settings = CacheSettings.of(
         bits=4, profile=None, policy=None, tokens_per_page=PAGE, raw_dtype=None, read_through=False,
         implementation="auto", layers=LAYERS, kv_heads=HEADS, query_heads=4 * HEADS,
@@ -78,48 +107,53 @@ def bandwidth(tokens: int) -> None:
     )  # fmt: skip
     ids, none = range(tokens), torch.empty(1, HEADS, 0, HEAD_DIM, dtype=torch.bfloat16)
 
-    def empty() -> list[LayerCache]:
-        return [LayerCache(settings.for_layer(index, none, none), none, none, Quarantine()) for index in range(LAYERS)]
+    def empty(inventory: Inventory) -> list[LayerCache]:
+        made = (settings.for_layer(index, none, none) for index in range(LAYERS))
+        return [LayerCache(layer, none, none, Quarantine(), inventory) for layer in made]
 
-    layers, rows = empty(), torch.randn(1, HEADS, tokens, HEAD_DIM).to(torch.bfloat16)
+    layers, rows = empty(Inventory()), torch.randn(1, HEADS, tokens, HEAD_DIM).to(torch.bfloat16)
     for layer in layers:
         layer.append(rows, rows)
     with tempfile.TemporaryDirectory() as folder:
-        store, saved = DirectoryStore(folder), []
+        saved = save_prefix(DirectoryStore(folder), binding, layers, ids)
 
-        def save() -> None:
-            # Under another name each time: what a store has is not written again.
-            other = replace_weights(binding, f"name:run-{len(saved)}")
-            saved.append(save_prefix(store, other, layers, ids))
+        def save() -> Folder:
+            # To a directory of its own: what a store has is not written again.
+            other = Folder()
+            assert save_prefix(DirectoryStore(other.path), binding, layers, ids).nbytes == saved.nbytes
+            return other
 
-        def load() -> None:
-            loader = PrefixLoader(store, replace_weights(binding, "name:run-0"), ids)
+        def load() -> list[LayerCache]:
+            inventory = Inventory()
+            fresh = empty(inventory)
+            loader = PrefixLoader(DirectoryStore(folder), binding, ids)
             loader.root()
-            fresh = empty()
-            prefix = loader.load([layer.settings for layer in fresh])
+            prefix = loader.load([layer.settings for layer in fresh], slabs=inventory.slabs)
             assert prefix.length == tokens
             assert prefix.tails is not None
             for index, layer in enumerate(fresh):
                 layer.adopt(prefix.pages[index], *prefix.tails[index])
+            return fresh
 
-        nbytes = 0
-        for name, run in (("save", save), ("restore", load)):
-            wall, cpu = best(run)
-            nbytes = saved[0].nbytes
+        nbytes = saved.nbytes
+        for name, (wall, cpu) in zip(("save", "restore"), best(runs, save, load), strict=True):
             print(f"{name}: {nbytes / wall / 1e9:.3f} GB/s, {nbytes / cpu / 1e9:.3f} GB/s of CPU time ({wall:.2f} s)")
         dense = 4 * LAYERS * HEADS * HEAD_DIM * tokens
         print(f"{tokens} tokens: {nbytes / 1e6:.1f} MB, {dense / nbytes:.2f} times less than in bfloat16")
 
 
-def replace_weights(binding: Binding, weights: str) -> Binding:
-    return binding.model_copy(update={"model": binding.model.model_copy(update={"weights": weights})})
-
-
-def embedded_model(threads: int) -> None:
+def embedded_model(runs: int) -> None:
     model, tokenizer = embedded.load()
-    ids = tokenizer(embedded.heldout_text(), return_tensors="pt").input_ids[:, :PROMPT_TOKENS]
+    ids = tokenizer(embedded.heldout_text(), return_tensors="pt").input_ids[:, :EMBEDDED_TOKENS]
     with tempfile.TemporaryDirectory() as folder:
         store, cache = DirectoryStore(folder), fibkv.Cache(model)
+
+        def compute() -> None:
+            with fibkv.attention(model), torch.no_grad():
+                model(ids, past_key_values=fibkv.Cache(model), logits_to_keep=1)
+
+        def restore() -> fibkv.Cache:
+            return fibkv.restore(model, ids, store, name="embedded")
 
         def first_token(start: fibkv.Cache) -> None:
             with fibkv.attention(model), torch.no_grad():
@@ -127,31 +161,41 @@ def embedded_model(threads: int) -> None:
 
         first_token(cache)
         cache.save(store, ids, name="embedded")
-        computed = best(lambda: first_token(fibkv.Cache(model)))
-        restored = best(lambda: first_token(fibkv.restore(model, ids, store, name="embedded")))
-        for name, (wall, cpu) in (("computed", computed), ("restored", restored)):
-            print(f"first token of {PROMPT_TOKENS}, {name}: {wall * 1e3:.0f} ms, {cpu * 1e3:.0f} ms of CPU time")
-        for name, place in (("without a store", ""), ("with the store", folder)):
-            times = [second_process(place, threads) for _ in range(RUNS)]
-            ready, token = (min(column) for column in zip(*times, strict=True))
-            print(f"second process {name}: ready in {ready:.2f} s, first token {token * 1e3:.0f} ms later")
+        names = ("prefix computed", "prefix restored", "first token, computed", "first token, restored")
+        tries = (compute, restore, lambda: first_token(fibkv.Cache(model)), lambda: first_token(restore()))
+        for name, (wall, cpu) in zip(names, best(runs, *tries), strict=True):
+            print(f"embedded, {EMBEDDED_TOKENS} tokens, {name}: {wall * 1e3:.1f} ms, {cpu * 1e3:.1f} ms of CPU time")
 
 
-def second_process(place: str, threads: int) -> tuple[float, float]:
-    run = [sys.executable, "-c", SECOND_PROCESS, place, str(threads)]
+def processes(threads: int, runs: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for role, times in (("first", 1), ("second", runs)):
+            seen = [process(role, folder, threads) for _ in range(times)]
+            wall, cpu, tokens = (min(column) for column in zip(*seen, strict=True))
+            print(f"{role} process, first token: {wall:.3f} s, {cpu:.3f} s of CPU time, {tokens:.0f} tokens restored")
+
+
+def process(role: str, place: str, threads: int) -> tuple[float, ...]:
+    run = [sys.executable, "-c", PROCESS, role, place, str(threads)]
     shown = subprocess.run(run, check=True, capture_output=True, text=True).stdout.split()
-    return float(shown[0]), float(shown[1])
+    return tuple(map(float, shown))
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--tokens", type=int, default=4096)
+    options.add_argument("--tokens", type=int, default=32768)
     options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--runs", type=int, default=5)
+    options.add_argument("--only", choices=("bandwidth", "embedded", "processes"))
     given = options.parse_args()
     torch.set_num_threads(given.threads)
     print(Conditions.now(given.threads))
-    bandwidth(given.tokens)
-    embedded_model(given.threads)
+    if given.only in (None, "bandwidth"):
+        bandwidth(given.tokens, given.runs)
+    if given.only in (None, "embedded"):
+        embedded_model(given.runs)
+    if given.only in (None, "processes"):
+        processes(given.threads, given.runs)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-
 
 class Progress(Protocol):
     """Called now and then while something runs: ``done`` steps of ``total``, and what is going on."""
@@ -47,6 +43,11 @@ def terminal_progress(description: str) -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield silent
         return
+    # As long to import as a small prefix to restore; most processes never show a bar.
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+    from rich.progress import Progress as Bar  # noqa: PLC0415
+
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(description, note="")
