@@ -68,12 +68,12 @@ def _bits(tensor: Tensor) -> Tensor:
 class OnKernels(Codec):
     """A codec that encodes and decodes on one implementation of the kernels."""
 
-    layout = assemble = check = None
+    layout = assemble = check_fields = None
 
     def __init__(self, inner: Codec, implementation: str) -> None:
         self.inner, self.implementation = inner, implementation
         self.parameters, self.tables = inner.parameters, inner.tables
-        self.layout, self.assemble, self.check = inner.layout, inner.assemble, inner.check
+        self.layout, self.assemble, self.check_fields = inner.layout, inner.assemble, inner.check_fields
 
     def encode(self, rows: Tensor, *, implementation: str | None = None) -> Codes:
         return self.inner.encode(rows, implementation=implementation or self.implementation)
