@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fibkv.ranges import HUGE_GRAIN, SHARED_REGION, SMALL_GRAIN, Ranges, Taken
-from fibkv.slabs import Slabs
+from fibkv.slabs import Lanes, Slabs
 
 
 class Model:
@@ -119,3 +119,17 @@ def test_the_kernel_agrees_on_what_exists() -> None:
     blocks.clear()
     assert slabs.allocated_nbytes == 0
     assert resident_nbytes() - before < 4 << 20
+
+
+def test_blocks_of_a_lane_follow_one_another() -> None:
+    lanes = Lanes(Slabs(), 3, blocks=10)
+    rounds = [lanes.take(256, 6) for _ in range(5)]  # two blocks for each lane
+    blocks = [block for one in rounds for block in one]
+    assert len({block.data_ptr() for block in blocks}) == 30
+    assert all(block.shape == (256,) for block in blocks)
+    # The first round is one of a kind, for all that is known then.
+    for lane in range(3):
+        addresses = [block.data_ptr() for one in rounds[1:] for block in one[2 * lane : 2 * lane + 2]]
+        assert [address - addresses[0] for address in addresses] == [256 * index for index in range(8)]
+    assert len(lanes.take(256, 2)) == 2  # not for every lane
+    assert len(lanes.take(256, 3)) == 3  # more than was foreseen

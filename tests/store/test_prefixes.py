@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fibkv.cache import LayerCache
 from fibkv.errors import ContractError, DigestMismatch, PageError
+from fibkv.kernels.native import why_not
+from fibkv.packed import Packed
 from fibkv.prefix import chain_names
 from fibkv.prefix_load import Prefix, PrefixLoader
 from fibkv.prefix_places import span_key
 from fibkv.prefix_save import Saved, save_prefix
+from fibkv.slabs import Slabs
 from fibkv.store import DirectoryStore, MemoryStore, Store
-from tests.pages.helpers import DIM, HEADS, gaussian
-from tests.store.prefixes import PAGE, FailingStore, binding, empty_layers, fed, layers_settings, same
+from tests.pages.helpers import DIM, HEADS, gaussian, layer_settings
+from tests.store.prefixes import PAGE, POLICY, FailingStore, binding, empty_layers, fed, layers_settings, same
 
 IDS = list(range(100, 170))  # 70 tokens: 4 pages may be sealed, 6 tokens are raw
 
@@ -54,6 +59,38 @@ def test_what_is_saved_comes_back_bit_for_bit() -> None:
     layers, loader = loaded(store, [*IDS, 7, 8, 9])
     assert (layers[0].length, loader.failures, loader.nbytes) == (70, [], store.nbytes)
     assert same(layers, fed(IDS))
+
+
+@pytest.mark.skipif(why_not() != "yes", reason=why_not())
+def test_spans_go_straight_to_where_kernels_read_them() -> None:
+    on_kernels = [replace(layer_settings(policy=POLICY, implementation="auto"), layer=layer) for layer in range(2)]
+    store, ids = MemoryStore(), range(40 * PAGE + 9)
+    layers = fed(ids, on_kernels)
+    save_prefix(store, binding(), layers, ids)
+    for damaged, length in ((None, len(ids)), (25, 25 * PAGE), (3, 3 * PAGE), (0, 0)):  # 16 spans are read together
+        if damaged is not None:
+            key = span_keys(ids)[damaged]
+            data = bytearray(store.get(key) or b"")
+            data[-1000] ^= 1
+            store.put(key, data)
+        loader = PrefixLoader(store, binding(), ids)
+        prefix = loader.load(on_kernels, slabs=Slabs())
+        assert (prefix.length, len(loader.failures)) == (length, damaged is not None)
+        for layer, pages in zip(layers, prefix.pages, strict=True):
+            assert all(isinstance(one.held, Packed) for page in pages for one in (*page.keys, *page.values))
+            assert [page.compute_digest() for page in pages] == [page.digest for page in layer.rows[0][: len(pages)]]
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_the_garbage_collector_is_left_as_it_was(is_on: bool) -> None:
+    store = MemoryStore()
+    saved(store, IDS)
+    try:
+        (gc.enable if is_on else gc.disable)()
+        loaded(store, IDS)
+        assert gc.isenabled() == is_on
+    finally:
+        gc.enable()
 
 
 def test_a_cache_goes_on_from_what_was_loaded_as_from_what_was_saved() -> None:
@@ -246,6 +283,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from fibkv.prefix_save import save_prefix
+from fibkv.slabs import Slabs
 from fibkv.store import DirectoryStore
 from tests.store.prefixes import binding, fed
 
