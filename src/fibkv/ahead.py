@@ -77,7 +77,10 @@ class Pending:
         tail: whose tokens they are of.
         stop: the token of the tail behind the last one of them.
         nbytes: on the device, beside those of the tail.
+        may_wait: the next append takes them over.
     """
+
+    may_wait = False
 
     def __init__(
         self, settings: LayerSettings, tail: Tail, start: int, batches: Sequence[_Batch], notes: Tensor, mark: Mark

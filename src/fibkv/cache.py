@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fibkv.ahead import Pending
+from fibkv.deferred import DeferredPages
 from fibkv.errors import PageError
 from fibkv.hard_statistics import key_flags, key_statistics
 from fibkv.inventory import Inventory
@@ -63,7 +64,7 @@ class LayerCache:
         self._account = self._inventory.open(self)
         self._home = memory or PageMemory(self._inventory.slabs, keys.device)
         self._memory = self._home
-        self._pending: Pending | None = None
+        self._pending: Pending | DeferredPages | None = None
         self._rows = PageRows([()] * keys.shape[0])
         self._capacity = settings.tokens_per_page + settings.last_tokens_raw
         with plain_tensors(keys):
@@ -104,7 +105,8 @@ class LayerCache:
 
         Full pages are sealed behind the returned snapshot: this call still reads the new tokens exactly, later ones
         read their codes. With ``read_through`` sealing comes first. Beside the model it is begun here, and waited for
-        when something asks for the pages, at the latest by the next append.
+        when something asks for the pages, at the latest by the next append; by a worker, while it is at it and no
+        more pages are due, appends go on and their tokens are read exactly.
 
         Args:
             keys: ``[B, H, t, d]``.
@@ -116,12 +118,16 @@ class LayerCache:
             PageError: another batch size, heads or widths than the cache's, or a page in quarantine.
             EncodingError: a page can be neither encoded nor kept raw. The cache is as it was before the call.
         """
-        self._check(keys, values)
+        self._tail.check(self.settings.layer, keys, values)
         self._refuse_quarantined()
         with plain_tensors(keys):
+            length = self._length + keys.shape[2]
+            if self._can_go_on(keys.shape[2]):
+                self._tail, self._length = self._tail.extended(keys.detach(), values.detach()), length
+                self._count()
+                return self._view(self._tail, length)
             self._seal_due()
             recent = self._tail.extended(keys.detach(), values.detach())
-            length = self._length + keys.shape[2]
             before = self._view(recent, length)
             held = 0 if self.settings.read_through else hold_back
             # A pool counts what there is, and must know.
@@ -150,7 +156,7 @@ class LayerCache:
         Raises:
             PageError: tensors of another form than the cache's, or pages with gaps. Nothing has changed then.
         """
-        self._check(keys, values)
+        self._tail.check(self.settings.layer, keys, values)
         stops = [0, *(page.start + page.tokens for page in pages)]
         if self.batch != 1 or stops[:-1] != [page.start for page in pages]:
             raise PageError(f"layer {self.settings.layer}: expected one row, and pages from 0 on without gaps")
@@ -272,27 +278,6 @@ class LayerCache:
         finally:
             self._memory.changed()
 
-    def fits(self, keys: Tensor, values: Tensor) -> bool:
-        """Whether tensors have the batch size, heads, widths, dtypes and device of what the cache holds."""
-        pairs = ((keys, self._tail.keys), (values, self._tail.values))
-        return all(
-            (*new.shape[:2], new.shape[3], new.dtype, new.device)
-            == (*held.shape[:2], held.shape[3], held.dtype, held.device)
-            for new, held in pairs
-        )
-
-    def _check(self, keys: Tensor, values: Tensor) -> None:
-        for name, new, held in (("keys", keys, self._tail.keys), ("values", values, self._tail.values)):
-            expected = (*held.shape[:2], held.shape[3], held.dtype)
-            actual = (*new.shape[:2], new.shape[-1], new.dtype)
-            if new.ndim != 4 or actual != expected:
-                raise PageError(
-                    f"layer {self.settings.layer} {name}: expected [batch, heads, head_dim, dtype] {list(expected)}, "
-                    f"got {list(actual)}"
-                )
-        if keys.shape[2] != values.shape[2]:
-            raise PageError(f"layer {self.settings.layer}: {keys.shape[2]} keys but {values.shape[2]} values")
-
     def _refuse_quarantined(self) -> None:
         if self.quarantine.records:
             for page in self.pages():
@@ -317,6 +302,13 @@ class LayerCache:
                 self.flags = pending.flags()
             self._take_over(self._tail, self._length, sealed, pending.stop)
         return True
+
+    def _can_go_on(self, tokens: int) -> bool:
+        """Whether pages under way may stay so while so many tokens come: a worker is at them, and no more are due."""
+        if self._pending is None or not self._pending.may_wait:
+            return False
+        spans = full_spans(self.settings, self._tail.length + tokens, self._length + tokens)
+        return spans[-1][1] == self._pending.stop
 
     def _seal_due(self, *, beside: bool = True) -> None:
         """Seals what was held back and has not been taken back."""

@@ -14,7 +14,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -81,6 +81,8 @@ class Cache(StockCache):
         budget: instead of a pool: a pool for this cache alone, see `fibkv.Pool`.
         offloading: compressed layers keep their pages in pinned host memory; while one attends, those of the next one
             are copied to the device. For a model on a CUDA device, and not in a pool.
+        sealing: "immediate", or "deferred": on the CPU a worker thread seals pages, and the model reads their tokens
+            raw until they are there. When that is, and so what a step reads, depends on the machine; the pages do not.
         quality_budget: bounds that each layer's codecs must keep by the calibration's measurements; a role of a layer
             that breaks one is kept raw, or the cache is refused, by the budget's fallback.
         sample_pages: beside both, the page of every so many that is also measured when it is sealed (1 = all): of one
@@ -110,7 +112,10 @@ class Cache(StockCache):
         pool: Pool | None = None,
         budget: int | str | None = None,
         offloading: bool = False,
+        sealing: Literal["immediate", "deferred"] = "immediate",
     ) -> None:
+        if sealing not in ("immediate", "deferred"):
+            raise ContractError("Cache.sealing", "immediate or deferred", sealing)
         if offloading and (pool is not None or budget is not None):
             raise ContractError("Cache.offloading", "False in a pool or with a budget: they count one memory", True)
         if pool is not None and budget is not None:
@@ -154,7 +159,7 @@ class Cache(StockCache):
             self.settings = self.settings.on_ladder(self.pool.ladder, self._membership.rungs)
         self.quarantine = Quarantine()
         self.inventory = Inventory() if self.pool is None else self.pool.inventory
-        self._memories = PageMemories(self.inventory, offloading=offloading)
+        self._memories = PageMemories(self.inventory, offloading=offloading, deferred=sealing == "deferred")
         super().__init__(layers=[self._layer(index, layer) for index, layer in enumerate(self.plan.layers)])
 
     def _layer(self, index: int, layer: LayerPlan) -> Any:

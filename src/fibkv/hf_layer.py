@@ -98,7 +98,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def ensure_store(self, keys: Tensor, values: Tensor) -> LayerCache:
         """The store; a new one if there is none, or an empty one for other tensors than these."""
-        if self.store is None or (self.store.length == 0 and not self.store.fits(keys, values)):
+        if self.store is None or (self.store.length == 0 and not self.store.tail.fits(keys, values)):
             self.lazy_initialization(keys, values)
         assert self.store is not None
         return self.store

@@ -5,12 +5,14 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fibkv.ahead import Pending, begin
+from fibkv.deferred import DeferredPages, Worker, defer, raw_nbytes
 from fibkv.errors import ContractError
 from fibkv.inventory import Inventory
 from fibkv.offload import Archive, Offload
@@ -55,7 +57,7 @@ class PageMemory:
         length: int,  # noqa: ARG002
         spans: Sequence[Span],  # noqa: ARG002
         measured: bool,  # noqa: ARG002
-    ) -> Pending | None:
+    ) -> Pending | DeferredPages | None:
         """Begins to seal spans of a layer, see `fibkv.ahead.begin`; None = the layer must wait for each of them."""
         return None
 
@@ -73,6 +75,35 @@ class PageMemory:
     def offloaded(self, pages: Iterable[Page]) -> tuple[int, int]:  # noqa: ARG002
         """Bytes of the pages' codes in host memory, if they were offloaded to it, and what is allocated there."""
         return 0, 0
+
+
+class DeferringPageMemory(PageMemory):
+    """Pages on the CPU, sealed by a worker.
+
+    Args:
+        slabs: as for `PageMemory`.
+        device: of the layer.
+        worker: of the cache.
+    """
+
+    def __init__(self, slabs: Slabs, device: torch.device, worker: Worker) -> None:
+        super().__init__(slabs, device)
+        self._worker = worker
+
+    def begin(
+        self,
+        layer: Layer,  # noqa: ARG002
+        settings: LayerSettings,
+        tail: Tail,
+        length: int,
+        spans: Sequence[Span],
+        measured: bool,
+    ) -> DeferredPages | None:
+        """See `PageMemory.begin`. What a sampler looks at, and what the worker may not hold, the layer waits for."""
+        if settings.sampler is not None or raw_nbytes(tail, spans) > self._worker.most_nbytes:
+            return None
+        place = partial(self.place, implementation=settings.keys.implementation)
+        return defer(settings, tail, length, spans, self._worker, place, measured)
 
 
 class DevicePageMemory(PageMemory):
@@ -187,12 +218,14 @@ class PageMemories:
     Args:
         inventory: of the cache, or of its pool.
         offloading: whether pages lie in host memory.
+        deferred: whether pages on the CPU are sealed by a worker; on devices they are sealed beside the model anyway.
     """
 
-    def __init__(self, inventory: Inventory, *, offloading: bool = False) -> None:
+    def __init__(self, inventory: Inventory, *, offloading: bool = False, deferred: bool = False) -> None:
         self.inventory = inventory
         self._offloading = offloading
         self._line = Line()
+        self._worker = Worker() if deferred else None
         self._offloads: dict[torch.device, Offload | None] = {}
 
     def on(self, device: torch.device) -> PageMemory:
@@ -209,11 +242,11 @@ class PageMemories:
             if offload is None:
                 raise ContractError("Cache.offloading", "False, or a model on a CUDA device", str(device))
             return HostPageMemory(slabs, device, self._line, offload)
-        return (
-            PageMemory(slabs, device)
-            if offload is None
-            else DevicePageMemory(slabs, device, offload.stream, self._line)
-        )
+        if offload is not None:
+            return DevicePageMemory(slabs, device, offload.stream, self._line)
+        if self._worker is not None and device.type == "cpu":
+            return DeferringPageMemory(slabs, device, self._worker)
+        return PageMemory(slabs, device)
 
     @property
     def buffer_nbytes(self) -> int:

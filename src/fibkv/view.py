@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fibkv.codecs import Codec, codec_for
 from fibkv.codes import Codes, RawCodes
+from fibkv.errors import PageError
 from fibkv.kernels.runs import InPlace, Run
 from fibkv.page import Page, Segment, decode_segments
 from fibkv.parameters import RawParameters
@@ -77,6 +78,31 @@ class Tail:
     keys: Tensor
     values: Tensor
     length: int
+
+    def fits(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether tensors have the batch size, heads, widths, dtypes and device of what the tail holds."""
+        return all(
+            (*new.shape[:2], new.shape[3], new.dtype, new.device)
+            == (*held.shape[:2], held.shape[3], held.dtype, held.device)
+            for held, new in self._pairs(keys, values)
+        )
+
+    def check(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Refuses tensors that cannot stand behind the tail's.
+
+        Raises:
+            PageError: another batch size, heads, widths or dtypes, or more keys than values or fewer.
+        """
+        for name, (held, new) in zip(("keys", "values"), self._pairs(keys, values), strict=True):
+            expected = (*held.shape[:2], held.shape[3], held.dtype)
+            actual = (*new.shape[:2], new.shape[-1], new.dtype)
+            if new.ndim != 4 or actual != expected:
+                raise PageError(
+                    f"layer {layer} {name}: expected [batch, heads, head_dim, dtype] {list(expected)}, "
+                    f"got {list(actual)}"
+                )
+        if keys.shape[2] != values.shape[2]:
+            raise PageError(f"layer {layer}: {keys.shape[2]} keys but {values.shape[2]} values")
 
     def extended(self, keys: Tensor, values: Tensor) -> Tail:
         """A tail with more tokens: written behind the used ones while there is room, else a new, exact-size one.
