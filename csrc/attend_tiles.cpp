@@ -1,6 +1,7 @@
 // Attention on one tile: float kernels for every codec on every instruction set, softmax, and the choice of integer
 // kernels where the instruction set has them.
 #include "attend_kernels.h"
+#include "attend_pairs.h"
 #include "rotate.h"
 #include "vector.h"
 #ifdef FIBKV_INTEGER
@@ -198,48 +199,7 @@ void numbers(const Side& side, const uint8_t* code, float* row) {
       return direction(side, code, row);
     case Form::affine:
     case Form::klt:
-      return;  // decode_affine, pairs_of
-  }
-}
-
-// Codewords of pairs whose indices have `bits` bits each, from a bit of the code on. Reads up to 7 bytes behind them.
-template <int bits>
-void copy_pairs(const uint8_t* code, int bit, int pairs, const float* book, float* row) {
-  constexpr int most = (64 - 7) / bits;  // in eight bytes, wherever the first one begins
-  for (int pair = 0; pair < pairs; pair += most, bit += most * bits) {
-    uint64_t indices;
-    std::memcpy(&indices, code + (bit >> 3), sizeof indices);
-    indices >>= bit & 7;
-    const int some = pairs - pair < most ? pairs - pair : most;
-    for (int i = 0; i < some; ++i, indices >>= bits) {
-      std::memcpy(row + 2 * (pair + i), book + 2 * (indices & ((1 << bits) - 1)), 2 * sizeof(float));
-    }
-  }
-}
-
-// The codewords of the pairs of one vector.
-void pairs_of(const Side& side, const Span& span, const uint8_t* code, float* row) {
-  uint8_t room[4096 / 2 + 8];
-  std::memcpy(room, code, side.code_bytes);
-  for (int i = 0; i < kPairLevels; ++i) {
-    const PairSection& section = span.sections[i];
-    switch (section.bits) {
-      case 8:
-        copy_pairs<8>(room, section.first_bit, section.pairs, section.book, row);
-        break;
-      case 6:
-        copy_pairs<6>(room, section.first_bit, section.pairs, section.book, row);
-        break;
-      case 4:
-        copy_pairs<4>(room, section.first_bit, section.pairs, section.book, row);
-        break;
-      case 2:
-        copy_pairs<2>(room, section.first_bit, section.pairs, section.book, row);
-        break;
-      default:
-        std::memset(row, 0, 2 * section.pairs * sizeof(float));
-    }
-    row += 2 * section.pairs;
+      return;  // decode_affine, decode_pairs
   }
 }
 
@@ -346,7 +306,7 @@ void decode(const Side& side, const Span& span, int first, int tokens, float* ro
     for (int i = width - kPad; i < width; ++i) row[i] = 0;
     const uint8_t* code = code_row(side, span, first + t, room);
     if (side.form == Form::klt) {
-      pairs_of(side, span, code, row);
+      decode_pairs(span.sections, code, side.code_bytes, row);
     } else {
       numbers(side, code, row);
     }
@@ -468,6 +428,12 @@ void mix_rows(const Rows& rows, int width, int tokens, const float* weights, int
   for (; q < n; ++q) mix_block<1>(rows, width, tokens, weights + q * kTile, out + q * width);
 }
 
+// As many bytes at `ahead` as the codes of a tile have.
+void prefetch_codes(const Side& side, int first, int tokens, const uint8_t* ahead) {
+  const size_t pitch = side.code_bytes;
+  for (size_t at = first * pitch; at < (first + tokens) * pitch; at += 64) __builtin_prefetch(ahead + at, 0, 2);
+}
+
 // Calls visit(rows) with the codes themselves where few queries meet numbers that only have to be widened; whether it
 // did. As many bytes are prefetched at `ahead`.
 template <typename Visit>
@@ -475,7 +441,7 @@ bool in_place(const Side& side, const Span& span, int first, int tokens, int n, 
   if (side.order != Order::rows || side.channels || side.dim % kPad || n > kFewQueries) return false;
   const size_t pitch = side.code_bytes;
   const uint8_t* rows = span.codes + first * pitch;
-  for (size_t at = first * pitch; at < (first + tokens) * pitch; at += 64) __builtin_prefetch(ahead + at, 0, 2);
+  prefetch_codes(side, first, tokens, ahead);
   switch (side.form) {
     case Form::f32:
       visit(Widened<vf, same>{rows, pitch});
@@ -570,6 +536,11 @@ void score(const Side& key, const Span& span, int first, int tokens, const uint8
   if (done) {
     if (key.norm_bytes) scale_tokens(key, span, first, tokens, n, logits);
     return;
+  }
+  if (key.form == Form::klt && n <= kFewQueries) {
+    prefetch_codes(key, first, tokens, ahead);
+    score_pairs(key, span, first, tokens, queries, n, width, kTile, logits);
+    return scale_tokens(key, span, first, tokens, n, logits);
   }
   decode(key, span, first, tokens, scratch);
   if (n > kFewQueries) {

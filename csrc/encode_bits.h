@@ -12,7 +12,7 @@ static inline int num_words(const FibForm& form) { return num_words(form.code_by
 
 // Packs indices [blocks], of a trellis the newest bits of windows, into the little-endian bit stream of each lane.
 // Writes up to one word more than there are.
-static void pack_lanes(const FibForm& form, const vi* index, vi* words) {
+static inline void pack_lanes(const FibForm& form, const vi* index, vi* words) {
   vu open{};
   int filled = 0, word = 0;
   for (int b = 0; b < form.blocks(); ++b) {
@@ -29,7 +29,7 @@ static void pack_lanes(const FibForm& form, const vi* index, vi* words) {
 }
 
 // Codes beyond the book are refused where they enter the program; here they must only not reach beyond its memory.
-static void unpack_lanes(const FibForm& form, const vi* words, vi* index) {
+static inline void unpack_lanes(const FibForm& form, const vi* words, vi* index) {
   const vi mask = splat((1 << form.bits) - 1), last = splat(form.size - 1);
   for (int b = 0; b < form.blocks(); ++b) {
     const int bit = b * form.bits, word = bit / 32, offset = bit % 32;
@@ -50,7 +50,7 @@ static inline void each_tile(int code_bytes, Body body) {
 }
 
 // Codes of `count` rows of so many bytes, from the words of each lane.
-static void write_codes(int row, const vi* words, int count, uint8_t* codes) {
+static inline void write_codes(int row, const vi* words, int count, uint8_t* codes) {
   const int length = num_words(row);
   each_tile(row, [&](int first, int nbytes) {
     vi tile[kLanes];
@@ -61,7 +61,7 @@ static void write_codes(int row, const vi* words, int count, uint8_t* codes) {
 }
 
 // The way back; lanes without a row repeat the last one.
-static void read_codes(int row, const uint8_t* codes, int count, vi* words) {
+static inline void read_codes(int row, const uint8_t* codes, int count, vi* words) {
   const int length = num_words(row);
   each_tile(row, [&](int first, int nbytes) {
     vi tile[kLanes];

@@ -151,6 +151,10 @@ static inline void transpose(vi* tile) {
 template <class V>
 static inline V load_some(const void* from, int nbytes) {
   if (nbytes == (int)sizeof(V)) return load<V>(from);
+#if defined(__AVX512BW__)
+  // Reads no byte behind them.
+  if constexpr (sizeof(V) == 64) return (V)_mm512_maskz_loadu_epi8(~0ull >> (64 - nbytes), from);
+#endif
   V v{};
   std::memcpy(&v, from, nbytes);
   return v;

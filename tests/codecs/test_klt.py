@@ -149,6 +149,21 @@ def test_attention(values: str, implementation: str) -> None:
         check(cache, gaussian(2, 4, queries, 64, seed=2), Scores(0.125), error)
 
 
+@pytest.mark.parametrize("implementation", native_implementations())
+@pytest.mark.parametrize("tokens_per_page", [1, 40, 100])
+def test_attention_on_pages_of_any_length_and_widths_of_any_mix(tokens_per_page: int, implementation: str) -> None:
+    """Registers of tokens that are not full, indices that cross words, sections that are empty."""
+    mixes = [(0, 3, 2, 0, 5), (1, 0, 0, 0, 9), (0, 0, 0, 20, 0), (13, 17, 5, 3, 10)]
+    for mix in mixes:
+        parameters = klt_of(mix, mix, scale_search=False)
+        cache = filled(
+            (parameters, "raw"), implementation, tokens=230, tokens_per_page=tokens_per_page, dim=2 * sum(mix)
+        )
+        for queries in (1, 2, 4):
+            query = gaussian(2, 4, queries, 2 * sum(mix), seed=2)
+            check(cache, query, Scores(0.125), attend_error(implementation, "raw"))
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_protected_heads_leave_the_others_their_own_codes(implementation: str) -> None:
     for raw in ((0,), (1,)):
