@@ -114,10 +114,11 @@ def _encoding() -> None:
         compiled(90, triton_search.search_cells, types, NUM_SCALES=scales, GAIN=True, **sizes)
     compiled(90, triton_rotate.log_norms, "*fp64 *u8 *fp16 *u8 i32", NORMS=64)
     compiled(90, triton_rotate.half_norms, "*fp64 *fp16 *u8 i32", NORMS=1024)
-    for cells in (0, 256):
-        sizes = {"NUM_BLOCKS": 32, "BLOCK": 4, "VECTORS": 8, "BLOCKS": 32, "CODEWORDS": 32}
+    for cells, block, together in ((256, 2, 32), (0, 8, 32), (0, 4, 1)):
+        blocks = 128 // block
+        sizes = {"NUM_BLOCKS": blocks, "BLOCK": block, "VECTORS": max(1, 1024 // blocks // together), "BLOCKS": blocks}
         types = "*fp32 *fp32 *u8 *fp32 *i32 *fp64 i32 fp32 fp32"
-        compiled(90, triton_encode._search, types, NUM_SCALES=1, SIDE=cells, SIZE=256, **sizes)
+        compiled(90, triton_encode._search, types, NUM_SCALES=1, SIDE=cells, SIZE=256, CODEWORDS=together, **sizes)
     compiled(90, triton_encode._pack, "*i32 *u8 i32", NUM_BLOCKS=64, BITS=6, NBYTES=48, TILE=1024)
     for form, limit in (("int8", 127.0), ("fp8", 448.0)):
         sizes = {"VECTORS": 64, "DIM": 128, "D": 128}

@@ -13,7 +13,10 @@ import torch
 
 from fibkv.codecs import codec_for
 from fibkv.kernels import reference, triton
-from fibkv.parameters import FibParameters, named_parameters
+from fibkv.kernels.triton_means import coded_means
+from fibkv.kernels.triton_sides import on_device
+from fibkv.means import encode_means
+from fibkv.parameters import FibParameters, Rotation, named_parameters
 from fibkv.tables import FibTables
 from tests.codecs import test_codecs  # noqa: F401 - defines the suites
 from tests.codecs.conformance import CodecConformance, attend_error, equal, gaussian
@@ -125,3 +128,26 @@ def test_rows_of_every_type_and_any_layout(name: str, dtype: torch.dtype) -> Non
     rows = gaussian(7, 3, 2, codec.head_dim).to(dtype).transpose(0, 2)[:, 1:]
     assert not rows.is_contiguous()
     assert equal(triton.Triton("cpu").encode(rows, codec.tables), reference.encode(rows, codec.tables))
+
+
+@pytest.mark.parametrize("tokens", [1, 11, 130])
+@pytest.mark.parametrize(("head_dim", "rotation"), [(32, "hadamard"), (96, "haar"), (6, "haar")])
+def test_means_are_those_of_torch(head_dim: int, rotation: Rotation, tokens: int) -> None:
+    parameters = FibParameters.of(head_dim, 2, 16, rotation=rotation, centered=True)
+    tables = codec_for(parameters).tables
+    assert isinstance(tables, FibTables)
+    rows = gaussian(9, tokens, head_dim) * torch.logspace(-30, 30, 9)[:, None, None]
+    rows[3] = 0
+    rows[4, :, 1:] = 0
+    found = coded_means(rows, on_device(tables, rows.device))
+    for made, expected in zip(found, encode_means(rows.double().mean(-2), tables.rotation.matrix), strict=True):
+        assert torch.equal(made, expected)
+
+
+def test_an_old_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "version", lambda package: "3.4.0")
+    triton._release.cache_clear()
+    assert triton.why_not("cpu") == "triton 3.5 or newer is needed, 3.4.0 is installed"
+    monkeypatch.undo()
+    triton._release.cache_clear()
+    assert triton.why_not("cpu") == "yes"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -24,16 +25,30 @@ from fibkv.tables import Tables
 if TYPE_CHECKING:
     from fibkv.kernels.triton_plan import Group
 
+# The first one that multiplies in float64.
+OLDEST = (3, 5)
+
 
 def why_not(device_type: str) -> str:
     """ "yes" if the kernels run on tensors on devices of this type (``cuda``, ``cpu``), else the reason."""
     if find_spec("triton") is None:
         return "triton is not installed"
+    if _release() < OLDEST:
+        return f"triton {'.'.join(map(str, OLDEST))} or newer is needed, {version('triton')} is installed"
     if device_type == "cuda":
         return "yes" if torch.cuda.is_available() else "no CUDA device"
     if device_type != "cpu":
         return f"expected tensors on a CUDA device, got {device_type}"
     return "yes" if _interpreted() else "tensors on the CPU need TRITON_INTERPRET=1, which is for tests"
+
+
+@cache
+def _release() -> tuple[int, ...]:
+    """Triton's major and minor version, without importing it; the oldest that serves where no package says."""
+    try:
+        return tuple(int(part) for part in version("triton").split(".")[:2])
+    except PackageNotFoundError:
+        return OLDEST
 
 
 def _interpreted() -> bool:

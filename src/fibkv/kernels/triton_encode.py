@@ -20,6 +20,10 @@ from fibkv.tables import FibTables
 TILE = 1 << 20 if INTERPRETED else 1 << 13
 # Codewords that are compared at a time.
 CODEWORDS = 1 << 10 if INTERPRETED else 1 << 5
+# Blocks of one program that keeps its blocks in registers: eight in each thread.
+BLOCKS = 1 << 20 if INTERPRETED else 1 << 10
+# Coordinates of such blocks.
+IN_REGISTERS = (1, 2, 4)
 
 
 @triton.jit
@@ -38,6 +42,35 @@ def _nearest(rotated, starts, scale, codewords, mask, SIZE: tl.constexpr, BLOCK:
         least, place = tl.min(distances, 1, return_indices=True, return_indices_tie_break_left=True)
         found = tl.where(least < nearest, first + place, found)
         nearest = tl.minimum(least, nearest)
+    return found
+
+
+@triton.jit
+def _nearest_by_word(rotated, starts, scale, codewords, mask, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """As `_nearest`, for blocks of 1, 2 or 4 that stay in registers: codewords pass by, one after another."""
+    x = tl.load(rotated + starts, mask, other=0.0) * scale
+    y, z, w = x, x, x
+    if BLOCK > 1:
+        y = tl.load(rotated + starts + 1, mask, other=0.0) * scale
+    if BLOCK > 2:
+        z = tl.load(rotated + starts + 2, mask, other=0.0) * scale
+        w = tl.load(rotated + starts + 3, mask, other=0.0) * scale
+    nearest = tl.full(starts.shape, float("inf"), tl.float32)
+    found = tl.zeros(starts.shape, tl.int32)
+    for word in range(SIZE):
+        entries = codewords + word * BLOCK
+        away = x - tl.load(entries)
+        distance = away * away
+        if BLOCK > 1:
+            away = y - tl.load(entries + 1)
+            distance += away * away
+        if BLOCK > 2:
+            away = z - tl.load(entries + 2)
+            distance += away * away
+            away = w - tl.load(entries + 3)
+            distance += away * away
+        found = tl.where(distance < nearest, word, found)
+        nearest = tl.minimum(distance, nearest)
     return found
 
 
@@ -89,7 +122,8 @@ def _search(
     """Codewords of ``rotated [count, NUM_BLOCKS * BLOCK]``: ``out [count, NUM_BLOCKS]`` int32, ``gains`` float64.
 
     Of the codes found at each of ``scales`` those that point best are kept, the first of equals. ``BLOCKS`` is
-    NUM_BLOCKS rounded up to a power of two; ``SIDE`` is 0 where there is no decision table.
+    NUM_BLOCKS rounded up to a power of two; ``SIDE`` is 0 where there is no decision table. ``CODEWORDS`` are compared
+    at a time; 1 takes blocks of 1, 2 or 4.
     """
     lane = tl.arange(0, VECTORS * BLOCKS)
     vectors = tl.program_id(0).to(tl.int64) * VECTORS + lane // BLOCKS
@@ -102,6 +136,8 @@ def _search(
         scale = tl.load(scales + index)
         if SIDE:
             found = _look_up(rotated, starts, scale, cells, mask, extent, density, SIDE)
+        elif CODEWORDS == 1:
+            found = _nearest_by_word(rotated, starts, scale, codewords, mask, SIZE, BLOCK)
         else:
             found = _nearest(rotated, starts, scale, codewords, mask, SIZE, BLOCK, CODEWORDS)
         along, energy = _products(rotated, starts, found, codewords, mask, VECTORS, BLOCKS, BLOCK)
@@ -149,8 +185,9 @@ def nearest_codewords(rotated: Tensor, tables: FibTables, device_tables: DeviceT
     rotated = rotated.contiguous()
     count, blocks = rotated.shape[0], power_of_two(tables.num_blocks)
     size, block = tables.codewords.shape
-    codewords = min(CODEWORDS, power_of_two(size))
-    vectors = per_program(count, TILE // (blocks * codewords))
+    in_registers = block in IN_REGISTERS
+    codewords = 1 if in_registers else min(CODEWORDS, power_of_two(size))
+    vectors = per_program(count, max(1, (BLOCKS if in_registers else TILE // codewords) // blocks))
     decisions = tables.decisions
     indices = torch.empty(count, tables.num_blocks, dtype=torch.int32, device=rotated.device)
     gains = torch.empty(count, dtype=torch.float64, device=rotated.device)

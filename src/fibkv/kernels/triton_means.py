@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fibkv.kernels.triton_load import INTERPRETED, load_floats
+from fibkv.kernels.triton_rotate import WHOLE
 from fibkv.kernels.triton_sides import FORMS, DeviceTables, octets, per_program
 from fibkv.means import LIMIT, MAX_EXPONENT, MIN_EXPONENT
 
@@ -16,8 +17,6 @@ TOKENS = 1 << 6
 GROUPS = 1 << 10 if INTERPRETED else 1 << 4
 # Of the product with a rotation, coordinates at a time.
 COORDINATES = 1 << 5
-# A float64 of this size has no fraction: adding and subtracting it rounds smaller ones to even.
-WHOLE = tl.constexpr(1.5 * 2.0**52)
 
 
 @triton.jit
