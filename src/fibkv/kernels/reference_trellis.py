@@ -48,7 +48,8 @@ def symbols(vectors: Tensor, trellis: Trellis) -> Tensor:
 
 
 def _tile_symbols(rows: Tensor, trellis: Trellis) -> Tensor:
-    cells = (rows * trellis.cells).round().clamp(-REACH, REACH).to(torch.int64).T + REACH
+    # What is not a number is refused, but maybe later (`refusals.py`): until then it must not lead out of the table.
+    cells = (rows * trellis.cells).round().nan_to_num().clamp(-REACH, REACH).to(torch.int64).T + REACH
     around = cells.roll(trellis.overlap, dims=0)[: 2 * trellis.overlap]
     cost, before = _search(around, torch.zeros(len(rows), STATES, dtype=torch.int32, device=rows.device), trellis)
     seam = _trace(_first_least(cost), before[trellis.overlap :], trellis)[1]
