@@ -19,13 +19,11 @@ from fibkv.constants import constant
 from fibkv.errors import EncodingError
 from fibkv.kernels import reference_klt, reference_trellis
 from fibkv.kernels.nearest import nearest
-from fibkv.kernels.refusals import FLOAT16_MAX, mismatch, refuse_if, require_finite, require_norms
+from fibkv.kernels.reference_norms import decode_norms, encode_norms
+from fibkv.kernels.refusals import FLOAT16_MAX, mismatch, refuse_if, require_finite
 from fibkv.means import decode_means, subtract_means
 from fibkv.packing import pack, unpack
 from fibkv.tables import AffineTables, ChannelTables, FibTables, KltTables, RawTables, ScaledTables, Tables
-
-# Steps of an 8-bit log norm: code 0 is the zero vector, codes 1..255 the norms.
-LOG_STEPS = 254
 
 
 def encode(rows: Tensor, tables: Tables) -> Codes:
@@ -352,40 +350,6 @@ def _optimal_gain(unit: Tensor, quantized: Tensor) -> Tensor:
     gain = (unit * quantized).sum(-1) / energy.masked_fill(energy == 0, 1.0)
     # A norm is not negative: where the nearest codewords point away (coarse books, zero vectors) zero is best.
     return gain.clamp(min=0.0)
-
-
-def encode_norms(norms: Tensor, norm_format: str) -> tuple[Tensor, Tensor]:
-    """Norms ``[..., T]`` float64 >= 0 to (codes, range): see `FibCodes`.
-
-    Raises:
-        EncodingError: a norm that the format cannot hold.
-    """
-    require_norms(norms, norm_format)
-    if norm_format == "f16":
-        return norms.to(torch.float16), norms.new_empty((*norms.shape[:-1], 0), dtype=torch.float16)
-    return _encode_log_norms(norms)
-
-
-def _encode_log_norms(norms: Tensor) -> tuple[Tensor, Tensor]:
-    zero = norms == 0
-    logs = norms.masked_fill(zero, 1.0).log2()
-    low = logs.masked_fill(zero, torch.inf).amin(-1)
-    high = logs.masked_fill(zero, -torch.inf).amax(-1)
-    empty = zero.all(-1)
-    # Both numbers are rounded outwards to steps that float16 holds exactly over the whole range of float32 norms.
-    low = torch.floor(low.masked_fill(empty, 0.0) * 8) / 8
-    step = torch.ceil((high.masked_fill(empty, 0.0) - low) / LOG_STEPS * 1024).clamp(min=1) / 1024
-    codes = ((logs - low.unsqueeze(-1)) / step.unsqueeze(-1)).round().clamp(0, LOG_STEPS) + 1
-    return codes.masked_fill(zero, 0).to(torch.uint8), torch.stack([low, step], -1).to(torch.float16)
-
-
-def decode_norms(norms: Tensor, norm_range: Tensor) -> Tensor:
-    """Norms ``[..., T]`` float32 of `FibCodes` in either format."""
-    if norms.dtype == torch.float16:
-        return norms.to(torch.float32)
-    low, step = norm_range.to(torch.float32).unsqueeze(-2).unbind(-1)
-    values = torch.exp2(low + (norms.to(torch.float32) - 1) * step)
-    return values.masked_fill(norms == 0, 0.0)
 
 
 def _encode_channels(rows: Tensor, tables: ChannelTables) -> ChannelCodes:
