@@ -1,8 +1,9 @@
 // What code bytes stand for, 64 at a time: tables of bytes in AVX-512 registers.
 //
-// A 256-entry byte table is four registers: four one-register permutes, merged by the two top bits of the codes, look
-// up 64 codes at once. (Two two-register permutes take as long on Intel, where each is three micro-operations.) In tile
-// order the result needs no unpacking: each 32-bit lane holds four terms of one sum.
+// A 256-entry byte table is four registers: two two-register permutes, merged by the top bit of the codes, look up 64
+// codes at once. (On Zen 4 each takes as long as a one-register permute, of which it would be four; on Intel, where they
+// are three micro-operations, as long as two.) In tile order the result needs no unpacking: each 32-bit lane holds four
+// terms of one sum.
 #pragma once
 
 #include <immintrin.h>
@@ -22,17 +23,13 @@ struct Table {
     }
   }
 
-  __m512i operator()(__m512i codes, __mmask64 bit6, __mmask64 bit7) const {
-    const __m512i low =
-        _mm512_mask_permutexvar_epi8(_mm512_permutexvar_epi8(codes, part[0]), bit6, codes, part[1]);
-    const __m512i high =
-        _mm512_mask_permutexvar_epi8(_mm512_permutexvar_epi8(codes, part[2]), bit6, codes, part[3]);
-    return _mm512_mask_mov_epi8(low, bit7, high);
+  __m512i operator()(__m512i codes, __mmask64 bit7) const {
+    const __m512i low = _mm512_permutex2var_epi8(part[0], codes, part[1]);
+    return _mm512_mask_mov_epi8(low, bit7, _mm512_permutex2var_epi8(part[2], codes, part[3]));
   }
 };
 
 inline __mmask64 bit7_of(__m512i codes) { return _mm512_movepi8_mask(codes); }
-inline __mmask64 bit6_of(__m512i codes) { return _mm512_movepi8_mask(_mm512_add_epi8(codes, codes)); }
 
 // Looks up both planes of a pair.
 struct Pair {
@@ -44,9 +41,9 @@ struct Pair {
       : even(side.tables + 512 * pair, flip), odd(side.tables + 512 * pair + 256, flip) {}
 
   void look_up(const __m512i (&bytes)[1], __m512i /*before*/) {
-    const __mmask64 bit7 = bit7_of(bytes[0]), bit6 = bit6_of(bytes[0]);
-    x = even(bytes[0], bit6, bit7);
-    y = odd(bytes[0], bit6, bit7);
+    const __mmask64 bit7 = bit7_of(bytes[0]);
+    x = even(bytes[0], bit7);
+    y = odd(bytes[0], bit7);
   }
 };
 
@@ -65,7 +62,7 @@ struct LargeLevels {
 
   LargeLevels(const int8_t* levels, int8_t flip) : table(levels, flip) {}
 
-  __m512i operator()(__m512i labels) const { return table(labels, bit6_of(labels), bit7_of(labels)); }
+  __m512i operator()(__m512i labels) const { return table(labels, bit7_of(labels)); }
 };
 
 // Both planes of a pair of a trellis: the label of a window from the code bytes that it lies in, and its level.
