@@ -107,27 +107,25 @@ class Step:
     def _launch(
         self, part: _Part, cut: tuple[int, int], slot: int, queries: _Queries, outs: Tensor, lses: Tensor
     ) -> None:
-        group, (count, tiles) = part.group, cut
-        query, bias = queries.of(group)
-        mask, strides = self._mask()
-        softcap = self.softcap or 0.0
-        if part.reading is not None:
-            cuda_attend.attend(
-                group,
-                part.reading,
-                cut,
-                slot,
-                query,
-                bias,
-                mask,
-                strides,
-                self.length,
-                self.scale,
-                softcap,
-                outs,
-                lses,
-            )
+        group, found = part.group, part.reading
+        turned = queries.of(group)
+        if found is None:
+            self._launch_triton(group, cut, slot, turned, outs, lses)
             return
+        masking, scales = self._mask(), (self.scale, self.softcap or 0.0)
+        cuda_attend.attend(group, found, cut, slot, *turned, *masking, self.length, *scales, outs, lses)
+
+    def _launch_triton(
+        self,
+        group: Group,
+        cut: tuple[int, int],
+        slot: int,
+        turned: tuple[Tensor, Tensor | None],
+        outs: Tensor,
+        lses: Tensor,
+    ) -> None:
+        (count, tiles), (query, bias) = cut, turned
+        mask, strides = self._mask()
         key, value = group.sides
         key_tables, value_tables = (on_device(t, query.device) for t in (group.key_tables, group.value_tables))
         rows, heads = query.shape[:2]
@@ -163,7 +161,7 @@ class Step:
                 self.past,
                 *strides,
                 self.scale,
-                softcap,
+                self.softcap or 0.0,
                 KEY=key,
                 VALUE=value,
                 PAGED=group.aligned,
