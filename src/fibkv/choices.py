@@ -9,13 +9,8 @@ from fibkv.allocation import KLT_BITS, KltParameters
 from fibkv.errors import ContractError
 from fibkv.ladder import Choice
 from fibkv.parameters import (
-    AffineParameters,
+    AnyParameters,
     CodecParameters,
-    FibParameters,
-    Fp8Parameters,
-    Int8Parameters,
-    RawParameters,
-    TrellisParameters,
     named_block_dim,
     named_parameters,
 )
@@ -32,15 +27,6 @@ NAMES_BY_BITS: Mapping[float, tuple[str, str]] = {
     16: ("raw", "raw"),
 }
 """Codecs of keys and values behind ``bits=``. The odd half bit goes to the values, where it lowers KL more."""
-_PARAMETERS = (
-    RawParameters
-    | Int8Parameters
-    | Fp8Parameters
-    | AffineParameters
-    | FibParameters
-    | TrellisParameters
-    | KltParameters
-)
 
 
 def names_by_bits(bits: Any) -> tuple[str, str]:
@@ -84,7 +70,7 @@ def known_pair(field: str, given: Any) -> tuple[Choice, Choice]:
 
 
 def _known(choice: Any) -> Choice:
-    if not isinstance(choice, str | _PARAMETERS):
+    if not isinstance(choice, str | AnyParameters):
         raise ContractError("Cache.profile", "a name or codec parameters, or a pair", choice)
     if choice in KLT_BITS:
         return choice

@@ -262,16 +262,18 @@ class TrellisParameters(MarkedContract):
         )
 
 
-CodecParameters = Annotated[
+AnyParameters = (
     RawParameters
     | Int8Parameters
     | Fp8Parameters
     | AffineParameters
     | FibParameters
     | TrellisParameters
-    | KltParameters,
-    Field(discriminator="codec"),
-]
+    | KltParameters
+)
+"""The parameters of any codec."""
+
+CodecParameters = Annotated[AnyParameters, Field(discriminator="codec")]
 """Field type: the parameters of any codec, told apart by their field ``codec``."""
 
 _BOOKS = {4: (2, 256), 3: (2, 64), 2: (4, 256), 1: (8, 256)}
