@@ -24,11 +24,13 @@ std::shared_ptr<OwnedSide> make_side(Form form, bool is_key, bool tiled, int dim
                                      int block, int size, int bits, int window, bool log_norms, bool channels,
                                      bool centered, std::optional<Array<float, 2>> codewords,
                                      std::optional<Bytes> labels,
+                                     std::optional<Array<const double, 1>> frequencies,
                                      std::shared_ptr<OwnedRotation> rotation) {
   const SideSettings settings{form, is_key,  tiled,  dim,       code_bytes, norm_bytes, block,
                               size, bits,    window, log_norms, channels,   centered};
   return std::make_shared<OwnedSide>(settings, codewords ? codewords->data() : nullptr,
-                                     labels ? labels->data() : nullptr, std::move(rotation));
+                                     labels ? labels->data() : nullptr,
+                                     frequencies ? frequencies->data() : nullptr, std::move(rotation));
 }
 
 // Widths [heads][dim / 2] and the codewords of all of them.
@@ -198,7 +200,7 @@ void bind_attention(nb::module_& m) {
   nb::class_<OwnedSide>(m, "Side")
       .def(nb::new_(&make_side), nb::kw_only(), "form"_a, "is_key"_a, "tiled"_a, "dim"_a, "code_bytes"_a,
            "norm_bytes"_a, "block"_a, "size"_a, "bits"_a, "window"_a, "log_norms"_a, "channels"_a, "centered"_a,
-           "codewords"_a.none(), "labels"_a.none(), "rotation"_a.none())
+           "codewords"_a.none(), "labels"_a.none(), "frequencies"_a.none(), "rotation"_a.none())
       .def_static("klt", &make_klt_side, nb::kw_only(), "is_key"_a, "dim"_a, "code_bytes"_a, "codewords"_a, "widths"_a)
       .def("nbytes", &OwnedSide::nbytes, "heads"_a, "tokens"_a)
       .def("canonical_nbytes", &OwnedSide::canonical_nbytes, "heads"_a, "tokens"_a)

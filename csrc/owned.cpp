@@ -10,28 +10,71 @@
 namespace fibkv {
 namespace {
 
-// Numbers to integers, as near as it takes for the weighted mean of their errors to vanish: an error that all tokens
-// share does not average out over a long context, the rest does. Numbers near a half go to the other side, the nearest
-// first.
+// Rounds numbers to integers so that the weighted mean of their errors vanishes: an error that all tokens share does not
+// average out over a long context, the rest does. Numbers near a half go to the other side.
+class UnbiasedRounding {
+ public:
+  UnbiasedRounding(const std::vector<double>& numbers, const std::vector<double>& weights)
+      : rounded(numbers.size()), numbers_(numbers), weights_(weights) {
+    for (size_t i = 0; i < numbers.size(); ++i) {
+      rounded[i] = static_cast<int>(std::lround(numbers[i]));
+      bias_ += weights[i] * error(i);
+    }
+    turn_single_ones();
+    while (turn_a_pair()) {
+    }
+  }
+
+  std::vector<int> rounded;
+
+ private:
+  double error(size_t i) const { return rounded[i] - numbers_[i]; }
+  int step(size_t i) const { return error(i) > 0 ? -1 : 1; }
+  // What a step adds to the bias.
+  double share(size_t i) const { return step(i) * weights_[i]; }
+  // Nothing gets further off than three quarters.
+  bool may_turn(size_t i) const { return std::fabs(error(i)) >= 0.25; }
+
+  void turn(size_t i) {
+    bias_ += share(i);
+    rounded[i] += step(i);
+  }
+
+  // The nearest to a half first, each that makes the bias smaller.
+  void turn_single_ones() {
+    std::vector<size_t> order(rounded.size());
+    std::iota(order.begin(), order.end(), size_t{0});
+    std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return std::fabs(error(a)) > std::fabs(error(b)); });
+    for (size_t i : order) {
+      if (may_turn(i) && std::fabs(bias_ + share(i)) < std::fabs(bias_)) turn(i);
+    }
+  }
+
+  // What is left is a part of one weight: the two that leave least of it, if they leave less.
+  bool turn_a_pair() {
+    double least = std::fabs(bias_);
+    size_t first = 0, second = 0;
+    for (size_t i = 0; i < rounded.size(); ++i) {
+      for (size_t j = 0; j < i && may_turn(i); ++j) {
+        const double left = std::fabs(bias_ + share(i) + share(j));
+        if (!may_turn(j) || left >= least) continue;
+        least = left;
+        first = i;
+        second = j;
+      }
+    }
+    if (first == second) return false;
+    turn(first);
+    turn(second);
+    return true;
+  }
+
+  const std::vector<double>&numbers_, &weights_;
+  double bias_ = 0;
+};
+
 std::vector<int> round_unbiased(const std::vector<double>& numbers, const std::vector<double>& weights) {
-  std::vector<int> rounded(numbers.size());
-  std::vector<size_t> order(numbers.size());
-  double bias = 0;
-  for (size_t i = 0; i < numbers.size(); ++i) {
-    rounded[i] = static_cast<int>(std::lround(numbers[i]));
-    order[i] = i;
-    bias += weights[i] * (rounded[i] - numbers[i]);
-  }
-  const auto error = [&](size_t i) { return rounded[i] - numbers[i]; };
-  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return std::fabs(error(a)) > std::fabs(error(b)); });
-  for (size_t i : order) {
-    const int step = error(i) > 0 ? -1 : 1;
-    // Only what makes the bias smaller, and nothing further off than three quarters.
-    if (std::fabs(bias + step * weights[i]) >= std::fabs(bias) || std::fabs(error(i)) < 0.25) continue;
-    rounded[i] += step;
-    bias += step * weights[i];
-  }
-  return rounded;
+  return UnbiasedRounding(numbers, weights).rounded;
 }
 
 // A side that float kernels read, in rows.
@@ -91,7 +134,7 @@ OwnedSide::OwnedSide(const SideSettings& s, const float* codewords, const uint8_
   side_.heads = heads;
 }
 
-OwnedSide::OwnedSide(const SideSettings& s, const float* codewords, const uint8_t* labels,
+OwnedSide::OwnedSide(const SideSettings& s, const float* codewords, const uint8_t* labels, const double* frequencies,
                      std::shared_ptr<OwnedRotation> rotation)
     : rotation_(std::move(rotation)) {
   side_ = plain_side(s, rotation_ ? &rotation_->rotation : nullptr);
@@ -116,7 +159,7 @@ OwnedSide::OwnedSide(const SideSettings& s, const float* codewords, const uint8_
   side_.unit = unit;
   side_.slice = slice;
   if (labels) {
-    build_labels(labels);
+    build_labels(labels, frequencies);
   } else if (s.form == Form::fib) {
     build_tables();
   }
@@ -170,7 +213,7 @@ void OwnedSide::build_tables() {
   side_.words = words_.data();
 }
 
-void OwnedSide::build_labels(const uint8_t* labels) {
+void OwnedSide::build_labels(const uint8_t* labels, const double* frequencies) {
   const int window = side_.window, bits = side_.bits;
   while (*std::max_element(labels, labels + codewords_.size()) >> side_.label_bits) ++side_.label_bits;
   std::vector<double> levels(size_t{1} << side_.label_bits);
@@ -179,8 +222,7 @@ void OwnedSide::build_labels(const uint8_t* labels) {
   for (double level : levels) top = std::max(top, std::fabs(level));
   side_.plane_step = static_cast<float>(top / 126);
   for (double& level : levels) level /= top / 126;
-  // Labels occur about equally often.
-  const std::vector<int> whole = round_unbiased(levels, std::vector<double>(levels.size(), 1.0 / levels.size()));
+  const std::vector<int> whole = round_unbiased(levels, std::vector<double>(frequencies, frequencies + levels.size()));
   tables_.assign(whole.begin(), whole.end());
   const int sources = side_.unit + 1;
   matrices_.resize(static_cast<size_t>(sources) * side_.planes);

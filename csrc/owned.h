@@ -36,8 +36,9 @@ struct SideSettings {
 
 class OwnedSide {
  public:
-  // `codewords` [size][block], null unless fib or klt; `labels` [size], null unless a trellis; `rotation` may be null.
-  OwnedSide(const SideSettings& settings, const float* codewords, const uint8_t* labels,
+  // `codewords` [size][block], null unless fib or klt; `labels` [size] and how often each one occurs,
+  // `frequencies` [labels], null unless a trellis; `rotation` may be null.
+  OwnedSide(const SideSettings& settings, const float* codewords, const uint8_t* labels, const double* frequencies,
             std::shared_ptr<OwnedRotation> rotation);
   // klt: `widths` [heads][dim / 2] are the bits of the pairs of each head, `codewords` those of all widths.
   OwnedSide(const SideSettings& settings, const float* codewords, const uint8_t* widths, int heads);
@@ -68,7 +69,7 @@ class OwnedSide {
   float coordinate(int symbol, int plane) const;
   std::vector<double> frequencies() const;
   void build_tables();
-  void build_labels(const uint8_t* labels);
+  void build_labels(const uint8_t* labels, const double* frequencies);
   Side side_{};
   std::vector<float> codewords_;
   std::vector<PairSection> sections_;

@@ -1,11 +1,12 @@
 """Trains the shipped trellis codes.
 
-    python tools/train_trellis.py [--bits 2 3 4] [--draws 150] [--seed 0] [--out src/fibkv/data/trellis]
+    python tools/train_trellis.py [--bits 2 3 4] [--draws 150] [--seed 0] [--out src/fibkv/data/trellis] [--count]
 
 A code is drawn at random: the columns that middle bits add to labels, and normal quantiles for levels, in the order of
 a random linear map of labels. It is trained by Lloyd's iteration (encode, then every level becomes the mean of the
 coordinates that it stands for), a few rounds on few vectors. The three best draws are trained on more and compared on
-vectors of their own. With the arguments above the files are those that fibkv ships.
+vectors of their own. Then the labels are counted that the code gives to other vectors. With the default arguments the
+files are those that fibkv ships. ``--count`` trains nothing: it counts the labels of the codes that are there.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from fibkv.digest import digest_bytes
 from fibkv.errors import ContractError
 from fibkv.files import write_text
 from fibkv.kernels.reference_trellis import windows
+from fibkv.label_counts import LabelCounts
 from fibkv.packing import unpack
 from fibkv.rotation import Rotation
 from fibkv.tables import FibTables
@@ -31,6 +33,9 @@ LABEL_BITS = {2: 6, 3: 6, 4: 8}
 FIRST, SECOND = (1024, 8, 16), (16384, 16, 64)
 """Vectors, rounds and overlap of the two stages."""
 TEST_VECTORS = 8192
+COUNTED = 1 << 16, 64
+"""Vectors and overlap of the count."""
+COUNT_SEED = 1
 LARGEST = (1 << 15) - 1
 
 
@@ -110,16 +115,27 @@ def train(bits: int, draws: int, seed: int) -> TrellisCode:
     return finalists[results.index(min(results))]
 
 
+def counted(code: TrellisCode) -> LabelCounts:
+    """How often the encoder gives each label."""
+    rows = unit_vectors(COUNTED[0], torch.Generator().manual_seed(COUNT_SEED))
+    counts = encoded(code, rows, COUNTED[1]).flatten().bincount(minlength=len(code.levels))
+    return LabelCounts(code=code.digest(), counts=tuple(counts.tolist()))
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--bits", type=int, nargs="+", default=(2, 3, 4), choices=(2, 3, 4))
     arguments.add_argument("--draws", type=int, default=150)
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--out", type=Path, default=Path("src/fibkv/data/trellis"))
+    arguments.add_argument("--count", action="store_true")
     given = arguments.parse_args()
     for bits in given.bits:
-        code = train(bits, given.draws, given.seed)
-        write_text(given.out / f"trellis{bits}.json", code.to_json() + "\n")
+        path = given.out / f"trellis{bits}.json"
+        if not given.count:
+            write_text(path, train(bits, given.draws, given.seed).to_json() + "\n")
+        code = TrellisCode.from_json(path.read_bytes())
+        write_text(given.out / f"counts{bits}.json", counted(code).to_json() + "\n")
         print(f"{bits} bits: {code.digest()}")
 
 

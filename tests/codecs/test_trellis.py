@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fibkv import trellis
+from fibkv import kernels, label_counts, trellis
 from fibkv.codecs import Codec, codec_for
 from fibkv.errors import CodebookError, ContractError, PageError
 from fibkv.kernels import reference_trellis
+from fibkv.label_counts import LabelCounts, label_frequencies
 from fibkv.packing import pack, unpack
 from fibkv.parameters import TrellisParameters
 from fibkv.trellis import STATE_BITS, Trellis, TrellisCode
-from tests.codecs.conformance import gaussian, relative_mse
+from tests.codecs.conformance import gaussian, native_implementations, relative_mse
 from tests.oracles import trellis as oracle
 
 BITS = (2, 3, 4)
@@ -189,3 +190,52 @@ def test_files_that_are_missing_or_damaged_are_refused(tmp_path: Path, monkeypat
         load(2)
     (folder / "trellis3.json").write_text(text)
     assert load(3) == TrellisCode.from_json(text)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("implementation", native_implementations())
+def test_rounded_levels_have_no_bias(implementation: str, bits: int) -> None:
+    """What all tokens share of an error does not average out. Equal weights: the output is the mean of the values."""
+    codec = codec_for(TrellisParameters.of(128, bits, norm_format="f16"))
+    codes = codec.encode(unit(1 << 16, 128, seed=64).view(4, -1, 128))
+    query = torch.zeros(4, 1, 128)
+    found, exact = (
+        kernels.attend(query, codes, codec.tables, codes, codec.tables, scale=1.0, implementation=name)[0]
+        for name in (implementation, "reference")
+    )
+    # In standard deviations of a coordinate; of labels that count as equal it would be 1.2e-4 at 2 and 3 bits.
+    assert abs(float((found - exact).mean())) * 128**0.5 < 2e-5
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_labels_are_as_frequent_as_the_shipped_counts_say(bits: int) -> None:
+    code = trellis.load(bits)
+    codec = codec_for(TrellisParameters.of(128, bits))
+    symbols = unpack(codec.encode(unit(1 << 12, 128, seed=65).unsqueeze(0)).indices, 128, bits)
+    counts = code.labels()[reference_trellis.windows(symbols, code)].flatten().bincount(minlength=len(code.levels))
+    frequencies = label_frequencies(code)
+    assert float(frequencies.sum()) == pytest.approx(1)
+    # Half a million coordinates: a hundredth at 64 labels, two at 256.
+    torch.testing.assert_close(counts / counts.sum(), frequencies, rtol=0.1, atol=0.0, check_dtype=False)
+
+
+def test_labels_of_other_codes_count_as_equal() -> None:
+    code = trellis.load(2)
+    other = code.model_copy(update={"levels": code.levels[::-1]})
+    assert label_frequencies(other).tolist() == [1 / 64] * 64
+
+
+def test_label_counts_that_are_missing_or_damaged_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "data" / "trellis"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(label_counts, "files", lambda _: tmp_path)
+    code = trellis.load(2)
+    with pytest.raises(CodebookError, match="label counts of 2 bits: cannot be read"):
+        label_frequencies(code)
+    short = LabelCounts(code=code.digest(), counts=(1, 2, 3))
+    (folder / "counts2.json").write_text(short.to_json())
+    with pytest.raises(CodebookError, match="expected 64 of them, got 3"):
+        label_frequencies(code)
+    (folder / "counts2.json").write_text(short.to_json()[:-5])
+    with pytest.raises(CodebookError, match="cannot be read: LabelCounts: expected JSON"):
+        label_frequencies(code)

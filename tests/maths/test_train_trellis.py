@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fibkv import trellis
+from fibkv.label_counts import LabelCounts
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "train_trellis.py"
 
@@ -43,3 +44,11 @@ def test_the_same_seed_trains_the_same_code(tool: ModuleType, capsys: pytest.Cap
     assert tool.distortion(codes[0], tool.unit_vectors(128, torch.Generator().manual_seed(4)), 64) < 0.0225
     best, _, worst = map(float, capsys.readouterr().out.split("[")[1].split("]")[0].split(", "))
     assert best < worst
+
+
+def test_counts_name_their_code_and_are_shipped(tool: ModuleType) -> None:
+    code = trellis.load(2)
+    counted = tool.counted(code)
+    assert sum(counted.counts) == tool.COUNTED[0] * tool.HEAD_DIM
+    shipped = SCRIPT.parents[1] / "src/fibkv/data/trellis/counts2.json"
+    assert LabelCounts.from_json(shipped.read_bytes()) == counted

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fibkv.codes import Codes
+from fibkv.label_counts import label_frequencies
 from fibkv.packed import Held, Packed, Stored
 from fibkv.packing import packed_nbytes
 from fibkv.rotation import Rotation, hadamard_signs
@@ -67,6 +68,7 @@ def _side(tables: Tables, role: Role, isa: Any, rotated: bool) -> Any:
         "log_norms": False,
         "codewords": None,
         "labels": None,
+        "frequencies": None,
     }
     match inner:
         case RawTables():
@@ -97,6 +99,7 @@ def _side(tables: Tables, role: Role, isa: Any, rotated: bool) -> Any:
                 "log_norms": log8,
                 "codewords": inner.codewords.contiguous(),
                 "labels": None if inner.trellis is None else inner.trellis.labels.contiguous(),
+                "frequencies": None if inner.trellis is None else label_frequencies(inner.trellis.code),
             }
     return extension.Side(**settings, **coding)
 
