@@ -13,15 +13,21 @@ namespace {
 
 constexpr int kLanes = 16;
 
-// sums += four-way products of unsigned and signed bytes. Written out, because GCC 12 copies the sums of the intrinsic
-// from register to register, and the copies compete with the products for their two ports.
-inline void add_products(__m512i& sums, __m512i unsigned_bytes, __m512i signed_bytes) {
+// sums + four-way products of unsigned and signed bytes. Written out, because GCC 12 copies the sums of the intrinsic
+// from register to register; by value, because it keeps an array in memory that an asm statement writes to.
+inline __m512i plus_products(__m512i sums, __m512i unsigned_bytes, __m512i signed_bytes) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(unsigned_bytes), "v"(signed_bytes));
+  return sums;
 }
 
-inline void add_products(__m512i& sums, __m512i unsigned_bytes, const int32_t& four_signed_bytes) {
+inline __m512i plus_products(__m512i sums, __m512i unsigned_bytes, const int32_t& four_signed_bytes) {
   asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(unsigned_bytes), "m"(four_signed_bytes));
+  return sums;
 }
+
+// A product takes four cycles, and one can begin in each: so many sums keep the units busy. More are slower on Zen 4,
+// whose third operands have to come fresh from another operation to leave the permutes of the look-ups theirs.
+constexpr int kSums = 4;
 
 // Queries of a side, quantized to bytes: for each block of at most eight queries
 //   float step[8]; int32 start[8]; int32 bytes[planes][units / 4][queries of the block]
@@ -94,8 +100,8 @@ void quantize_query(const Prepared& block, const Side& side, int n, int q, const
 // ---- Keys ----------------------------------------------------------------------------------------------------------
 
 template <int n>
-inline void add_products(__m512i (&sums)[n], __m512i keys, const int32_t* queries) {
-  for (int q = 0; q < n; ++q) add_products(sums[q], keys, queries[q]);
+inline void add_products(__m512i* sums, __m512i keys, const int32_t* queries) {
+  for (int q = 0; q < n; ++q) sums[q] = plus_products(sums[q], keys, queries[q]);
 }
 
 // Integer sums [groups][n] of 16 tokens each over two planes of a table.
@@ -106,13 +112,12 @@ void score_pair(const Side& side, const uint8_t* codes, int groups, int pair, co
   constexpr int unit = Tables::unit;
   const int steps = side.units() / 4;
   const int32_t* queries = block.bytes + static_cast<size_t>(2 * pair) * steps * n;
+  // Few queries need sums of their own for the odd plane.
+  constexpr int odd = n < kSums ? n : 0;
   for (int group = 0; group < groups; ++group) {
-    // One chain of sums per plane: a product takes five cycles.
-    __m512i even[n], odd[n];
-    for (int q = 0; q < n; ++q) {
-      even[q] = pair ? sums[group * n + q] : _mm512_set1_epi32(block.start[q]);
-      odd[q] = _mm512_setzero_si512();
-    }
+    __m512i found[n + odd];
+    for (int q = 0; q < n; ++q) found[q] = pair ? sums[group * n + q] : _mm512_set1_epi32(block.start[q]);
+    for (int q = 0; q < odd; ++q) found[n + q] = _mm512_setzero_si512();
     // The code is a ring: before its first bytes are its last.
     const size_t first = static_cast<size_t>(group) * unit * steps;
     __m512i last = _mm512_loadu_si512(codes + (first + unit * steps - 1) * 64);
@@ -126,10 +131,10 @@ void score_pair(const Side& side, const uint8_t* codes, int groups, int pair, co
       }
       tables.look_up(bytes, _mm512_shldi_epi32(bytes[unit - 1], last, 8));
       last = bytes[unit - 1];
-      add_products<n>(even, tables.x, queries + j * n);
-      add_products<n>(odd, tables.y, queries + (steps + j) * n);
+      add_products<n>(found, tables.x, queries + j * n);
+      add_products<n>(found + odd, tables.y, queries + (steps + j) * n);
     }
-    for (int q = 0; q < n; ++q) sums[group * n + q] = _mm512_add_epi32(even[q], odd[q]);
+    for (int q = 0; q < n; ++q) sums[group * n + q] = odd ? _mm512_add_epi32(found[q], found[odd + q]) : found[q];
   }
 }
 
@@ -258,7 +263,10 @@ void mix_pair(const Side& side, const uint8_t* codes, size_t pitch, int tokens, 
               float* out, int width, const uint8_t* ahead) {
   Tables tables(side, pair, 0);
   constexpr int unit = Tables::unit;
-  const int slices = side.units() / Slice::units, registers = (tokens + Slice::tokens - 1) / Slice::tokens;
+  const int units = side.units(), slices = units / Slice::units;
+  const int registers = (tokens + Slice::tokens - 1) / Slice::tokens;
+  float step[n];
+  for (int q = 0; q < n; ++q) step[q] = weights.step[q] * side.plane_step;
   for (int slice = 0; slice < slices; ++slice) {
     const uint8_t* previous = codes + ((unit - 1) * slices + (slice ? slice - 1 : slices - 1)) * pitch;
     __m512i first[n], second[n];
@@ -275,14 +283,14 @@ void mix_pair(const Side& side, const uint8_t* codes, size_t pitch, int tokens, 
       tables.look_up(bytes, _mm512_alignr_epi32(bytes[unit - 1], last, 15));
       for (int q = 0; q < n; ++q) {
         const __m512i weight = Slice::weights(weights.low[q] + Slice::tokens * r);
-        add_products(first[q], weight, tables.x);
-        add_products(second[q], weight, tables.y);
+        first[q] = plus_products(first[q], weight, tables.x);
+        second[q] = plus_products(second[q], weight, tables.y);
       }
     }
     for (int q = 0; q < n; ++q) {
-      float* row = out + q * width + 2 * pair * side.units() + slice * Slice::units;
-      Slice::add(row, first[q], weights.step[q] * side.plane_step);
-      Slice::add(row + side.units(), second[q], weights.step[q] * side.plane_step);
+      float* row = out + q * width + 2 * pair * units + slice * Slice::units;
+      Slice::add(row, first[q], step[q]);
+      Slice::add(row + units, second[q], step[q]);
     }
   }
 }
@@ -297,8 +305,8 @@ void mix_int8(const Side& side, const uint8_t* codes, size_t pitch, int quads, c
       const __m512i numbers = _mm512_loadu_si512(codes + slice * pitch + static_cast<size_t>(quad) * 64);
       _mm_prefetch(ahead + (slice * quads + quad) * 64, _MM_HINT_T1);
       for (int q = 0; q < n; ++q) {
-        add_products(high[q], four_weights(weights.high[q] + 4 * quad), numbers);
-        add_products(low[q], four_weights(weights.low[q] + 4 * quad), numbers);
+        high[q] = plus_products(high[q], four_weights(weights.high[q] + 4 * quad), numbers);
+        low[q] = plus_products(low[q], four_weights(weights.low[q] + 4 * quad), numbers);
       }
     }
     for (int q = 0; q < n; ++q) {
