@@ -146,7 +146,7 @@ void score_eight(const Side& side, const uint8_t* codes, const int32_t* queries,
 
 template <int n>
 void score_block(const Side& side, const uint8_t* codes, int tokens, const Prepared& block, const float* norms,
-                 float* logits) {
+                 const float* shifts, float* logits) {
   for (int t = 0; t < tokens; t += kLanes) {
     const size_t at = static_cast<size_t>(t / kTokenTile) * side.code_bytes * kTokenTile + t % kTokenTile * 4;
     __m256i sums[n] = {};
@@ -160,7 +160,8 @@ void score_block(const Side& side, const uint8_t* codes, int tokens, const Prepa
     const __m256 norm = _mm256_loadu_ps(norms + t);
     for (int q = 0; q < n; ++q) {
       const __m256 factor = _mm256_mul_ps(norm, _mm256_set1_ps(block.step[q]));
-      _mm256_storeu_ps(logits + q * kTile + t, _mm256_mul_ps(_mm256_cvtepi32_ps(sums[q]), factor));
+      const __m256 shift = _mm256_set1_ps(shifts[q]);
+      _mm256_storeu_ps(logits + q * kTile + t, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[q]), factor, shift));
     }
   }
 }
@@ -273,11 +274,11 @@ void integer_prepare(const Side& key, const float* queries, int n, uint8_t* prep
 }
 
 void integer_score(const Side& key, const Span& span, int first, int tokens, const uint8_t* prepared, int n,
-                   const float* norms, float* logits, const uint8_t*) {
+                   const float* norms, const float* shifts, float* logits, const uint8_t*) {
   const uint8_t* codes = span.codes + static_cast<size_t>(first) * key.code_bytes;
   each_block(n, [&](auto block) {
     score_block<block.size>(key, codes, tokens, block_at(key, prepared, block.index), norms,
-                            logits + block.first * kTile);
+                            shifts + block.first, logits + block.first * kTile);
   });
 }
 

@@ -140,7 +140,7 @@ void score_pair(const Side& side, const uint8_t* codes, int groups, int pair, co
 
 template <typename Tables, int n>
 void score_table(const Side& side, const uint8_t* codes, int groups, const Prepared& block, const float* norms,
-                 float* logits, const uint8_t* ahead) {
+                 const float* shifts, float* logits, const uint8_t* ahead) {
   __m512i sums[kTile / kLanes * n];
   for (int pair = 0; pair < side.planes / 2; ++pair) {
     score_pair<Tables, n>(side, codes, groups, pair, block, sums, ahead);
@@ -149,15 +149,15 @@ void score_table(const Side& side, const uint8_t* codes, int groups, const Prepa
     const __m512 norm = _mm512_loadu_ps(norms + group * kLanes);
     for (int q = 0; q < n; ++q) {
       const __m512 factor = _mm512_mul_ps(norm, _mm512_set1_ps(block.step[q]));
-      _mm512_storeu_ps(logits + q * kTile + group * kLanes,
-                       _mm512_mul_ps(_mm512_cvtepi32_ps(sums[group * n + q]), factor));
+      const __m512 whole = _mm512_cvtepi32_ps(sums[group * n + q]), shift = _mm512_set1_ps(shifts[q]);
+      _mm512_storeu_ps(logits + q * kTile + group * kLanes, _mm512_fmadd_ps(whole, factor, shift));
     }
   }
 }
 
 template <int n>
 void score_int8(const Side& side, const uint8_t* codes, int groups, const Prepared& block, const float* norms,
-                float* logits, const uint8_t* ahead) {
+                const float* shifts, float* logits, const uint8_t* ahead) {
   const int steps = side.code_bytes / 4;
   const int32_t* queries = block.bytes;
   const __m512i raise = _mm512_set1_epi8(int8_t(-128));
@@ -179,17 +179,18 @@ void score_int8(const Side& side, const uint8_t* codes, int groups, const Prepar
       const __m512 whole = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[q]), _mm512_set1_ps(256.0f),
                                            _mm512_cvtepi32_ps(low[q]));
       const __m512 factor = _mm512_mul_ps(norm, _mm512_set1_ps(block.step[q]));
-      _mm512_storeu_ps(logits + q * kTile + group * kLanes, _mm512_mul_ps(whole, factor));
+      const __m512 shift = _mm512_set1_ps(shifts[q]);
+      _mm512_storeu_ps(logits + q * kTile + group * kLanes, _mm512_fmadd_ps(whole, factor, shift));
     }
   }
 }
 
 template <int n>
 void score_block(const Side& side, const uint8_t* codes, int groups, const Prepared& block, const float* norms,
-                 float* logits, const uint8_t* ahead) {
-  if (side.form == Form::int8) return score_int8<n>(side, codes, groups, block, norms, logits, ahead);
+                 const float* shifts, float* logits, const uint8_t* ahead) {
+  if (side.form == Form::int8) return score_int8<n>(side, codes, groups, block, norms, shifts, logits, ahead);
   with_tables(side, [&](auto kind) {
-    score_table<typename decltype(kind)::Tables, n>(side, codes, groups, block, norms, logits, ahead);
+    score_table<typename decltype(kind)::Tables, n>(side, codes, groups, block, norms, shifts, logits, ahead);
   });
 }
 
@@ -347,12 +348,12 @@ void integer_prepare(const Side& key, const float* queries, int n, uint8_t* prep
 }
 
 void integer_score(const Side& key, const Span& span, int first, int tokens, const uint8_t* prepared, int n,
-                   const float* norms, float* logits, const uint8_t* ahead) {
+                   const float* norms, const float* shifts, float* logits, const uint8_t* ahead) {
   const uint8_t* codes = span.codes + static_cast<size_t>(first) * key.code_bytes;
   const int groups = (tokens + kTokenTile - 1) / kTokenTile;
   each_block(n, [&](auto block) {
     score_block<block.size>(key, codes, groups, block_at(key, prepared, block.index), norms,
-                            logits + block.first * kTile, ahead);
+                            shifts + block.first, logits + block.first * kTile, ahead);
   });
 }
 

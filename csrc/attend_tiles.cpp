@@ -281,11 +281,17 @@ void undo_channels(const Side& side, const Span& span, float* row) {
   }
 }
 
-// The mean of a span [padded_dim] in the space of its codes.
-void mean_of(const Side& side, const Span& span, float* mean) {
+// What multiplies the numbers of a span's mean.
+float power_of(const Span& span) {
   const uint32_t bits = static_cast<uint32_t>(span.mean[0] + 127) << 23;
   float power;
   std::memcpy(&power, &bits, 4);
+  return power;
+}
+
+// The mean of a span [padded_dim] in the space of its codes.
+void mean_of(const Side& side, const Span& span, float* mean) {
+  const float power = power_of(span);
   const int width = padded_dim(side.dim);
   const uint8_t* numbers = reinterpret_cast<const uint8_t*>(span.mean + 1);
   for (int i = 0; i < width; i += kLanes) {
@@ -501,16 +507,31 @@ void scale_tokens(const Side& side, const Span& span, int first, int tokens, int
 }
 
 #ifdef FIBKV_INTEGER
-// logits[q][t] += <query q, mean of the span>.
-void add_means(const Side& key, const Span& span, int tokens, const float* queries, int n, float* logits) {
-  float mean[kMostTiledDim], products[kTile];
-  mean_of(key, span, mean);
+// products[q] = <query q, mean of the span>, of queries [n][padded_dim].
+template <int n>
+void meet_mean(const Side& key, const Span& span, const float* queries, float* products) {
+  const uint8_t* numbers = reinterpret_cast<const uint8_t*>(span.mean + 1);
   const int width = padded_dim(key.dim);
-  for (int q = 0; q < n; ++q) {
-    dots<1, 1>(Decoded{mean, 0}, width, 0, queries + static_cast<size_t>(q) * width, products);
-    const vf shift = splat(products[0]);
-    for (int t = 0; t < tokens; t += kLanes) store(logits + q * kTile + t, load<vf>(logits + q * kTile + t) + shift);
+  vf sums[n] = {};
+  for (int i = 0; i < width; i += kLanes) {
+    const vf mean = from_int8(load_part<vsb>(numbers, i, key.dim));
+    for (int q = 0; q < n; ++q) sums[q] += mean * load<vf>(queries + static_cast<size_t>(q) * width + i);
   }
+  const float power = power_of(span);
+  for (int q = 0; q < n; ++q) products[q] = power * total(sums[q]);
+}
+
+// products [n] of all queries with the mean of a span, 0 where vectors have none.
+void meet_means(const Side& key, const Span& span, const uint8_t* prepared, int n, float* products) {
+  if (!key.centered) {
+    for (int q = 0; q < n; ++q) products[q] = 0;
+    return;
+  }
+  const float* queries = reinterpret_cast<const float*>(prepared + integer_prepared_bytes(key, n));
+  const size_t width = padded_dim(key.dim);
+  int q = 0;
+  for (; q + 4 <= n; q += 4) meet_mean<4>(key, span, queries + q * width, products + q);
+  for (; q < n; ++q) meet_mean<1>(key, span, queries + q * width, products + q);
 }
 #endif
 
@@ -518,14 +539,10 @@ void score(const Side& key, const Span& span, int first, int tokens, const uint8
            float* scratch, const uint8_t* ahead) {
 #ifdef FIBKV_INTEGER
   if (on_integers(key, n)) {
-    float norms[kTile];
+    float norms[kTile], shifts[kIntegerQueries];
     factors_of(key, span, first, norms);
-    integer_score(key, span, first, tokens, prepared, n, norms, logits, ahead);
-    if (key.centered) {
-      const uint8_t* queries = prepared + integer_prepared_bytes(key, n);
-      add_means(key, span, tokens, reinterpret_cast<const float*>(queries), n, logits);
-    }
-    return;
+    meet_means(key, span, prepared, n, shifts);
+    return integer_score(key, span, first, tokens, prepared, n, norms, shifts, logits, ahead);
   }
 #endif
   const int width = padded_dim(key.dim);

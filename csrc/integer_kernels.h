@@ -12,9 +12,9 @@ namespace FIBKV_ISA {
 // As the functions of AttendKernels of the same names, for sides with integer tables (`planes` > 0) in tile order.
 size_t integer_prepared_bytes(const Side& key, int n);
 void integer_prepare(const Side& key, const float* queries, int n, uint8_t* prepared);
-// `norms` [kTile]: factors of the keys.
+// `norms` [kTile]: factors of the keys. `shifts` [n]: added to all logits of a query.
 void integer_score(const Side& key, const Span& span, int first, int tokens, const uint8_t* prepared, int n,
-                   const float* norms, float* logits, const uint8_t* ahead);
+                   const float* norms, const float* shifts, float* logits, const uint8_t* ahead);
 // `norms` [kTile]: factors of the values. `out` is in plane order: [planes][code bytes], coordinate byte * planes + plane.
 void integer_mix(const Side& value, const Span& span, int first, int tokens, const float* weights, int n,
                  const float* norms, float* out, const uint8_t* ahead);
