@@ -17,7 +17,7 @@ from fibkv.codecs.raw import TORCH_DTYPES
 from fibkv.contract import Contract, MarkedContract, Total
 from fibkv.digest import Digest
 from fibkv.errors import PageError
-from fibkv.page import SegmentHeader
+from fibkv.page_form import SegmentHeader
 from fibkv.policy import Plan, Policy, Run
 from fibkv.profile import Profile
 from fibkv.receipt import Receipt

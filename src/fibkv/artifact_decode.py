@@ -210,7 +210,7 @@ def _decode_page(
     dense = torch.empty(shape.batch, layers[1] - layers[0], shape.kv_heads, entry.tokens, shape.head_dim)
     for segment, (row, layer, _) in zip(segments, placed, strict=True):
         if layers[0] <= layer < layers[1]:
-            (h0, h1), (t0, t1) = segment.heads, segment.tokens
+            (h0, h1), (t0, t1) = segment.form.heads, segment.form.tokens
             segment.codec.decode(segment.codes, out=dense[row, layer - layers[0], h0:h1, t0:t1])
     return dense
 

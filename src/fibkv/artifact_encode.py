@@ -94,5 +94,5 @@ def _entry(
         tokens=stop - start,
         source_digest=source,
         profile_digest=coder.profile_digest,
-        segments=tuple(segment.header() for segment in segments),
+        segments=tuple(segment.form.header for segment in segments),
     )

@@ -245,7 +245,7 @@ class LayerCache:
         tail = self.tail
         elements = tail.length * sum(t.shape[0] * t.shape[1] * t.shape[3] for t in (tail.keys, tail.values))
         for page in (page for row in self.rows for page in row):
-            elements += sum(s.header().num_vectors * s.codec.head_dim for s in page.raw_segments())
+            elements += sum(s.form.header.num_vectors * s.codec.head_dim for s in page.raw_segments())
         held = (segment.held.nbytes for page in self.pages() for segment in page.raw_segments())
         return elements, tail.nbytes + sum(held)
 
@@ -263,7 +263,7 @@ class LayerCache:
     def raw_reasons(self) -> Counter[str]:
         """Vectors that pages hold raw, by reason."""
         counts: Counter[str] = Counter()
-        for header in (s.header() for page in self.pages() for s in (*page.keys, *page.values)):
+        for header in (one.header for page in self.pages() for one in page.form.segments):
             if header.raw_reason is not None:
                 counts[header.raw_reason] += header.num_vectors
         return counts

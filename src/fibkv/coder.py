@@ -12,7 +12,8 @@ from torch import Tensor
 from fibkv.codecs import Codec, codec_for
 from fibkv.codes import Codes
 from fibkv.errors import ContractError, DecisionError, EncodingError, PageError
-from fibkv.page import FALLBACKS, NOT_ENCODABLE, OVER_BUDGET, Segment, SegmentHeader, space_on
+from fibkv.page import Segment
+from fibkv.page_form import FALLBACKS, NOT_ENCODABLE, OVER_BUDGET, SegmentForm, SegmentHeader, shared
 from fibkv.parameters import CodecParameters, RawParameters, named_parameters
 from fibkv.policy import Decision, Plan, Policy, Run, decide, plan, role_aware_axis
 from fibkv.profile import Profile
@@ -173,7 +174,7 @@ class RoleCoder:
         space = self.space if run.decision.action == "compress" else None
         rows = block if space is None else space.enter(block, slice(*run.heads))
         codes = codec.encode(rows, implementation=self.implementation)
-        return Column(run, run.decision.reasons, codec, codes, space)
+        return Column.of_run(run, codec, codes, space=space)
 
     def _seal_run(self, values: Tensor, run: Run) -> list[Segment]:
         try:
@@ -194,7 +195,7 @@ class RoleCoder:
     def _kept_raw(self, values: Tensor, run: Run, reason: str) -> list[Segment]:
         block = values[:, run.heads[0] : run.heads[1], run.tokens[0] : run.tokens[1]]
         codes = self.raw.encode(block, implementation=self.implementation)
-        return Column(run, (*run.decision.reasons, reason), self.raw, codes).segments()
+        return Column.of_run(run, self.raw, codes, fallback=(reason,)).segments()
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,18 +203,28 @@ class Column:
     """One segment of each of several pages that are alike.
 
     Attributes:
-        run: the policy's rectangle.
-        reasons: as in `Segment`.
-        codec: how it is coded.
+        form: of the segment.
         codes: ``[pages, heads, T, ...]``.
-        space: as in `Segment`.
     """
 
-    run: Run
-    reasons: tuple[str, ...]
-    codec: Codec
+    form: SegmentForm
     codes: Codes
-    space: KeySpace | None = None
+
+    @classmethod
+    def of_run(
+        cls, run: Run, codec: Codec, codes: Codes, *, space: KeySpace | None = None, fallback: tuple[str, ...] = ()
+    ) -> Column:
+        """What became of a rectangle of the policy's.
+
+        Args:
+            run: the rectangle.
+            codec: how it is coded.
+            codes: ``[pages, heads, T, ...]``.
+            space: that its keys were taken to.
+            fallback: why it is raw against the policy.
+        """
+        reasons = (*run.decision.reasons, *fallback)
+        return cls(shared(SegmentForm(run.heads, run.tokens, run.decision, reasons, codec, space)), codes)
 
     def segments(self) -> list[Segment]:
         """The segments. Clones: a page must not keep the memory of the whole prefill alive, nor be kept by it."""
@@ -221,8 +232,7 @@ class Column:
 
     def segment(self, codes: Codes) -> Segment:
         """The segment of one page, with its codes ``[heads, T, ...]``, which may lie on another device."""
-        space = None if self.space is None else space_on(self.space, codes.device)
-        return Segment(self.run.heads, self.run.tokens, self.run.decision, self.reasons, self.codec, codes, space)
+        return Segment(self.form.on(codes.device), codes)
 
     def of(self, page: int) -> Codes:
         """The codes of one page ``[heads, T, ...]``, as views."""

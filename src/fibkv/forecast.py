@@ -195,7 +195,7 @@ class _Sizes:
         self._native = resolved if isinstance(resolved, Native) else None
 
     def form(self, span: tuple[int, int]) -> _Form:
-        """What must be equal for neighbours to be placed together, as `fibkv.page.Page.form`."""
+        """What must be equal for neighbours to be placed together, as `fibkv.page.Page.run_key`."""
         start, stop = span
         roles: tuple[Role, ...] = ("key", "value")
         runs = tuple(

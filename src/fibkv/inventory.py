@@ -285,8 +285,7 @@ class Inventory:
         return page
 
     def _enter(self, page: Page, serial: int, path: tuple[Rung, ...]) -> Entry:
-        held = (segment.held for segment in (*page.keys, *page.values))
-        outside = page.nbytes - sum(one.nbytes for one in held if isinstance(one, Packed))
+        outside = page.nbytes - sum(codes.nbytes for codes in page.held if isinstance(codes, Packed))
         entry = Entry(serial, path, page.nbytes, outside, page.digest, weakref.ref(page))
         weakref.finalize(page, self._gone.append, (id(page), entry)).atexit = False
         self._entries[id(page)] = self._by_digest[page.digest] = entry
@@ -309,8 +308,7 @@ class Inventory:
 
 def _held_alike(one: Page, other: Page) -> bool:
     """Whether kernels can read one in the place of the other: not so across devices or implementations."""
-    pairs = zip((*one.keys, *one.values), (*other.keys, *other.values), strict=True)
-    return all(_place(a.held) == _place(b.held) for a, b in pairs)
+    return all(_place(a) == _place(b) for a, b in zip(one.held, other.held, strict=True))
 
 
 def _place(held: Held) -> tuple[object, ...]:

@@ -269,4 +269,4 @@ class Offload:
 
 def codes_of(page: Page) -> list[Codes]:
     """The codes of a page's segments."""
-    return [segment.codes for segment in (*page.keys, *page.values)]
+    return [codes.canonical() for codes in page.held]

@@ -6,7 +6,7 @@ The canonical order (`fibkv.codes`) is what is hashed, stored and sent; this one
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,36 +18,70 @@ from fibkv.tables import AffineTables, ChannelTables, FibTables, KltTables, RawT
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class PackedForm:
+    """How the codes of a rectangle (heads x tokens) lie in a block: shared by blocks that are alike.
+
+    Attributes:
+        start: of their run of bytes in the block.
+        heads: number of heads.
+        tokens: number of tokens.
+        tables: of the codec.
+        side: the native object that knows the order (`fibkv.kernels.native_sides.side_of`).
+        nbytes: of the run, the padding of tiles included.
+    """
+
+    start: int
+    heads: int
+    tokens: int
+    tables: Tables
+    side: Any
+    nbytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "nbytes", self.side.nbytes(self.heads, self.tokens))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Packed:
     """Codes of a rectangle (heads x tokens) as one run of bytes.
 
     Attributes:
         block: uint8 on the CPU, the memory that they lie in; they keep it alive.
-        start: of the run in it.
-        nbytes: of the run, the padding of tiles included.
-        heads: number of heads.
-        tokens: number of tokens.
-        tables: of the codec.
-        side: the native object that knows the order (`fibkv.kernels.native.side_of`).
+        form: where in it, and how.
     """
 
     block: Tensor
-    start: int
-    nbytes: int
-    heads: int
-    tokens: int
-    tables: Tables
-    side: Any
+    form: PackedForm
+
+    @property
+    def heads(self) -> int:
+        """Number of heads."""
+        return self.form.heads
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return self.form.tokens
+
+    @property
+    def side(self) -> Any:
+        """The native object that knows the order."""
+        return self.form.side
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the run."""
+        return self.form.nbytes
 
     @property
     def data(self) -> Tensor:
         """``[nbytes]`` uint8, a view of the block."""
-        return self.block[self.start : self.start + self.nbytes]
+        return self.block[self.form.start : self.form.start + self.form.nbytes]
 
     @property
     def address(self) -> int:
         """Of the run, for as long as this object lives."""
-        return self.block.data_ptr() + self.start
+        return self.block.data_ptr() + self.form.start
 
     @property
     def device(self) -> torch.device:
@@ -56,7 +90,7 @@ class Packed:
 
     def canonical(self) -> Codes:
         """The codes in canonical order ``[heads, tokens, ...]``, newly allocated."""
-        codes = empty_codes(self.tables, self.heads, self.tokens)
+        codes = empty_codes(self.form.tables, self.heads, self.tokens)
         self.side.unpack(self.heads, self.tokens, self.data, *byte_parts(codes))
         return codes
 
@@ -134,7 +168,8 @@ def write_runs(packed: Sequence[Packed], places: Sequence[memoryview]) -> None:
     """
     alike: dict[tuple[Any, int, int], tuple[list[int], list[memoryview]]] = {}
     for one, place in zip(packed, places, strict=True):
-        addresses, runs = alike.setdefault((one.side, one.heads, one.tokens), ([], []))
+        form = one.form
+        addresses, runs = alike.setdefault((form.side, form.heads, form.tokens), ([], []))
         addresses.append(one.address)
         runs.append(place)
     for (side, heads, tokens), (addresses, runs) in alike.items():

@@ -28,7 +28,7 @@ class PageDraft:
     @classmethod
     def of(cls, page: Page) -> PageDraft:
         """The draft of a page."""
-        return cls(page, *page.headers())
+        return cls(page, page.stored_header(), page.form.sizes)
 
     @property
     def nbytes(self) -> int:
@@ -50,7 +50,7 @@ def write_pages(drafts: Sequence[PageDraft], places: Sequence[memoryview]) -> No
     containers = [Draft("page", draft.header, draft.sizes, place) for draft, place in pairs]
     packed: list[tuple[Packed, memoryview]] = []
     for draft, container in zip(drafts, containers, strict=True):
-        for segment, section in zip((*draft.page.keys, *draft.page.values), container.sections, strict=True):
+        for segment, section in zip(draft.page.segments, container.sections, strict=True):
             if isinstance(segment.held, Packed):
                 packed.append((segment.held, section))
             else:

@@ -40,7 +40,7 @@ def recode(page: Page, settings: LayerSettings, slabs: Slabs) -> Page:
 
 def _dense(segments: Sequence[Segment], tokens: int, implementation: str) -> Tensor:
     """``[1, heads, tokens, d]`` float32."""
-    heads = max(segment.heads[1] for segment in segments)
+    heads = max(segment.form.heads[1] for segment in segments)
     first = segments[0]
     out = torch.empty(heads, tokens, first.codec.head_dim, device=first.held.device)
     return decode_segments(segments, out, implementation=implementation)[None]

@@ -17,6 +17,7 @@ from fibkv.kernels.native import Native
 from fibkv.ladder import Rung
 from fibkv.packed import Stored
 from fibkv.page import Page, Segment
+from fibkv.page_form import PageForm
 from fibkv.policy import Run
 from fibkv.sampling import PageSampler
 from fibkv.shape import KVShape, Role
@@ -184,7 +185,7 @@ def resident(pages: Sequence[Page], implementation: str, slabs: Slabs, device: t
         if not isinstance(kernels_, Native):
             placed += [_read(page) for page in same]
             continue
-        sides, held = _sides(same[0]), [[s.held for s in (*page.keys, *page.values)] for page in same]
+        sides, held = _sides(same[0].form), [page.held for page in same]
         if kernels_.hold(sides, held):
             placed += same
             continue
@@ -202,7 +203,7 @@ def in_blocks(pages: Sequence[Page], device: torch.device) -> list[Page]:
     """
     if all(_is_block(page, device) for page in pages):
         return list(pages)
-    codes = [[segment.codes for segment in (*page.keys, *page.values)] for page in pages]
+    codes = [[held.canonical() for held in page.held] for page in pages]
     layout, before = Layout.of(codes[0]), codes[0][0].device
     pinned = before.type == "cpu" and device.type == "cuda"
     here = torch.empty(len(pages), layout.nbytes, dtype=torch.uint8, device=before, pin_memory=pinned)
@@ -214,8 +215,8 @@ def in_blocks(pages: Sequence[Page], device: torch.device) -> list[Page]:
 
 
 def _is_block(page: Page, device: torch.device) -> bool:
-    held = [segment.held for segment in (*page.keys, *page.values) if isinstance(segment.held, Codes)]
-    if page.device != device or len(held) < len(page.keys) + len(page.values):
+    held = [codes for codes in page.held if isinstance(codes, Codes)]
+    if page.device != device or len(held) < len(page.held):
         return False
     memory = {tensor.untyped_storage().data_ptr() for codes in held for _, tensor in codes.named() if tensor.numel()}
     return len(memory) == 1
@@ -223,15 +224,14 @@ def _is_block(page: Page, device: torch.device) -> bool:
 
 def _read(page: Page) -> Page:
     """The page with codes in memory of their own, if it has some that are still as they were stored."""
-    held = [segment.held for segment in (*page.keys, *page.values)]
-    if not any(isinstance(codes, Stored) for codes in held):
+    if not any(isinstance(codes, Stored) for codes in page.held):
         return page
-    return page.holding([codes.canonical() if isinstance(codes, Stored) else codes for codes in held])
+    return page.holding([codes.canonical() if isinstance(codes, Stored) else codes for codes in page.held])
 
 
-def _sides(page: Page) -> list[tuple[Tables, Role]]:
-    keys: list[tuple[Tables, Role]] = [(segment.codec.tables, "key") for segment in page.keys]
-    return [*keys, *((segment.codec.tables, "value") for segment in page.values)]
+def _sides(form: PageForm) -> list[tuple[Tables, Role]]:
+    keys: list[tuple[Tables, Role]] = [(one.codec.tables, "key") for one in form.keys]
+    return [*keys, *((one.codec.tables, "value") for one in form.values)]
 
 
 class _Plans:

@@ -91,14 +91,13 @@ class Slabs:
             taken = self._ranges.take(size * count)
             memory = self._memory_of(taken.region)
             self._watch(self._ranges.allocated)
-        return [self._lend(memory, Taken(taken.region, taken.start + size * i, size), nbytes) for i in range(count)]
-
-    def _lend(self, memory: Tensor, block: Taken, nbytes: int) -> Tensor:
-        lent = memory[block.start : block.start + nbytes]
-        loan = _Loan(lent, self._returned.append)
-        loan.block = block
-        self._loans[id(loan)] = loan
-        return lent
+        whole = memory[taken.start : taken.start + size * count].view(count, size)
+        blocks = list(whole[:, :nbytes].unbind(0))
+        for index, block in enumerate(blocks):
+            loan = _Loan(block, self._returned.append)
+            loan.block = Taken(taken.region, taken.start + size * index, size)
+            self._loans[id(loan)] = loan
+        return blocks
 
     def _settle(self) -> None:
         """Sees to the blocks that have come back; needs the lock."""

@@ -11,7 +11,7 @@ from fibkv.contract import Contract, Total
 from fibkv.digest import canonical_json, require_digest
 from fibkv.errors import ContractError, FibkvError, PageError
 from fibkv.manifest import EndHeader, Root, SpanHeader
-from fibkv.page import SegmentHeader
+from fibkv.page_form import SegmentHeader
 from fibkv.prefix_places import end_key, root_key, span_key
 from fibkv.store.base import ASIDE, Entry, Store, set_aside
 from fibkv.wire import PageContents

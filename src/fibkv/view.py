@@ -15,7 +15,8 @@ from fibkv.codecs import Codec, codec_for
 from fibkv.codes import Codes, RawCodes
 from fibkv.errors import PageError
 from fibkv.kernels.runs import InPlace, Run
-from fibkv.page import Page, Segment, decode_segments
+from fibkv.packed import Held
+from fibkv.page import Page, decode_segments
 from fibkv.parameters import RawParameters
 from fibkv.shape import Dtype
 from fibkv.space import KeySpace
@@ -232,9 +233,10 @@ def _columns(rows: PageRows) -> Iterator[tuple[slice, slice]]:
     Rows of another form (a raw fallback) are read on their own.
     """
     columns = list(zip(*rows, strict=True))
-    for forms, group in groupby(range(len(columns)), key=lambda index: tuple(page.form for page in columns[index])):
+    for alike, group in groupby(range(len(columns)), key=lambda index: [page.run_key for page in columns[index]]):
         indices = list(group)
-        together = [slice(0, len(rows))] if len(set(forms)) == 1 else [slice(r, r + 1) for r in range(len(rows))]
+        is_one = all(key == alike[0] for key in alike)
+        together = [slice(0, len(rows))] if is_one else [slice(row, row + 1) for row in range(len(rows))]
         for chosen in together:
             yield chosen, slice(indices[0], indices[-1] + 1)
 
@@ -252,16 +254,17 @@ def _runs(rows: PageRows) -> Iterator[Run]:
     """Pages where they lie, one run per segment of pages of equal form."""
     for chosen, pages in _columns(rows):
         first = rows[chosen.start][pages.start]
-        for index, (key, value) in enumerate(zip(first.keys, first.values, strict=True)):
+        count = len(first.form.keys)
+        for index, (key, value) in enumerate(zip(first.form.keys, first.form.values, strict=True)):
             yield Run(
                 rows=(chosen.start, chosen.stop),
                 heads=key.heads,
                 start=first.start + key.tokens[0],
-                tokens=key.tokens[1] - key.tokens[0],
+                tokens=key.length,
                 key_tables=key.codec.tables,
-                keys=[[page.keys[index].held for page in row[pages]] for row in rows[chosen]],
+                keys=[[page.held[index] for page in row[pages]] for row in rows[chosen]],
                 value_tables=value.codec.tables,
-                values=[[page.values[index].held for page in row[pages]] for row in rows[chosen]],
+                values=[[page.held[count + index] for page in row[pages]] for row in rows[chosen]],
                 space=key.space,
             )
 
@@ -269,21 +272,22 @@ def _runs(rows: PageRows) -> Iterator[Run]:
 def _stacked(chosen: slice, rows: list[tuple[Page, ...]]) -> Iterator[Part]:
     """One part per segment of pages of equal form."""
     first = rows[0][0]
-    for index, (key, value) in enumerate(zip(first.keys, first.values, strict=True)):
+    count = len(first.form.keys)
+    for index, (key, value) in enumerate(zip(first.form.keys, first.form.values, strict=True)):
         yield Part(
             rows=chosen,
             start=first.start + key.tokens[0],
-            tokens=key.tokens[1] - key.tokens[0],
+            tokens=key.length,
             heads=key.heads,
             key_codec=key.codec,
-            keys=_stack([[page.keys[index] for page in row] for row in rows]),
+            keys=_stack([[page.held[index] for page in row] for row in rows]),
             value_codec=value.codec,
-            values=_stack([[page.values[index] for page in row] for row in rows]),
+            values=_stack([[page.held[count + index] for page in row] for row in rows]),
             space=key.space,
         )
 
 
-def _stack(segments: list[list[Segment]]) -> Codes:
-    rows = [[segment.codes for segment in row] for row in segments]
+def _stack(held: list[list[Held]]) -> Codes:
+    rows = [[codes.canonical() for codes in row] for row in held]
     stacked = [type(row[0]).stack(row) for row in rows]
     return type(stacked[0]).stack(stacked)

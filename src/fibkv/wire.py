@@ -8,28 +8,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fibkv.codecs import Codec
 from fibkv.coder import RoleCoder
 from fibkv.container import Bytes, Container, canonical
 from fibkv.contract import Contract
 from fibkv.digest import require_digest
 from fibkv.errors import ContractError, PageError
 from fibkv.packed import Held, Stored
-from fibkv.page import FALLBACKS, Page, PageHeader, Segment, SegmentHeader
+from fibkv.page import Page, PageHeader, Segment, stored_header
+from fibkv.page_form import FALLBACKS, PageForm, Rectangle, SegmentForm, SegmentHeader, shared
 from fibkv.policy import Decision, Run
 from fibkv.sealing import LayerSettings
 from fibkv.shape import Role
-from fibkv.space import KeySpace
 from fibkv.tables import Tables
 
-Rectangle = tuple[Codec, int, int]
-"""Codec, heads and tokens of a segment."""
 Packing = Callable[
     [Sequence[tuple[Tables, Role]], Sequence[tuple[int, int]], Sequence[Sequence[memoryview]]], Sequence[Sequence[Held]]
 ]
@@ -62,82 +59,8 @@ class PageContents(Contract):
             PageError, ContractError: it is not so.
         """
         contents = canonical(container, cls)
-        _check_sizes(contents.segments, container)
+        _check_sizes([one.nbytes for one in contents.segments], container)
         return contents
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SegmentForm:
-    """What a segment's header says, in the terms of the layer that it belongs to.
-
-    Attributes:
-        header: of the segment.
-        decision: of the policy that it was made under.
-        codec: of its codes.
-        space: of its keys, if they were taken to one.
-    """
-
-    header: SegmentHeader
-    decision: Decision
-    codec: Codec
-    space: KeySpace | None
-
-    @property
-    def groups(self) -> int:
-        """Heads."""
-        return self.header.heads[1] - self.header.heads[0]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens."""
-        return self.header.tokens[1] - self.header.tokens[0]
-
-    def segment(self, codes: Held) -> Segment:
-        """The segment with these codes."""
-        header = self.header
-        return Segment(header.heads, header.tokens, self.decision, header.reasons, self.codec, codes, self.space)
-
-    def vector(self, codes: memoryview, head: int, token: int) -> Tensor:
-        """One vector ``[d]`` float32 of a head of the layer and a token of the page; reads no other."""
-        group, step = head - self.header.heads[0], token - self.header.tokens[0]
-        picked, offset = [], 0
-        for one, two, all_ in zip(*(self.codec.layout(count) for count in (1, 2, self.tokens)), strict=True):
-            # What the tokens of a group share comes once; else the bytes of one token follow those of another.
-            stride = two.nbytes - one.nbytes
-            start = offset + group * all_.nbytes + step * stride
-            picked.append(bytes(codes[start : start + one.nbytes]))
-            offset += self.groups * all_.nbytes
-        of_one = self.codec.from_bytes(memoryview(b"".join(picked)), 1, 1)
-        out = torch.empty(1, 1, self.codec.head_dim)
-        replace(self.segment(of_one), heads=(head, head + 1), tokens=(0, 1)).decode(out)
-        return out[0, 0]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PageForm:
-    """What a page's header says of its segments, in the terms of the layer that it belongs to.
-
-    Attributes:
-        text: the segments' headers in canonical JSON, with what ends the page's header behind them.
-        tokens: of the page.
-        segments: forms of the keys' segments, then of the values'.
-    """
-
-    text: bytes
-    tokens: int
-    segments: tuple[SegmentForm, ...]
-    sizes: tuple[int, ...] = field(init=False)
-    rectangles: tuple[Rectangle, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "sizes", tuple(one.header.nbytes for one in self.segments))
-        rectangles = tuple((one.codec, one.groups, one.tokens) for one in self.segments)
-        object.__setattr__(self, "rectangles", rectangles)
-
-    @property
-    def half(self) -> int:
-        """Segments of one role."""
-        return len(self.segments) // 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -170,20 +93,17 @@ class StoredPage:
             ContractError: the page has no such head or token.
             PageError: a vector that no encoder makes.
         """
-        half = self.form.half
+        half = len(self.form.keys)
         side = slice(0, half) if role == "key" else slice(half, None)
         for form, codes in zip(self.form.segments[side], self.container.sections[side], strict=True):
-            (h0, h1), (t0, t1) = form.header.heads, form.header.tokens
+            (h0, h1), (t0, t1) = form.heads, form.tokens
             if h0 <= head < h1 and t0 <= token < t1:
-                return form.vector(codes, head, token)
+                return _vector(form, codes, head, token)
         raise ContractError("StoredPage.vector", f"a head and a token below {self.form.tokens}", (head, token))
 
     def page(self, held: Sequence[Held]) -> Page:
         """The page with these codes, of its keys' segments and then of its values'."""
-        segments = tuple(form.segment(codes) for form, codes in zip(self.form.segments, held, strict=True))
-        half = self.form.half
-        sides = (segments[:half], segments[half:])
-        return Page(self.layer, self.start, self.form.tokens, *sides, *self.profiles, self.container.digest)
+        return Page(self.layer, self.start, self.form, tuple(held), *self.profiles, self.container.digest)
 
 
 class PageReader:
@@ -213,20 +133,11 @@ class PageReader:
             PageError, ContractError: it is no page, of another layer, or its segments do not cover its rectangle once.
         """
         if start is not None and (form := self._likely) is not None:
-            header = self._header(start, form)
+            header = stored_header(self.settings.layer, start, form, self._profiles)
             container = Container.expected(data, "page", header, form.sizes)
             if container is not None:
                 return StoredPage(self.settings.layer, start, form, self._profiles, container)
         return self._parse(Container.parse(data, "page"))
-
-    def _header(self, start: int, form: PageForm) -> bytes:
-        """The header of a page of this layer, as `_PAGE` reads it."""
-        keys, values = self._profiles
-        text = (
-            f'{{"page":{{"layer":{self.settings.layer},"start":{start},"tokens":{form.tokens},'
-            f'"key_profile":"{keys}","value_profile":"{values}"}},"segments":'
-        )
-        return text.encode() + form.text
 
     def _parse(self, container: Container) -> StoredPage:
         page, segments = _split(container)
@@ -237,7 +148,7 @@ class PageReader:
         form = self._forms.get((page.tokens, segments))
         if form is None:
             form = self._learn(page, segments, container)
-        _check_sizes([one.header for one in form.segments], container)
+        _check_sizes(form.sizes, container)
         self._likely = form
         return StoredPage(page.layer, page.start, form, self._profiles, container)
 
@@ -251,7 +162,8 @@ class PageReader:
             _check_cover(page, side, self.settings.key_shape.kv_heads)
         if len(self._forms) >= MAX_FORMS:
             self._forms.clear()
-        self._forms[page.tokens, text] = found = PageForm(text, page.tokens, tuple(forms))
+        found = shared(PageForm(page.tokens, tuple(forms[:half]), tuple(forms[half:])))
+        self._forms[page.tokens, text] = found
         return found
 
 
@@ -326,6 +238,22 @@ def _split(container: Container) -> tuple[PageHeader, bytes]:
     return page, rest
 
 
+def _vector(form: SegmentForm, codes: memoryview, head: int, token: int) -> Tensor:
+    """One vector ``[d]`` float32 of a head of the layer and a token of the page; reads no other."""
+    codec, group, step = form.codec, head - form.heads[0], token - form.tokens[0]
+    picked, offset = [], 0
+    for one, two, all_ in zip(*(codec.layout(count) for count in (1, 2, form.length)), strict=True):
+        # What the tokens of a group share comes once; else the bytes of one token follow those of another.
+        stride = two.nbytes - one.nbytes
+        start = offset + group * all_.nbytes + step * stride
+        picked.append(bytes(codes[start : start + one.nbytes]))
+        offset += form.groups * all_.nbytes
+    of_one = codec.from_bytes(memoryview(b"".join(picked)), 1, 1)
+    out = torch.empty(1, 1, codec.head_dim)
+    Segment(replace(form, heads=(head, head + 1), tokens=(0, 1)), of_one).decode(out)
+    return out[0, 0]
+
+
 def _form(coder: RoleCoder, page: PageHeader, header: SegmentHeader) -> SegmentForm:
     """The form of a segment whose header is one that the coder would give it, were the decision taken again."""
     if header.action not in ("compress", "keep_raw"):
@@ -336,13 +264,14 @@ def _form(coder: RoleCoder, page: PageHeader, header: SegmentHeader) -> SegmentF
     run = Run(layers=(page.layer, page.layer + 1), heads=header.heads, tokens=header.tokens, decision=decision)
     coder.check_segment(_place(page), header, run)
     space = coder.space if decision.action == "compress" and not fell_back else None
-    return SegmentForm(header, decision, coder.codec_of_segment(header, decision), space)
+    codec = coder.codec_of_segment(header, decision)
+    return shared(SegmentForm(header.heads, header.tokens, decision, header.reasons, codec, space))
 
 
-def _check_sizes(headers: Sequence[SegmentHeader], container: Container) -> None:
-    stated, actual = [one.nbytes for one in headers], [len(one) for one in container.sections]
-    if stated != actual or len(stated) % 2:
-        raise PageError(f"page container: expected sections of {stated} bytes for two roles alike, got {actual}")
+def _check_sizes(stated: Sequence[int], container: Container) -> None:
+    actual = [len(one) for one in container.sections]
+    if list(stated) != actual or len(actual) % 2:
+        raise PageError(f"page container: expected sections of {list(stated)} bytes for two roles alike, got {actual}")
 
 
 def _check_inside(page: PageHeader, segments: Sequence[SegmentHeader], kv_heads: int) -> None:

@@ -364,7 +364,7 @@ class TestDamage:
             with pytest.raises(DigestMismatch, match=r"Page\(layer=1, start=16\): digest mismatch"):
                 cache.crop(20)
             assert cache.length == 40
-            moved = replace(damaged, tokens=damaged.tokens)
+            moved = replace(damaged, held=damaged.held)
             assert moved.digest == sealed != moved.compute_digest()
         cache.crop(20)
         cache.verify()

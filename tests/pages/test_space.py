@@ -85,7 +85,7 @@ def test_pages_of_several_spaces_are_read_together(implementation: str) -> None:
         cache.settings = settings_in(space, implementation)
         more = gaussian(2, HEADS, 40, DIM, seed=9) + MEAN.unsqueeze(1)
         cache.append(more, gaussian(2, HEADS, 40, DIM, seed=10))
-    assert {segment.space for page in cache.pages() for segment in page.keys} == {None, *SPACES.values()}
+    assert {segment.form.space for page in cache.pages() for segment in page.keys} == {None, *SPACES.values()}
     dense = [tensor.repeat_interleave(2, 1).double() for tensor in cache.view().decode(torch.float32)]
     query = gaussian(2, 4, 1, DIM, seed=3)
     out, _ = attend(query, cache.view(), Scores(scale=0.125))
@@ -126,9 +126,9 @@ def test_pages_are_bound_to_their_space_and_travel_with_it() -> None:
     assert len({page.value_profile for page in first}) == 1
     again = pickle.loads(pickle.dumps(transformed))
     copied = copy.deepcopy(transformed)
-    assert copied.rows[0][1].keys[0].space is transformed.rows[0][1].keys[0].space
+    assert copied.rows[0][1].keys[0].form.space is transformed.rows[0][1].keys[0].form.space
     for other in (again, copied):
-        assert other.rows[0][1].keys[0].space == SPACES["mean and transform"]
+        assert other.rows[0][1].keys[0].form.space == SPACES["mean and transform"]
         assert torch.equal(other.view().decode(torch.float32)[0], transformed.view().decode(torch.float32)[0])
     cropped = copy.deepcopy(transformed)
     cropped.crop(40)
@@ -141,7 +141,7 @@ def test_what_stays_raw_stays_as_it_is() -> None:
     dense, _ = cache.view().decode(torch.float32)
     assert torch.equal(dense[:, :, :4], exact[:, :, :4])
     assert torch.equal(dense[:, 1], exact[:, 1]), "a protected head"
-    assert [segment.space is None for segment in cache.rows[0][1].keys] == [False, True]
+    assert [segment.form.space is None for segment in cache.rows[0][1].keys] == [False, True]
 
 
 def test_entering_and_leaving_are_inverse() -> None:

@@ -26,13 +26,12 @@ from fibkv.kernels.native_sides import (
     native_space,
     packed_codes,
     raw_tables,
-    room,
     side_of,
 )
 from fibkv.kernels.runs import Masking, Run, attend_part
-from fibkv.packed import Held, Packed
+from fibkv.packed import Held, Packed, PackedForm
 from fibkv.shape import Role
-from fibkv.slabs import ALIGNMENT, Blocks
+from fibkv.slabs import Blocks, block_nbytes
 from fibkv.tables import Tables
 
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
@@ -117,15 +116,13 @@ class Native:
         self, sides: Sequence[tuple[Tables, Role]], extents: Sequence[tuple[int, int]], pages: int, memory: Blocks
     ) -> list[list[Packed]]:
         """Memory for the rectangles of pages, not yet written: for each rectangle that of all pages."""
-        native = [side_of(tables, role, self.isa) for tables, role in sides]
-        starts = [0]
-        for side, (heads, tokens) in zip(native, extents, strict=True):
-            starts.append(starts[-1] + -(-side.nbytes(heads, tokens) // ALIGNMENT) * ALIGNMENT)
-        blocks = memory.take(starts[-1], pages)
-        return [
-            room(blocks, start, heads, tokens, tables, side)
-            for start, (heads, tokens), (tables, _), side in zip(starts, extents, sides, native, strict=False)
-        ]
+        forms: list[PackedForm] = []
+        end = 0
+        for (tables, role), (heads, tokens) in zip(sides, extents, strict=True):
+            forms.append(PackedForm(end, heads, tokens, tables, side_of(tables, role, self.isa)))
+            end += block_nbytes(forms[-1].nbytes)
+        blocks = memory.take(end, pages)
+        return [[Packed(block, form) for block in blocks] for form in forms]
 
     def hold(self, sides: Sequence[tuple[Tables, Role]], pages: Sequence[Sequence[Held]]) -> bool:
         """Whether the codes of pages, as `pack` takes them, are in the order that these kernels read in place."""

@@ -8,11 +8,10 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fibkv.codes import Codes
 from fibkv.label_counts import label_frequencies
-from fibkv.packed import Held, Packed, Stored
+from fibkv.packed import Held, Packed, PackedForm, Stored
 from fibkv.packing import packed_nbytes
 from fibkv.rotation import Rotation, hadamard_signs
 from fibkv.shape import Role
@@ -139,12 +138,6 @@ def raw_tables(dtype: torch.dtype, head_dim: int) -> RawTables:
     return RawTables(dtype=dtype, head_dim=head_dim)
 
 
-def room(blocks: Sequence[Tensor], start: int, heads: int, tokens: int, tables: Tables, side: Any) -> list[Packed]:
-    """Codes of equal rectangles, not yet written, at ``block[start:]`` of each block."""
-    nbytes = side.nbytes(heads, tokens)
-    return [Packed(block, start, nbytes, heads, tokens, tables, side) for block in blocks]
-
-
 def fill_all(held: Sequence[Held], places: Sequence[Packed]) -> None:
     """Writes codes of equal rectangles to their places; stored ones by one call."""
     stored = [codes.data for codes in held if isinstance(codes, Stored)]
@@ -160,8 +153,8 @@ def fill_all(held: Sequence[Held], places: Sequence[Packed]) -> None:
 
 def fill_bytes(runs: Sequence[memoryview], places: Sequence[Packed]) -> None:
     """Writes the canonical bytes of equal rectangles to their places, by one call."""
-    first = places[0]
-    first.side.pack_runs(first.heads, first.tokens, runs, [place.address for place in places])
+    form = places[0].form
+    form.side.pack_runs(form.heads, form.tokens, runs, [place.address for place in places])
 
 
 def packed_codes(codes: Held, tables: Tables, side: Any) -> Packed:
@@ -169,7 +162,8 @@ def packed_codes(codes: Held, tables: Tables, side: Any) -> Packed:
     if isinstance(codes, Packed) and codes.side is side:
         return codes
     heads, tokens = extent(codes)
-    (copy,) = room([torch.empty(side.nbytes(heads, tokens), dtype=torch.uint8)], 0, heads, tokens, tables, side)
+    form = PackedForm(0, heads, tokens, tables, side)
+    copy = Packed(torch.empty(form.nbytes, dtype=torch.uint8), form)
     fill_all([codes], [copy])
     return copy
 
