@@ -114,12 +114,10 @@ class Container:
         digest = found[_DIGEST]
         if len(view) != layout.nbytes or found != layout.beginning(header, digest):
             return None
-        sections = []
-        for start, stop, end in layout.places:
-            if bytes(view[stop:end]).strip(b"\0"):
-                return None
-            sections.append(view[start:stop])
-        return cls(kind, header, tuple(sections), f"blake3:{digest.hex()}")
+        if any(bytes(view[start:stop]).strip(b"\0") for start, stop in layout.fillings):
+            return None
+        sections = tuple([view[start:stop] for start, stop in layout.places])
+        return cls(kind, header, sections, f"blake3:{digest.hex()}")
 
     @classmethod
     def read(cls, data: Bytes, kind: Kind | None = None) -> Container:
@@ -163,7 +161,7 @@ class Draft:
         self.data = memoryview(bytearray(layout.nbytes)) if into is None else into
         _require_affordable(kind, header, len(sizes), layout.nbytes)
         self.data[: layout.start] = layout.beginning(header)
-        self.sections = tuple([self.data[start:stop] for start, stop, _ in layout.places])
+        self.sections = tuple([self.data[start:stop] for start, stop in layout.places])
 
     def finish(self) -> str:
         """Seals what was written; returns the digest."""
@@ -215,14 +213,16 @@ class _Layout:
         head: its first bytes, up to the digest.
         table: the sizes of its sections.
         start: of the first section.
-        places: of each section its start, its end, and the end of the filling behind it.
+        places: of each section its start and its end.
+        fillings: start and end of what fills up sections, where that is more than nothing.
         nbytes: of the container.
     """
 
     head: bytes
     table: bytes
     start: int
-    places: tuple[tuple[int, int, int], ...]
+    places: tuple[tuple[int, int], ...]
+    fillings: tuple[tuple[int, int], ...]
     nbytes: int
 
     def beginning(self, header: bytes, digest: bytes = bytes(32)) -> bytes:
@@ -234,12 +234,15 @@ class _Layout:
 @lru_cache(maxsize=64)
 def _layout(kind: Kind, header_nbytes: int, sizes: tuple[int, ...]) -> _Layout:
     start = end = aligned(ALIGNMENT + 8 * len(sizes) + header_nbytes)
-    places = []
+    places, fillings = [], []
     for size in sizes:
-        places.append((end, end + size, end + aligned(size)))
+        places.append((end, end + size))
         end += aligned(size)
+        if size % ALIGNMENT:
+            fillings.append((places[-1][1], end))
     head = _HEAD.pack(MAGIC, VERSION, _KINDS[kind], len(sizes), header_nbytes, end, bytes(32))
-    return _Layout(head[: _DIGEST.start], struct.pack(f"<{len(sizes)}Q", *sizes), start, tuple(places), end)
+    table = struct.pack(f"<{len(sizes)}Q", *sizes)
+    return _Layout(head[: _DIGEST.start], table, start, tuple(places), tuple(fillings), end)
 
 
 def _digest(kind: Kind, header: bytes, sections: Sequence[Bytes]) -> str:
