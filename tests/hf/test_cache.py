@@ -437,7 +437,7 @@ class TestKeySpaces:
         mean = 5 * torch.ones(2, 32)
         _, plain = filled(profile="fib4")
         _, cache = filled(profile="fib4", key_spaces={0: KeySpace.of(mean)})
-        spaces = [{segment.form.space for page in layer.store.pages() for segment in page.keys} for layer in cache.layers]
+        spaces = [{form.space for page in layer.store.pages() for form in page.form.keys} for layer in cache.layers]
         assert KeySpace.of(mean) in spaces[0]
         assert all(found == {None} for found in spaces[1:])
         assert cache.report().tables_nbytes == plain.report().tables_nbytes + mean.nbytes

@@ -66,7 +66,8 @@ def test_a_page_comes_back_as_it_was(settings: LayerSettings) -> None:
         for role, segments in (("key", back.keys), ("value", back.values)):
             dense = torch.empty(HEADS, page.tokens, DIM)
             for segment in segments:
-                segment.decode(dense[slice(*segment.form.heads), slice(*segment.form.tokens)], implementation="reference")
+                heads, tokens = (slice(*span) for span in (segment.form.heads, segment.form.tokens))
+                segment.decode(dense[heads, tokens], implementation="reference")
             for head, token in ((0, 0), (1, page.tokens - 1), (HEADS - 1, 7)):
                 # One vector at a time may be decoded by other instructions than a segment.
                 torch.testing.assert_close(stored.vector(role, head, token), dense[head, token], rtol=1e-5, atol=1e-6)
@@ -78,7 +79,7 @@ def test_keys_come_back_to_their_space() -> None:
     settings = _with_space(plain, space)
     page = pages_of(settings)[0]
     back = load(page_to_bytes(page), settings)
-    assert [segment.form.space for segment in back.keys] == [segment.form.space for segment in page.keys] == [None, space]
+    assert [form.space for form in back.form.keys] == [form.space for form in page.form.keys] == [None, space]
     vector = PageReader(settings).open(page_to_bytes(page)).vector("key", 1, 9)
     dense = torch.empty(HEADS, page.tokens - 4, DIM)
     page.keys[1].decode(dense)
