@@ -21,6 +21,9 @@ class UnbiasedRounding {
       bias_ += weights[i] * error(i);
     }
     turn_single_ones();
+  }
+
+  void turn_pairs() {
     while (turn_a_pair()) {
     }
   }
@@ -75,6 +78,13 @@ class UnbiasedRounding {
 
 std::vector<int> round_unbiased(const std::vector<double>& numbers, const std::vector<double>& weights) {
   return UnbiasedRounding(numbers, weights).rounded;
+}
+
+// Of few numbers, each of some weight: single ones leave a part of one.
+std::vector<int> round_few_unbiased(const std::vector<double>& numbers, const std::vector<double>& weights) {
+  UnbiasedRounding rounding(numbers, weights);
+  rounding.turn_pairs();
+  return rounding.rounded;
 }
 
 // A side that float kernels read, in rows.
@@ -222,7 +232,8 @@ void OwnedSide::build_labels(const uint8_t* labels, const double* frequencies) {
   for (double level : levels) top = std::max(top, std::fabs(level));
   side_.plane_step = static_cast<float>(top / 126);
   for (double& level : levels) level /= top / 126;
-  const std::vector<int> whole = round_unbiased(levels, std::vector<double>(frequencies, frequencies + levels.size()));
+  const std::vector<int> whole =
+      round_few_unbiased(levels, std::vector<double>(frequencies, frequencies + levels.size()));
   tables_.assign(whole.begin(), whole.end());
   const int sources = side_.unit + 1;
   matrices_.resize(static_cast<size_t>(sources) * side_.planes);
