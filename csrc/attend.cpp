@@ -4,9 +4,11 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <thread>
 
 namespace fibkv {
 namespace {
@@ -19,6 +21,8 @@ constexpr int kSplitTokens = 512;
 constexpr int kTasksPerThread = 4;
 // Heads of a page (4 KiB of 4-bit codes each) between what is read and what is prefetched.
 constexpr int kAhead = 6;
+// Memory that stays with a thread between calls, at most: that of a step, not of a prefill.
+constexpr size_t kKeptBytes = 4 << 20;
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 template <typename T>
@@ -69,11 +73,52 @@ struct Scratch {
   std::vector<Visibility> visible, all;
 };
 
+// Memory of a call, kept for the next one of the thread: malloc would give so much of it back to the system, and every
+// call would wait for its pages again.
+struct Workspace {
+  std::vector<Partial> partials;               // [tasks]
+  std::vector<Scratch> scratch;                // [threads]
+  std::vector<float> rotated;                  // [query spaces][query rows][key width]
+  std::vector<float> biases;                   // [key spaces][query rows]: <query, mean>
+  std::vector<std::vector<uint8_t>> prepared;  // [key readers], [rows][KV heads][blocks] of prepared queries
+
+  size_t nbytes() const {
+    size_t total = (rotated.capacity() + biases.capacity()) * sizeof(float);
+    for (const Partial& partial : partials) total += partial.outs.capacity() * sizeof(float);
+    for (const std::vector<uint8_t>& queries : prepared) total += queries.capacity();
+    return total;
+  }
+};
+
+// Work that threads share, piece by piece. Nobody waits for a thread that has not come yet, as at OpenMP's barriers:
+// the system may take longer to wake it than the work takes.
+class Shared {
+ public:
+  explicit Shared(int count) : count_(count) {}
+
+  template <typename Visit>
+  void work(Visit visit) {
+    for (int i = next_.fetch_add(1); i < count_; i = next_.fetch_add(1)) {
+      visit(i);
+      done_.fetch_add(1, std::memory_order_release);
+    }
+  }
+
+  // Until the pieces that other threads have begun are done.
+  void wait() const {
+    while (done_.load(std::memory_order_acquire) < count_) std::this_thread::yield();
+  }
+
+ private:
+  const int count_;
+  std::atomic<int> next_{0}, done_{0};
+};
+
 class Step {
  public:
   Step(const AttendKernels& kernels, const std::vector<const Run*>& runs, const Query& query, const Mask& mask,
-       const Softmax& softmax, int value_dim, int threads)
-      : k_(kernels), runs_(runs), query_(query), mask_(mask), softmax_(softmax), value_dim_(value_dim),
+       const Softmax& softmax, int value_dim, int threads, Workspace& workspace)
+      : k_(kernels), runs_(runs), query_(query), mask_(mask), softmax_(softmax), w_(workspace), value_dim_(value_dim),
         groups_(query.query_heads / query.kv_heads), key_width_(padded_dim(query.dim)),
         value_width_(padded_dim(value_dim)) {
     for (const Run* run : runs_) {
@@ -85,28 +130,30 @@ class Step {
       end_ = std::max(end_, run->start + run->spans * run->tokens);
     }
     plan_tasks(threads);
-    partials_.resize(tasks_.size());
-    scratch_.resize(threads);
-    rotated_.resize(query_spaces_.size() * query_rows() * key_width_);
-    biases_.resize(biased_.size() * query_rows());
+    w_.partials.resize(std::max(w_.partials.size(), tasks_.size()));
+    w_.scratch.resize(std::max<size_t>(w_.scratch.size(), threads));
+    w_.rotated.resize(query_spaces_.size() * query_rows() * key_width_);
+    w_.biases.resize(biased_.size() * query_rows());
+    w_.prepared.resize(std::max(w_.prepared.size(), key_readers_.size()));
     const int most = std::min(kQueryBlock, groups_ * query.length);
-    for (const KeyReader& reader : key_readers_) {
-      prepared_bytes_.push_back(k_.prepared_bytes(*reader.side, most));
-      prepared_.emplace_back(prepared_bytes_.back() * blocks_ * query.batch * query.kv_heads);
+    for (size_t i = 0; i < key_readers_.size(); ++i) {
+      prepared_bytes_.push_back(k_.prepared_bytes(*key_readers_[i].side, most));
+      w_.prepared[i].resize(prepared_bytes_[i] * blocks_ * query.batch * query.kv_heads);
     }
   }
 
   void run(int threads, float* out, float* lse) {
-    const int heads = query_.batch * query_.kv_heads, tasks = static_cast<int>(tasks_.size());
-    const int merges = tasks / splits_, most_heads = tasks_[0].heads();
+    const int tasks = static_cast<int>(tasks_.size()), most_heads = tasks_[0].heads();
+    Shared heads(query_.batch * query_.kv_heads), splits(tasks), merges(tasks / splits_ * most_heads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-#pragma omp for schedule(static)
-      for (int head = 0; head < heads; ++head) rotate(head);
-#pragma omp for schedule(dynamic, 1)
-      for (int task = 0; task < tasks; ++task) attend(tasks_[task], partials_[task], scratch_[omp_get_thread_num()]);
-#pragma omp for schedule(static)
-      for (int i = 0; i < merges * most_heads; ++i) finish(i / most_heads * splits_, i % most_heads, out, lse);
+      Scratch& scratch = w_.scratch[omp_get_thread_num()];
+      heads.work([&](int head) { rotate(head); });
+      heads.wait();
+      // The last split has the raw tail, which takes longest: it is begun first.
+      splits.work([&](int i) { attend(tasks_[tasks - 1 - i], w_.partials[tasks - 1 - i], scratch); });
+      splits.wait();
+      merges.work([&](int i) { finish(i / most_heads * splits_, i % most_heads, out, lse); });
     }
   }
 
@@ -125,18 +172,18 @@ class Step {
     }
     for (size_t i = 0; i < query_spaces_.size(); ++i) {
       to_space(query_spaces_[i], padded, head % query_.kv_heads, n,
-               rotated_.data() + (i * query_rows() + first) * key_width_);
+               w_.rotated.data() + (i * query_rows() + first) * key_width_);
     }
     for (size_t i = 0; i < biased_.size(); ++i) {
       const float* mean = biased_[i]->mean + static_cast<size_t>(head % query_.kv_heads) * query_.dim;
       for (int q = 0; q < n; ++q) {
         const float* row = padded.data() + static_cast<size_t>(q) * key_width_;
-        biases_[i * query_rows() + first + q] = std::inner_product(mean, mean + query_.dim, row, 0.0f);
+        w_.biases[i * query_rows() + first + q] = std::inner_product(mean, mean + query_.dim, row, 0.0f);
       }
     }
     for (size_t i = 0; i < key_readers_.size(); ++i) {
       const size_t space = index_of(query_spaces_, key_readers_[i].query_space());
-      const float* rows = rotated_.data() + (space * query_rows() + first) * key_width_;
+      const float* rows = w_.rotated.data() + (space * query_rows() + first) * key_width_;
       for (int block = 0; block < blocks_; ++block) {
         const int from = block * kQueryBlock;
         k_.prepare(*key_readers_[i].side, rows + static_cast<size_t>(from) * key_width_,
@@ -160,12 +207,12 @@ class Step {
   // The biases of a task's queries of one head, or null.
   const float* bias(const Task& task, int head, const KeySpace* space) const {
     if (!space) return nullptr;
-    return biases_.data() + index_of(biased_, space) * query_rows() + row_of(task, head, 0);
+    return w_.biases.data() + index_of(biased_, space) * query_rows() + row_of(task, head, 0);
   }
 
   // The prepared queries of a block of a KV head of a row, `head` counting through the rows.
   uint8_t* prepared(size_t reader, int head, int block) {
-    return prepared_[reader].data() + (static_cast<size_t>(head) * blocks_ + block) * prepared_bytes_[reader];
+    return w_.prepared[reader].data() + (static_cast<size_t>(head) * blocks_ + block) * prepared_bytes_[reader];
   }
 
   // Query i of a KV head is position i % length of query head i / length of its group: rows lie one after another.
@@ -192,6 +239,7 @@ class Step {
   const Query& query_;
   const Mask& mask_;
   const Softmax& softmax_;
+  Workspace& w_;
   int value_dim_, groups_, key_width_, value_width_, end_ = 0, splits_ = 1, blocks_ = 1;
   std::vector<KeyReader> key_readers_;
   std::vector<QuerySpace> query_spaces_;
@@ -199,12 +247,7 @@ class Step {
   std::vector<const Side*> value_sides_;
   std::vector<const Rotation*> value_spaces_;
   std::vector<Task> tasks_;
-  std::vector<Partial> partials_;
-  std::vector<Scratch> scratch_;
-  std::vector<float> rotated_;                  // [query spaces][query rows][key width]
-  std::vector<float> biases_;                   // [key spaces][query rows]: <query, mean>
-  std::vector<std::vector<uint8_t>> prepared_;  // [key readers], [rows][KV heads][blocks] of prepared queries
-  std::vector<size_t> prepared_bytes_;          // [key readers]: of one block
+  std::vector<size_t> prepared_bytes_;  // [key readers]: of one block of queries
 };
 
 // Splits the context first, so that a task reads whole pages, and the heads only where that does not occupy all threads.
@@ -229,7 +272,7 @@ void Step::plan_tasks(int threads) {
 
 void Step::attend(const Task& task, Partial& partial, Scratch& scratch) {
   const size_t rows = static_cast<size_t>(task.heads()) * task.queries;
-  partial.outs.resize(value_sides_.size() * rows * value_width_);
+  partial.outs.resize(value_sides_.size() * rows * value_width_);  // cleared when a side is first met
   partial.used.assign(value_sides_.size(), false);
   partial.running.assign(rows, Running{kNothing, {}});
   scratch.logits.resize(rows * kTile);
@@ -333,18 +376,19 @@ void Step::attend_tile(const Task& task, const Run& run, int span, int first, Pa
              scratch.logits.data() + static_cast<size_t>(head - task.head0) * n * kTile, scratch.tile.data(),
              ahead(task, run, at, head - head0 + kAhead, heads));
   }
-  const int side = index_of(value_sides_, run.value);
+  const size_t side = index_of(value_sides_, run.value), rows = static_cast<size_t>(task.heads()) * n;
+  float* outs = partial.outs.data() + side * rows * value_width_;
+  if (!partial.used[side]) std::fill_n(outs, rows * value_width_, 0.0f);
+  partial.used[side] = true;
   for (int head = head0; head < head1; ++head) {
     const Span values = Span::of(*run.value, run.value_rectangle, run.values[at], head - run.head0);
     prefetch_norms(*run.value, run.value_rectangle, run.values[next], head - run.head0);
     const size_t row = static_cast<size_t>(head - task.head0) * n;
     float* logits = scratch.logits.data() + row * kTile;
     soften(task, head, start, tokens, run.space, logits, partial, scratch);
-    k_.mix(*run.value, values, first, tokens, logits, n,
-           partial.outs.data() + (static_cast<size_t>(side) * task.heads() * n + row) * value_width_,
-           scratch.tile.data(), ahead(task, run, at, heads + head - head0 + kAhead, heads));
+    k_.mix(*run.value, values, first, tokens, logits, n, outs + row * value_width_, scratch.tile.data(),
+           ahead(task, run, at, heads + head - head0 + kAhead, heads));
   }
-  partial.used[side] = true;
 }
 
 // The factor that takes sums relative to a split's reference point to the common one.
@@ -359,12 +403,12 @@ void Step::finish(int first_task, int nth_head, float* out, float* lse) {
   const size_t first = static_cast<size_t>(head - task.head0) * n;
   std::vector<float> top(n, kNothing), sum(n, 0.0f);
   for (int split = 0; split < splits_; ++split) {
-    const Running* running = partials_[first_task + split].running.data() + first;
+    const Running* running = w_.partials[first_task + split].running.data() + first;
     for (int i = 0; i < n; ++i) top[i] = std::max(top[i], running[i].top);
   }
   for (int split = 0; split < splits_; ++split) {
     for (int i = 0; i < n; ++i) {
-      const Running& running = partials_[first_task + split].running[first + i];
+      const Running& running = w_.partials[first_task + split].running[first + i];
       sum[i] += share_of(running, top[i]) * std::accumulate(running.sums, running.sums + kPad, 0.0f);
     }
   }
@@ -373,7 +417,7 @@ void Step::finish(int first_task, int nth_head, float* out, float* lse) {
   for (size_t side = 0; side < value_sides_.size(); ++side) {
     std::fill(merged.begin(), merged.end(), 0.0f);
     for (int split = 0; split < splits_; ++split) {
-      const Partial& partial = partials_[first_task + split];
+      const Partial& partial = w_.partials[first_task + split];
       if (!partial.used[side]) continue;
       const float* rows = partial.outs.data() + (side * task.heads() * n + first) * value_width_;
       for (int i = 0; i < n; ++i) {
@@ -414,7 +458,9 @@ void Step::write(const Task& task, int head, const std::vector<float>& spaces, c
 
 void attend(const AttendKernels& kernels, const std::vector<const Run*>& runs, const Query& query, const Mask& mask,
             const Softmax& softmax, int value_dim, int threads, float* out, float* lse) {
-  Step(kernels, runs, query, mask, softmax, value_dim, threads).run(threads, out, lse);
+  static thread_local Workspace workspace;
+  Step(kernels, runs, query, mask, softmax, value_dim, threads, workspace).run(threads, out, lse);
+  if (workspace.nbytes() > kKeptBytes) workspace = {};
 }
 
 const AttendKernels& attend_kernels(Isa isa) {
