@@ -35,7 +35,7 @@ SIDES = {
     "channels": Side("fib", "log8", 128, 128, 64, block=2, channels=True, rotated_channels=True),
     "fp8": Side("fp8", "bf16", 128, 128, 128),
     "int8": Side("int8", "bf16", 128, 128, 128),
-    "affine": Side("affine", "none", 128, 128, 32, "tf32", bits=2, window=2, group=32),
+    "affine": Side("affine", "none", 128, 128, 32, "tf32x3", bits=2, window=2, group=32),
     "bf16": Side("bf16", "none", 128, 128, 256, "tf32"),
 }
 PAIRS = [

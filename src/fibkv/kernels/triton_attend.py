@@ -3,7 +3,8 @@
 A program takes the queries of one KV head and one row (grouped heads and several tokens are rows of one matrix) over a
 range of tiles. Operands of the matrix unit are float16 where codes have 8 bits or fewer: queries and weights are
 divided by their largest magnitude first, norms and scales go to the float32 logits and weights. 16-bit codes are
-widened to float32 and multiplied as TF32, 32-bit ones as float32. Sums are float32.
+widened to float32 and multiplied as TF32, affine ones as three products of TF32, 32-bit ones as float32. Sums are
+float32.
 """
 
 from __future__ import annotations
