@@ -83,6 +83,14 @@ class StoreConformance:
         set_aside(store, "ends/ab/cd")  # another process was first
         assert store.get("aside/ends/ab/cd") == b"damaged"
 
+    def test_an_object_of_the_longest_name_is_set_aside(self, store: Store) -> None:
+        store.put("a/b/c/d/e", b"damaged")
+        assert set_aside(store, "a/b/c/d/e") == "aside/a/b/c/d/e"
+        assert [entry.key for entry in store.list("aside/a/b/c/d")] == ["aside/a/b/c/d/e"]
+        assert [entry.key for entry in store.list()] == ["aside/a/b/c/d/e"]
+        with pytest.raises(StoreError, match="store key: expected two to five parts"):
+            set_aside(store, "a/b/c/d/e/f")
+
     def test_readers_see_whole_objects_while_writers_replace_them(self, store: Store) -> None:
         versions = [bytes([letter]) * 200_000 for letter in b"abc"]
         seen: set[bytes | None] = set()

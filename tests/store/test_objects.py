@@ -66,6 +66,15 @@ def test_verify_finds_damage_and_moves_it_aside(store: DirectoryStore) -> None:
     assert (shown.exit_code, shown.stdout.split(",")[0]) == (0, "5 objects sound")
 
 
+def test_foreign_objects_of_any_depth_do_not_stop_verify(store: DirectoryStore) -> None:
+    store.put("a/b/c/d/e", b"")
+    key = damage(store, "spans")
+    shown = pages("verify", store.path, "--aside")
+    assert (shown.exit_code, shown.stdout.splitlines()[-1].split(",")[0]) == (1, "5 objects sound")
+    assert {"aside/a/b/c/d/e", f"aside/{key}"} == {entry.key for entry in store.list("aside")}
+    assert pages("verify", store.path).exit_code == 0
+
+
 @pytest.mark.parametrize("folder", ["roots", "spans", "ends"])
 def test_every_kind_of_object_is_verified(store: DirectoryStore, folder: str) -> None:
     damage(store, folder)

@@ -12,9 +12,9 @@ from fibkv.errors import StoreError
 ASIDE = "aside"
 """Folder of objects that did not stand a check."""
 
-# No dots, no case, no empty parts: safe as a path, a Redis key and an S3 key alike.
-_KEY = re.compile(r"[a-z0-9]{1,64}(/[a-z0-9]{1,64}){1,4}")
-_FOLDER = re.compile(r"|[a-z0-9]{1,64}(/[a-z0-9]{1,64}){0,3}")
+# No dots, no case, no empty parts: safe as a path, a Redis key and an S3 key alike. Any object can be set aside.
+_KEY = re.compile(rf"({ASIDE}/)?[a-z0-9]{{1,64}}(/[a-z0-9]{{1,64}}){{1,4}}")
+_FOLDER = re.compile(rf"|({ASIDE}/)?[a-z0-9]{{1,64}}(/[a-z0-9]{{1,64}}){{0,3}}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Store(Protocol):
     """Named bytes. An object appears whole or not at all, and what it holds never changes under its name.
 
     Safe to use from many processes at once. Every method raises `StoreError` if the store fails, or if a name is not
-    made of two to five parts of lower-case letters and digits with ``/`` between them.
+    made of two to five parts of lower-case letters and digits with ``/`` between them; what is set aside has one more.
     """
 
     def get(self, key: str) -> bytes | None:
