@@ -45,7 +45,8 @@ class LayerStatistics:
         value_moment: ``[H, d_value, d_value]``, E[v v^T].
 
     Raises:
-        ContractError: on construction, for shapes that do not belong together or numbers that are not finite.
+        ContractError: on construction, for shapes that do not belong together, another dtype, or numbers that are not
+            finite.
     """
 
     tokens: int
@@ -63,6 +64,9 @@ class LayerStatistics:
             if moment.shape != (*mean.shape, mean.shape[-1]):
                 expected = f"shape {[*mean.shape, mean.shape[-1]]}"
                 raise ContractError(f"LayerStatistics.{name}_moment", expected, list(moment.shape))
+            if {moment.dtype, mean.dtype} != {torch.float64}:
+                found = f"{moment.dtype}, and a mean of {mean.dtype}"
+                raise ContractError(f"LayerStatistics.{name}_moment", "float64, as everywhere", found)
             if not bool(torch.isfinite(moment).all() & torch.isfinite(mean).all()):
                 raise ContractError(f"LayerStatistics.{name}_moment", "finite numbers", "others")
 

@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, Self
 
-import torch
 from pydantic import model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -259,6 +258,5 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     """Digest over names, shapes and values, in the order of the names."""
     chunks: list[bytes | memoryview] = []
     for name in sorted(tensors):
-        tensor = tensors[name].to(torch.float64)
-        chunks += [f"{name}{list(tensor.shape)}\0".encode(), tensor_bytes(tensor)]
+        chunks += [f"{name}{list(tensors[name].shape)}\0".encode(), tensor_bytes(tensors[name])]
     return digest_bytes(TENSORS_DOMAIN, *chunks)

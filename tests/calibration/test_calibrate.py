@@ -14,7 +14,7 @@ from transformers import Qwen2Config
 from fibkv import embedded
 from fibkv.attention_errors import AttentionErrors
 from fibkv.calibrate import CalibrateSettings, allocate_rungs, run_calibrate
-from fibkv.calibration_file import Calibration, Sensitivity
+from fibkv.calibration_file import Calibration, Sensitivity, StampedInfo, tensors_digest
 from fibkv.errors import ContractError, DigestMismatch, EncodingError
 from fibkv.hf import Cache
 from fibkv.hf_attention import attention
@@ -283,6 +283,21 @@ def test_damage_is_refused(path: Path, tmp_path: Path) -> None:
     damaged.write_text("nothing of the kind")
     with pytest.raises(ContractError, match="a safetensors file"):
         Calibration.load(damaged)
+
+
+def test_moments_of_another_dtype_are_refused(path: Path, tmp_path: Path) -> None:
+    """They would make other spaces, under the digest of these: whether or not somebody stamped them anew."""
+    narrow = {name: tensor.float() for name, tensor in load_file(path).items()}
+    info = Calibration.load(path).info
+    for digest, error, match in (
+        (info.tensors_digest, DigestMismatch, r"Calibration\.tensors_digest"),
+        (tensors_digest(narrow), ContractError, r"LayerStatistics\.key_moment: expected float64.*torch\.float32"),
+    ):
+        changed = info.model_copy(update={"tensors_digest": digest})
+        stamped = StampedInfo(digest=changed.digest(), info=changed)
+        save_file(narrow, tmp_path / "narrow.safetensors", {"fibkv": stamped.to_json()})
+        with pytest.raises(error, match=match):
+            Calibration.load(tmp_path / "narrow.safetensors")
 
 
 def _ladder(layer: int, role: Any, kls: tuple[float, float]) -> list[Sensitivity]:

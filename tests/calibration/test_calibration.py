@@ -163,7 +163,8 @@ def test_key_covariance_is_the_moment_about_the_mean() -> None:
     [
         ({"tokens": 0}, "tokens: expected at least 1"),
         ({"query_moment": torch.ones(HEADS, DIM)}, r"query_moment: expected shape \[2, 8, 8\]"),
-        ({"value_moment": torch.full((HEADS, DIM, DIM), torch.inf)}, "value_moment: expected finite"),
+        ({"value_moment": torch.full((HEADS, DIM, DIM), torch.inf).double()}, "value_moment: expected finite"),
+        ({"key_mean": torch.zeros(HEADS, DIM)}, "key_moment: expected float64, as everywhere.*mean of torch.float32"),
     ],
 )
 def test_statistics_are_checked(changes: dict[str, object], message: str) -> None:
