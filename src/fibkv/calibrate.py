@@ -25,8 +25,6 @@ from fibkv.calibration_file import (
     LayerChoice,
     Recommendation,
     Sensitivity,
-    SpaceKind,
-    SpaceTrial,
     klt_of,
     named_tensors,
     spaces_of,
@@ -51,6 +49,7 @@ from fibkv.quality import CausalLM, cached_logits, dense_logits, score_tokens
 from fibkv.shape import Role
 from fibkv.space import KeySpace
 from fibkv.threads import torch_threads
+from fibkv.trials import SpaceKind, SpaceTrial, best_space
 
 RUNGS: tuple[tuple[str, str], ...] = tuple(NAMES_BY_BITS[bits] for bits in (2, 3, 4))
 """Codecs of keys and values that are tried, from the fewest bits."""
@@ -174,7 +173,7 @@ class _Run:
             for rung, kind in tried
         ]
         names = [rung[0] for rung, _ in tried]
-        best = {keys: min((t for t in trials if t.profile == keys), key=lambda t: t.kl).space for keys in names}
+        best = {keys: best_space(trials, keys) for keys in names}
         sensitivities = [
             self._sensitivity(step, statistics[layer], layer, role, rung[ROLES.index(role)], best[rung[0]])
             for layer in layers
@@ -289,7 +288,8 @@ class _Run:
         chosen = allocate_rungs(sensitivities, target)
         kl = self._kl(step, "recommended", RUNGS[-1], chosen=chosen, spaces=self._spaces_for(chosen, best))
         layers = list(chosen)
-        singles = {rung: _lowest(trials, rung[0]) for rung in (*RUNGS, *self._klt_rungs())}
+        measured = {(trial.profile, trial.space): trial.kl for trial in trials}
+        singles = {rung: measured[rung[0], best[rung[0]]] for rung in (*RUNGS, *self._klt_rungs())}
         for rung in HALVES:
             spaces = self._spaces_for(dict.fromkeys(layers, rung), best)
             singles[rung] = self._kl(step, f"{rung[0]} and {rung[1]}", rung, spaces=spaces)
@@ -368,7 +368,3 @@ def allocate_rungs(sensitivities: Sequence[Sensitivity], target_bits: float) -> 
 def _average(sensitivities: Sequence[Sensitivity], chosen: Mapping[int, tuple[str, str]]) -> float:
     picked = [one.bits for one in sensitivities if one.profile == chosen[one.layer][one.role == "value"]]
     return sum(picked) / len(picked)
-
-
-def _lowest(trials: Sequence[SpaceTrial], profile: str) -> float:
-    return min(trial.kl for trial in trials if trial.profile == profile)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fibkv.allocation import KLT_BITS, KLT_RIVALS, KltParameters
+from fibkv.allocation import KLT_BITS, KltParameters
 from fibkv.attention_errors import AttentionErrors
 from fibkv.calibration import Klt, LayerStatistics, balanced_transform, klt, klt_parameters
 from fibkv.codecs.base import tensor_bytes
@@ -28,8 +28,8 @@ from fibkv.errors import ContractError
 from fibkv.files import write_bytes
 from fibkv.shape import Role
 from fibkv.space import KeySpace
+from fibkv.trials import SpaceKind, SpaceTrial, best_keys, best_space
 
-SpaceKind = Literal["plain", "mean", "balanced", "klt"]
 TENSORS_DOMAIN = "fibkv_calibration_tensors_v1"
 _MOMENTS = tuple(field.name for field in fields(LayerStatistics) if field.name != "tokens")
 
@@ -52,14 +52,6 @@ class Sensitivity(Contract):
     bits: float
     kl: float
     heads: tuple[AttentionErrors, ...]
-
-
-class SpaceTrial(Contract):
-    """Mean KL with all keys and values of one codec, the keys in one kind of space."""
-
-    profile: str
-    space: SpaceKind
-    kl: float
 
 
 class LayerChoice(Contract):
@@ -143,20 +135,12 @@ class Calibration:
         require_digest("Calibration.model_digest", self.info.model_digest, model_digest)
 
     def best_space(self, profile: str) -> SpaceKind:
-        """The kind of space with the lowest measured KL for keys of a codec; ``plain`` for one that was not tried.
-
-        Klt codes are made for a space of their own.
-        """
-        if profile in KLT_BITS:
-            return "klt"
-        trials = [trial for trial in self.info.spaces if trial.profile == profile]
-        return min(trials, key=lambda trial: trial.kl).space if trials else "plain"
+        """See `fibkv.trials.best_space`."""
+        return best_space(self.info.spaces, profile)
 
     def best_keys(self, profile: str) -> str:
-        """The keys of a recipe, or the klt codes that may stand for them, if these measured a lower KL."""
-        rival = KLT_RIVALS.get(profile)
-        kls = {name: [one.kl for one in self.info.spaces if one.profile == name] for name in (profile, rival)}
-        return rival if rival and kls[profile] and kls[rival] and min(kls[rival]) < min(kls[profile]) else profile
+        """See `fibkv.trials.best_keys`."""
+        return best_keys(self.info.spaces, profile)
 
     def space(self, layer: int, kind: SpaceKind) -> KeySpace | None:
         """The space of a layer's keys."""

@@ -23,7 +23,6 @@ from fibkv.calibration_file import (
     CalibrationInfo,
     LayerChoice,
     Recommendation,
-    SpaceTrial,
     named_tensors,
     tensors_digest,
 )
@@ -41,6 +40,7 @@ from fibkv.slabs import Slabs
 from fibkv.states import LayerState
 from fibkv.store import MemoryStore
 from fibkv.store_objects import open_object, summarize
+from fibkv.trials import SpaceTrial
 from fibkv.wire import PageContents, PageReader, load_pages
 from tests.contracts.examples import DIGEST, EXAMPLES
 from tests.fuzz.forms import Archive, Form, Sections, Tensors, Text, of_calibration, of_codebook
