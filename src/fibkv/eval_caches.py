@@ -50,6 +50,9 @@ TRELLIS_RECIPES: tuple[tuple[str, tuple[str, str]], ...] = tuple(
 )
 """The recipes on trellis codes: for whoever has time to encode."""
 
+KLT_TRELLIS = (("klt2", "trellis2"), ("klt3", "trellis3"))
+"""The same with klt keys, of a calibration."""
+
 SIMULATED: tuple[tuple[str, str, Quantizer], ...] = (
     ("kivi4", "KIVI-4 g32", Kivi(4)),
     ("kivi3", "KIVI-3 g32", Kivi(3)),
@@ -158,12 +161,12 @@ def _calibrated_variants(protected: ProtectedRegions, calibration: Calibration |
     if calibration is None:
         return []
     by_bits = [
-        fibkv_variant(f"cal{bits}", f"calibrated {bits}", protected, bits=bits, calibration=calibration)
-        for bits in WHOLE_BITS
+        fibkv_variant(f"cal{bits}", f"calibrated bits={bits}", protected, bits=bits, calibration=calibration)
+        for bits in DEFAULT_BITS
     ]
     by_klt = [
-        fibkv_variant(f"cal{pair[0]}", f"calibrated {pair[0]}", protected, profile=pair, calibration=calibration)
-        for pair in KLT_RUNGS
+        fibkv_variant("-".join(pair), ", ".join(pair), protected, profile=pair, calibration=calibration)
+        for pair in (*KLT_RUNGS, *KLT_TRELLIS)
     ]
     return [*by_bits, *by_klt, fibkv_variant("calmix", "calibrated, per layer", protected, calibration=calibration)]
 
