@@ -196,7 +196,8 @@ void bind_attention(nb::module_& m) {
              new (self) OwnedKeySpace(mean.data(), inverses ? inverses->data() : nullptr,
                                       static_cast<int>(mean.shape(0)), static_cast<int>(mean.shape(1)));
            },
-           "mean"_a, "inverses"_a.none());
+           // Not of copies: the object reads the tensors' own memory.
+           nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), "mean"_a.noconvert(), "inverses"_a.noconvert().none());
   nb::class_<OwnedSide>(m, "Side")
       .def(nb::new_(&make_side), nb::kw_only(), "form"_a, "is_key"_a, "tiled"_a, "dim"_a, "code_bytes"_a,
            "norm_bytes"_a, "block"_a, "size"_a, "bits"_a, "window"_a, "log_norms"_a, "channels"_a, "centered"_a,

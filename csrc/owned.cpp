@@ -105,19 +105,11 @@ OwnedRotation::OwnedRotation(const float* rows, int dim, const float* of_rounds,
   rotation = {dim, matrix.data(), transposed.data(), rounds ? signs.data() : nullptr, rounds};
 }
 
-OwnedKeySpace::OwnedKeySpace(const float* means, const float* matrices, int heads, int dim)
-    : mean(means, means + static_cast<size_t>(heads) * dim) {
+OwnedKeySpace::OwnedKeySpace(const float* mean, const float* inverses, int heads, int dim) {
   const size_t size = static_cast<size_t>(dim) * dim;
-  if (matrices) {
-    inverses.assign(matrices, matrices + heads * size);
-    transposed.resize(inverses.size());
-    for (size_t h = 0; h < static_cast<size_t>(heads); ++h) {
-      for (size_t i = 0; i < size; ++i) transposed[h * size + i % dim * dim + i / dim] = inverses[h * size + i];
-      // A query becomes A^-T q, so the transpose is the matrix here.
-      queries.push_back({dim, transposed.data() + h * size, inverses.data() + h * size, nullptr, 0});
-    }
-  }
-  space = {dim, mean.data(), matrices ? queries.data() : nullptr};
+  // A query becomes A^-T q, so that A^-1 is the transpose; nothing is taken back.
+  for (int h = 0; inverses && h < heads; ++h) queries.push_back({dim, nullptr, inverses + h * size, nullptr, 0});
+  space = {dim, mean, inverses ? queries.data() : nullptr};
 }
 
 OwnedSide::OwnedSide(const SideSettings& s, const float* codewords, const uint8_t* widths, int heads)

@@ -17,10 +17,10 @@ struct OwnedRotation {
   Rotation rotation;
 };
 
+// A key space over memory of Python's tensors, which must outlive it: `mean` [heads][dim]; `inverses` [heads][dim][dim],
+// A^-1 of each head, or null where A is the identity.
 struct OwnedKeySpace {
-  // `mean` [heads][dim]; `inverses` [heads][dim][dim], A^-1 of each head, or null where A is the identity.
   OwnedKeySpace(const float* mean, const float* inverses, int heads, int dim);
-  std::vector<float> mean, inverses, transposed;
   std::vector<Rotation> queries;
   KeySpace space;
 };

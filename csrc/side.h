@@ -108,7 +108,7 @@ struct Side {
 struct KeySpace {
   int dim;
   const float* mean;        // [heads][dim]
-  const Rotation* queries;  // [heads], A^-T of each as matrix and transpose; null where A is the identity
+  const Rotation* queries;  // [heads], A^-T of each, its transpose alone; null where A is the identity
 };
 
 // Where the parts of a rectangle (heads x tokens) of codes stand behind its base pointer:

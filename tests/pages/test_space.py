@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -116,6 +118,24 @@ def test_kernels_add_the_mean_in_the_space_of_the_codes(implementation: str) -> 
     torch.testing.assert_close(lse, torch.logsumexp(logits, -1), rtol=1e-2, atol=1e-3)
     with pytest.raises(KernelError, match=r"key_mean: expected head_dim 64 of the keys, got shape \[3, 5\]"):
         kernels.attend(query, keys, codec.tables, values, codec.tables, scale=1.0, key_mean=mean[:, :5])
+
+
+@pytest.mark.skipif(not native_implementations(), reason="the extension is not built")
+def test_native_spaces_read_the_memory_that_is_counted() -> None:
+    """They keep the tensors, and have no copies of their own: what would have to be copied is refused."""
+    extension = pytest.importorskip("fibkv.kernels._native")
+    mean, inverse = MEAN.clone(), transform()
+    kept = [weakref.ref(tensor) for tensor in (mean, inverse)]
+    space = extension.KeySpace(mean, inverse)
+    for wrong in (inverse.double(), inverse.mT):
+        with pytest.raises(TypeError):
+            extension.KeySpace(mean, wrong)
+    del mean, inverse, wrong
+    gc.collect()
+    assert all(tensor() is not None for tensor in kept)
+    del space
+    gc.collect()
+    assert all(tensor() is None for tensor in kept)
 
 
 def test_pages_are_bound_to_their_space_and_travel_with_it() -> None:
