@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -19,9 +21,10 @@ from fibkv.hf_model import model_digest
 from fibkv.hf_observe import Observation, observe
 from fibkv.machine import Conditions
 from fibkv.progress import ProgressCallback, StepCounter
-from fibkv.prompts import bos_prefix, needle_prompts, spread_windows
-from fibkv.quality import CausalLM, cached_logits, dense_logits, score_tokens, summarize
+from fibkv.prompts import NeedlePrompt, bos_prefix, needle_prompts, spread_windows
+from fibkv.quality import CausalLM, PoisonOutcome, TokenScores, cached_logits, dense_logits, score_tokens, summarize
 from fibkv.read_through import DENSE, ReadThrough
+from fibkv.report import CacheReport
 from fibkv.threads import torch_threads
 
 TEXT_DOMAIN = "fibkv_text_v1"
@@ -59,29 +62,10 @@ def run_eval(
     started = perf_counter()
     _check(model, settings)
     conditions = Conditions.now(settings.num_threads)
-    windows = spread_windows(tokenizer, text, num_windows=settings.num_windows, window_tokens=settings.window_tokens)
-    single, multi = (
-        needle_prompts(
-            tokenizer,
-            text,
-            num_prompts=settings.num_prompts,
-            num_tokens=settings.window_tokens,
-            num_needles=needles,
-            seed=settings.seed,
-        )
-        for needles in (1, settings.num_needles)
-    )
-    rows = len(variants) + 1
-    total = len(variants) * (2 + settings.num_windows) + rows * (settings.num_windows + 2 * settings.num_prompts)
-    step = StepCounter(progress, total)
-    through = ReadThrough(model, variants, chunk_tokens=settings.chunk_tokens, step=step)
+    material = _Material.of(tokenizer, text, settings)
+    step = StepCounter(progress, _num_steps(len(variants), settings))
     with torch_threads(settings.num_threads):
-        # First, because the figures of a cache that is not read mean nothing.
-        poisoned = through.poison_outcomes(windows[0])
-        scores = through.window_scores(windows)
-        recalled = [through.recalled(prompts) for prompts in (single, multi)]
-        drifts = _drifts(model, variants, windows[0], settings, step)
-        heads = _head_errors(model, variants, windows, settings, step)
+        found = _measure(model, variants, material, settings, step)
     return EvalResult(
         model=name,
         model_digest=model_digest(model.config),
@@ -90,36 +74,102 @@ def run_eval(
         dtype=str(model.dtype).removeprefix("torch."),
         bos=bool(bos_prefix(tokenizer)),
         settings=settings,
-        planted_single=sum(len(prompt.answers) for prompt in single),
-        planted_multi=sum(len(prompt.answers) for prompt in multi),
-        dense_perplexity=summarize(scores[DENSE]).perplexity,
-        dense_single=recalled[0][DENSE],
-        dense_multi=recalled[1][DENSE],
-        rows=tuple(
-            EvalRow(
-                name=variant.name,
-                title=variant.title,
-                kind=variant.kind,
-                # The first report is of one window of text.
-                codec_bits=reports[0].codec_bits_per_element,
-                all_bits=reports[0].bits_per_element,
-                raw_elements=sum(layer.raw_elements for layer in reports[0].layers),
-                elements=reports[0].elements,
-                quality=summarize(scores[variant.name]),
-                recalled_single=recalled[0][variant.name],
-                recalled_multi=recalled[1][variant.name],
-                drift=drifts[variant.name],
-                heads=heads[variant.name],
-                mean_errors=mean_errors([one.errors for one in heads[variant.name]]),
-                materialized=sum(report.materialized for report in reports),
-                poison=poisoned[variant.name],
-            )
-            for variant, reports in zip(variants, through.reports.values(), strict=True)
-        ),
+        planted_single=sum(len(prompt.answers) for prompt in material.single),
+        planted_multi=sum(len(prompt.answers) for prompt in material.multi),
+        dense_perplexity=summarize(found.scores[DENSE]).perplexity,
+        dense_single=found.single[DENSE],
+        dense_multi=found.multi[DENSE],
+        rows=tuple(found.row(variant) for variant in variants),
         skipped=skipped,
         caveats=caveats,
         conditions=conditions,
         seconds=perf_counter() - started,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Material:
+    """What every cache reads: windows of text, each [tokens], and prompts with one and with several planted values."""
+
+    windows: Sequence[Tensor]
+    single: Sequence[NeedlePrompt]
+    multi: Sequence[NeedlePrompt]
+
+    @classmethod
+    def of(cls, tokenizer: Any, text: str, settings: EvalSettings) -> Self:
+        """All of it, from one text."""
+        prompts = partial(
+            needle_prompts,
+            tokenizer,
+            text,
+            num_prompts=settings.num_prompts,
+            num_tokens=settings.window_tokens,
+            seed=settings.seed,
+        )
+        return cls(
+            windows=spread_windows(
+                tokenizer, text, num_windows=settings.num_windows, window_tokens=settings.window_tokens
+            ),
+            single=prompts(num_needles=1),
+            multi=prompts(num_needles=settings.num_needles),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """What was measured, by name of the row: the caches', and `DENSE` among ``scores``, ``single`` and ``multi``."""
+
+    poisoned: Mapping[str, PoisonOutcome]
+    scores: Mapping[str, list[TokenScores]]
+    single: Mapping[str, int]
+    multi: Mapping[str, int]
+    drifts: Mapping[str, tuple[float, ...]]
+    heads: Mapping[str, tuple[HeadErrors, ...]]
+    reports: Mapping[str, list[CacheReport]]
+
+    def row(self, variant: EvalVariant) -> EvalRow:
+        """The figures of one cache."""
+        name = variant.name
+        reports, heads = self.reports[name], self.heads[name]
+        first = reports[0]  # of one window of text
+        return EvalRow(
+            name=name,
+            title=variant.title,
+            kind=variant.kind,
+            codec_bits=first.codec_bits_per_element,
+            all_bits=first.bits_per_element,
+            raw_elements=sum(layer.raw_elements for layer in first.layers),
+            elements=first.elements,
+            quality=summarize(self.scores[name]),
+            recalled_single=self.single[name],
+            recalled_multi=self.multi[name],
+            drift=self.drifts[name],
+            heads=heads,
+            mean_errors=mean_errors([one.errors for one in heads]),
+            materialized=sum(report.materialized for report in reports),
+            poison=self.poisoned[name],
+        )
+
+
+def _num_steps(variants: int, settings: EvalSettings) -> int:
+    """What `_measure` tells of: each variant's poison test, decoding and heads, and with dense windows and prompts."""
+    own = variants * (2 + settings.num_windows)
+    return own + (variants + 1) * (settings.num_windows + 2 * settings.num_prompts)
+
+
+def _measure(
+    model: CausalLM, variants: Sequence[EvalVariant], material: _Material, settings: EvalSettings, step: StepCounter
+) -> _Found:
+    through = ReadThrough(model, variants, chunk_tokens=settings.chunk_tokens, step=step)
+    return _Found(
+        # First, because the figures of a cache that is not read mean nothing.
+        poisoned=through.poison_outcomes(material.windows[0]),
+        scores=through.window_scores(material.windows),
+        single=through.recalled(material.single),
+        multi=through.recalled(material.multi),
+        drifts=_drifts(model, variants, material.windows[0], settings, step),
+        heads=_head_errors(model, variants, material.windows, settings, step),
+        reports=through.reports,
     )
 
 
