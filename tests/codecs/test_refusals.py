@@ -9,8 +9,8 @@ from fibkv import kernels
 from fibkv.codecs import codec_for
 from fibkv.errors import EncodingError
 from fibkv.kernels.refusals import checked_later
-from fibkv.parameters import named_parameters
-from tests.codecs.conformance import equal, gaussian
+from fibkv.parameters import AffineParameters, FibParameters, Int8Parameters, RawParameters, named_parameters
+from tests.codecs.conformance import equal, gaussian, relative_mse
 from tests.codecs.waits import Waits
 
 TRITON = ["triton"] if kernels.available()["triton"] == "yes" else []
@@ -58,3 +58,33 @@ def test_later_ends_with_its_context() -> None:
         codec.encode(rows, implementation="reference")
     with pytest.raises(EncodingError, match="must be finite"):
         codec.encode(rows, implementation="reference")
+
+
+def test_one_bad_group_does_not_hide_behind_good_ones() -> None:
+    rows = gaussian(4, 3, 64)
+    rows[2, 1] = torch.nan
+    with pytest.raises(EncodingError, match="64 NaN"):
+        codec_for(Int8Parameters(head_dim=64)).encode(rows)
+
+
+def test_half_norm_overflow_is_refused_and_log_norm_holds_it() -> None:
+    rows = gaussian(1, 2, 64) * 1e6
+    with pytest.raises(EncodingError, match=r"at most 65504 to be stored as float16, got 8"):
+        codec_for(FibParameters.of(64, 2, 256, norm_format="f16")).encode(rows)
+    log8 = codec_for(FibParameters.of(64, 2, 256))
+    assert relative_mse(rows, log8.decode(log8.encode(rows))) < 0.01
+
+
+def test_norms_beyond_float32_are_refused() -> None:
+    with pytest.raises(EncodingError, match="finite in float32"):
+        codec_for(FibParameters.of(64, 2, 256)).encode(torch.full((1, 1, 64), 3e38))
+
+
+def test_grids_beyond_float16_are_refused() -> None:
+    with pytest.raises(EncodingError, match=r"at most 65504 for grids in float16, got 1e\+06"):
+        codec_for(AffineParameters(head_dim=64, bits=4)).encode(torch.full((1, 2, 64), 1e6))
+
+
+def test_raw_overflow_is_refused() -> None:
+    with pytest.raises(EncodingError, match=r"exceed torch\.float16: largest magnitude 7e"):
+        codec_for(RawParameters(head_dim=64, dtype="f16")).encode(torch.full((1, 1, 64), 7e4))
