@@ -42,7 +42,24 @@ struct Square {
 struct Signs {
   int rounds;
   const double* wide[2];   // in passes of up to 3 and of up to 4 stages; null without signs
-  const float* narrow[2];  // the same
+  const float* narrow[2];  // the same; `forward` has none
+};
+
+// Where a coordinate x times a factor of the scale search falls among the 256 cells of its axis: x slope / 2^16 rounded
+// down, of x clamped to -limit .. limit - 1, which is -128 to 127.
+struct CellScale {
+  int16_t limit, slope;
+};
+
+// The search by table with rotations in 16-bit integers; integer_table.cpp has the reasons for its numbers.
+struct TableForm {
+  float length;              // of a vector when it is rounded to integers, before its rotation
+  const int32_t* factors;    // [rounds][d]: what multiplies coordinates before a transform, in both halves, in 2^-15
+  const CellScale* scales;   // [num_scales]
+  const uint8_t* cells;      // [2^16]: codewords by 256 row + column of their cells, both signed, modulo 2^16
+  const int32_t* words;      // [256]: codewords in integers, the first coordinate in the lower half
+  const int8_t* planes;      // [4][256]: the bytes of `words`, from the lowest
+  double along_unit, energy_unit;  // what 1 is worth in <u, q> and in <q, q>
 };
 
 // A trellis (src/fibkv/trellis.py) and how it is searched (src/fibkv/trellis_search.py).
@@ -82,6 +99,7 @@ struct FibForm {
   const uint32_t* candidates;  // grid: [side * side], see codeword_grid.h
   bool long_lists;             // grid: whether a cell refers to the whole book
   const uint8_t* decisions;    // table: [side * side] and 3 bytes
+  const TableForm* table;      // table: or null, then it is searched with float32 coordinates
 
   int num_scales;       // scale search: factors tried on the unit vector; one for none
   const float* scales;

@@ -3,40 +3,11 @@
 
 #include "encode_fit.h"
 #include "encode_search.h"
+#include "encode_table.h"
 #include "encode_trellis.h"
 
 namespace fibkv {
 namespace FIBKV_ISA {
-
-// As rotate_exactly in float32, for codes that need not be exact. False: a row is not finite, zero, tiny or huge, and
-// it takes the exact way to tell which.
-template <Element element>
-static bool rotate_quickly(const FibForm& form, const void* rows, int count, const FibScratch& scratch, Wide& length) {
-  vf energy{};
-  read_rows<element>(rows, count, form.dim, [&](int i, vf lanes) {
-    scratch.unit[i] = lanes;
-    energy = multiply_add(lanes, lanes, energy);
-  });
-  if (any(~(energy > splat(1e-20f) && energy < splat(1e20f)))) return false;
-  length = {square_root(widen_low(energy)), square_root(widen_high(energy))};
-  hadamard(narrow_signs(form.forward), form.forward.rounds, form.dim, scratch.unit);
-  const vf inverse = narrow(splat_wide(form.forward_scale) / length.low, splat_wide(form.forward_scale) / length.high);
-  for (int i = 0; i < form.dim; ++i) scratch.unit[i] *= inverse;
-  return true;
-}
-
-// As `fit` in float32, for codes that need not be exact: it errs by some 1e-7, a step of a float16 norm is 1e-3.
-static Fit fit_quickly(const FibForm& form, const vf* unit, const vi* index) {
-  vf along{}, energy{};
-  const int blocks = form.blocks();
-  for (int b = 0; b < blocks; ++b) {
-    vf x, y;
-    gather_pairs(form.codewords, index[b], x, y);
-    along = multiply_add(unit[2 * b], x, multiply_add(unit[2 * b + 1], y, along));
-    energy = multiply_add(x, x, multiply_add(y, y, energy));
-  }
-  return {{widen_low(along), widen_high(along)}, {widen_low(energy), widen_high(energy)}};
-}
 
 // The first of these is working memory of all codes, the second of trellis codes.
 struct Working {
@@ -78,9 +49,7 @@ static bool encode_batch(const FibForm& form, const void* rows, int count, uint8
                          const Working& working) {
   const FibScratch& scratch = working.scratch;
   Wide length;
-  const bool quick = form.search == Search::table && form.forward.rounds &&
-                     rotate_quickly<element>(form, rows, count, scratch, length);
-  if (!quick && !rotate_exactly<element>(form, rows, count, scratch, length)) return false;
+  if (!rotate_exactly<element>(form, rows, count, scratch, length)) return false;
   const vi* index = scratch.index;
   Fit sums;
   if (form.num_scales > 1 || form.scales[0] != 1.0f) {
@@ -88,17 +57,22 @@ static bool encode_batch(const FibForm& form, const void* rows, int count, uint8
     index = scratch.best;
   } else {
     find_codes(form, working, scratch.unit);
-    if (form.gain_corrected) sums = quick ? fit_quickly(form, scratch.unit, index) : fit(form, scratch.unit, index);
+    if (form.gain_corrected) sums = fit(form, scratch.unit, index);
   }
   write_batch(form, index, length, sums, count, codes, norms, scratch.words);
   return true;
 }
 
-static size_t scratch_bytes(const FibForm& form) { return sizeof(vf) * Working::registers(form); }
+static size_t scratch_bytes(const FibForm& form) {
+  const size_t batch = Working::registers(form);
+  const size_t table = form.table ? TableScratch::registers(form) : 0;
+  return sizeof(vf) * (batch > table ? batch : table);
+}
 
 template <Element element>
 static bool encode_rows(const FibForm& form, const void* rows, int64_t count, uint8_t* codes, double* norms,
                         void* memory) {
+  if (form.table) return encode_rows_by_table<element>(form, rows, count, codes, norms, memory);
   const auto* from = static_cast<const typename Format<element>::stored*>(rows);
   const Working working(form, memory);
   for (int64_t start = 0; start < count; start += kLanes) {

@@ -13,8 +13,8 @@ struct Wide {
   vd low{}, high{};
 };
 
-// Working memory of a batch. The rotated unit vectors are float32; what comes before them is float64, or float32 in
-// the table's search, and lies where the later steps write.
+// Working memory of a batch. The rotated unit vectors are float32; what comes before them is float64 and lies where the
+// later steps write.
 struct FibScratch {
   vd* low;       // [d] and [d]: coordinates before the rotation, float64, half of the lanes each
   vd* high;

@@ -120,32 +120,68 @@ static inline void gather_pairs(const float* table, vi index, vf& first, vf& sec
 }
 #endif
 
-// a0 b0 a1 b1 ... of two registers, in two registers.
-static inline void interleave(vi a, vi b, vi& low, vi& high) {
+// Transposes kLanes x kLanes elements in place: within 128 bits, then those.
 #if defined(__AVX512F__)
-  low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  high = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-#elif defined(__AVX2__)
-  low = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-  high = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-#else
-  low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
-  high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-#endif
-}
-
-// Transposes kLanes x kLanes elements in place. An interleaving of row i with row i + kLanes / 2 turns the bits of an
-// element's address (row, column) by one place: log2(kLanes) of them exchange row and column.
 static inline void transpose(vi* tile) {
-#pragma GCC unroll 4
-  for (int step = 1; step < kLanes; step *= 2) {
-    vi turned[kLanes];
+  const auto at = [](vi v) { return (__m512i)v; };
+  vi turned[16];
 #pragma GCC unroll 8
-    for (int i = 0; i < kHalf; ++i) interleave(tile[i], tile[i + kHalf], turned[2 * i], turned[2 * i + 1]);
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) tile[i] = turned[i];
+  for (int i = 0; i < 16; i += 2) {
+    turned[i] = (vi)_mm512_unpacklo_epi32(at(tile[i]), at(tile[i + 1]));
+    turned[i + 1] = (vi)_mm512_unpackhi_epi32(at(tile[i]), at(tile[i + 1]));
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    const int low = i / 4 * 4 + i % 4 / 2;
+    tile[i] = (vi)_mm512_unpacklo_epi64(at(turned[low]), at(turned[low + 2]));
+    tile[i + 1] = (vi)_mm512_unpackhi_epi64(at(turned[low]), at(turned[low + 2]));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const vi even_low = (vi)_mm512_shuffle_i32x4(at(tile[i]), at(tile[4 + i]), 0x88);
+    const vi odd_low = (vi)_mm512_shuffle_i32x4(at(tile[i]), at(tile[4 + i]), 0xDD);
+    const vi even_high = (vi)_mm512_shuffle_i32x4(at(tile[8 + i]), at(tile[12 + i]), 0x88);
+    const vi odd_high = (vi)_mm512_shuffle_i32x4(at(tile[8 + i]), at(tile[12 + i]), 0xDD);
+    tile[i] = (vi)_mm512_shuffle_i32x4(at(even_low), at(even_high), 0x88);
+    tile[4 + i] = (vi)_mm512_shuffle_i32x4(at(odd_low), at(odd_high), 0x88);
+    tile[8 + i] = (vi)_mm512_shuffle_i32x4(at(even_low), at(even_high), 0xDD);
+    tile[12 + i] = (vi)_mm512_shuffle_i32x4(at(odd_low), at(odd_high), 0xDD);
   }
 }
+#elif defined(__AVX2__)
+static inline void transpose(vi* tile) {
+  const auto at = [](vi v) { return (__m256i)v; };
+  vi turned[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    turned[i] = (vi)_mm256_unpacklo_epi32(at(tile[i]), at(tile[i + 1]));
+    turned[i + 1] = (vi)_mm256_unpackhi_epi32(at(tile[i]), at(tile[i + 1]));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    const int low = i / 4 * 4 + i % 4 / 2;
+    tile[i] = (vi)_mm256_unpacklo_epi64(at(turned[low]), at(turned[low + 2]));
+    tile[i + 1] = (vi)_mm256_unpackhi_epi64(at(turned[low]), at(turned[low + 2]));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m256i low = at(tile[i]), high = at(tile[4 + i]);
+    tile[i] = (vi)_mm256_permute2x128_si256(low, high, 0x20);
+    tile[4 + i] = (vi)_mm256_permute2x128_si256(low, high, 0x31);
+  }
+}
+#else
+static inline void transpose(vi* tile) {
+  const vi a = __builtin_shufflevector(tile[0], tile[1], 0, 4, 1, 5);
+  const vi b = __builtin_shufflevector(tile[0], tile[1], 2, 6, 3, 7);
+  const vi c = __builtin_shufflevector(tile[2], tile[3], 0, 4, 1, 5);
+  const vi d = __builtin_shufflevector(tile[2], tile[3], 2, 6, 3, 7);
+  tile[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
+  tile[1] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
+  tile[2] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
+  tile[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
+}
+#endif
 
 // The first `nbytes` of a register, from and to memory; the rest of what is read is zero.
 template <class V>

@@ -45,12 +45,13 @@ template <>
 struct Format<Element::f16> {
   typedef uint16_t stored;
 #if defined(__AVX512F__)
-  static vf read(const uint16_t* from) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
+  static vf widen(vh v) { return (vf)_mm512_cvtph_ps((__m256i)v); }
 #elif defined(__F16C__)
-  static vf read(const uint16_t* from) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)); }
+  static vf widen(vh v) { return (vf)_mm256_cvtph_ps((__m128i)v); }
 #else
-  static vf read(const uint16_t* from) { return from_f16(load<vh>(from)); }
+  static vf widen(vh v) { return from_f16(v); }
 #endif
+  static vf read(const uint16_t* from) { return widen(load<vh>(from)); }
 
   // What is decoded may lie a little above the largest float16: it becomes that, not infinity.
   static void write(uint16_t* to, vf v) {
@@ -107,7 +108,12 @@ static inline void read_rows(const void* rows, int count, int dim, Emit emit) {
       tile[lane] = as_int(read_lanes<element>(from + (int64_t)row * dim + first, width));
     }
     transpose(tile);
-    for (int i = 0; i < width; ++i) emit(first + i, as_float(tile[i]));
+    if (width == kLanes) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) emit(first + i, as_float(tile[i]));
+    } else {
+      for (int i = 0; i < width; ++i) emit(first + i, as_float(tile[i]));
+    }
   });
 }
 

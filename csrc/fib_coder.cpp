@@ -108,11 +108,10 @@ void FibCoder::rotate_by_signs(const int8_t* signs, int rounds) {
   }
   form_.forward.rounds = form_.backward.rounds = rounds;
   for (int i = 0; i < 2; ++i) {
-    narrow_[i] = relative_signs(given, rounds, d, 3 + i);
-    wide_[i].assign(narrow_[i].begin(), narrow_[i].end());
+    const std::vector<float> relative = relative_signs(given, rounds, d, 3 + i);
+    wide_[i].assign(relative.begin(), relative.end());
     backward_[i] = relative_signs(turned, rounds, d, 3 + i);
     form_.forward.wide[i] = wide_[i].data();
-    form_.forward.narrow[i] = narrow_[i].data();
     form_.backward.narrow[i] = backward_[i].data();
   }
   const double normalization = std::pow(d, -0.5 * rounds);
@@ -163,6 +162,9 @@ void FibCoder::choose_search(const FibSettings& settings) {
     form_.decisions = decisions_.data();
     form_.square = {settings.side, settings.extent, static_cast<float>(settings.side / (2.0 * settings.extent))};
     form_.search = Search::table;
+    if (settings.signs && IntegerTable::fits(form_)) {
+      form_.table = &integers_.emplace(form_, settings.signs).form();
+    }
   } else if (form_.block == 1 && find_boundaries()) {
     form_.search = Search::scalar;
   } else if (form_.block == 2 && form_.size <= 256) {

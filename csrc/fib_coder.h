@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "encode.h"
+#include "integer_table.h"
 
 namespace fibkv {
 
@@ -55,9 +56,10 @@ class FibCoder {
   FibForm form_{};
   TrellisForm trellis_{};
   std::optional<TrellisLayout> layout_;
+  std::optional<IntegerTable> integers_;
   std::vector<TrellisCell> cells_;
   std::vector<double> wide_[2], matrix_;
-  std::vector<float> narrow_[2], backward_[2], transposed_, output_scale_;
+  std::vector<float> backward_[2], transposed_, output_scale_;
   std::vector<float> codewords_, planes_, scores_, boundaries_, scales_;
   std::vector<uint32_t> candidates_;
   std::vector<uint8_t> decisions_;

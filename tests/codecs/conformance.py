@@ -83,6 +83,8 @@ class CodecConformance:
     """What a codec promises. Subclasses name the codec and its numbers."""
 
     name: str
+    # Of the golden bytes of the native kernels, where their codes are not the reference's.
+    native_name: str | None = None
     parameters: CodecParameters
     axis = "per_token"
     # E |x - y|^2 / E |x|^2 on Gaussian vectors: the codec's own figure, within 10 %.

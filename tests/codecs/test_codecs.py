@@ -12,7 +12,7 @@ from fibkv.parameters import (
     TrellisParameters,
 )
 from tests.codecs.allocations import ONE_HEAD
-from tests.codecs.conformance import CodecConformance, gaussian, relative_mse, write_golden
+from tests.codecs.conformance import CodecConformance, OnKernels, gaussian, relative_mse, write_golden
 
 
 class TestRawF32(CodecConformance):
@@ -109,6 +109,7 @@ class TestFib4ScaleSearch(CodecConformance):
 
 class TestFib4Table(CodecConformance):
     name, parameters = "fib4_table_d128", FibParameters.of(128, 2, 256, codeword_search="table")
+    native_name = "fib4_table_d128_native"
     distortion, hard_distortion = 0.00764, 0.0107
     vector_nbytes, group_nbytes = 65, 4
 
@@ -203,4 +204,7 @@ def test_per_channel_takes_out_a_large_channel() -> None:
 if __name__ == "__main__":
     # Writes the golden files anew: python -m tests.codecs.test_codecs
     for suite in CodecConformance.__subclasses__():
-        print(suite.name, write_golden(codec_for(suite.parameters, suite.axis), suite.name))
+        codec = codec_for(suite.parameters, suite.axis)
+        print(suite.name, write_golden(OnKernels(codec, "reference"), suite.name))
+        if suite.native_name is not None:
+            print(suite.native_name, write_golden(OnKernels(codec, "native"), suite.native_name))

@@ -1,8 +1,9 @@
 """Encoding and decoding in C++ (`csrc/encode.h`), on the CPU: the functions of `fibkv.kernels.reference`, same meaning.
 
 Codes are bit for bit those of the reference, on every instruction set, except where ``codeword_search`` is ``table``:
-rotations are then computed in float32, and a point next to the border of a cell may fall into the next one. Decoded
-vectors agree to 1e-5. Rows are read, and vectors written, in their own dtype; threads are torch's.
+Hadamard rotations are then computed in 16-bit integers, and a point may be taken for one of a cell next to its own, in
+the same way on every instruction set. Decoded vectors agree to 1e-5. Rows are read, and vectors written, in their own
+dtype; threads are torch's.
 """
 
 from __future__ import annotations
