@@ -170,7 +170,7 @@ def main() -> None:
     console = Console(width=100, record=True)
     console.print(table)
     if given.out is not None:
-        write_text(given.out, f"HF_HUB_OFFLINE=1 python tools/measure_klt.py\n\n{console.export_text()}")
+        write_text(given.out, f"HF_HUB_OFFLINE=1 python tools/measure_klt.py\n\n{console.export_text().rstrip()}\n")
 
 
 if __name__ == "__main__":
