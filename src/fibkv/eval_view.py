@@ -133,13 +133,17 @@ def plot_eval(result: EvalResult, path: Path) -> None:
     Raises:
         FibkvError: matplotlib is not installed.
     """
-    figure = new_figure(8, 5.5)
+    figure = new_figure(11, 8)
     axes = figure.add_subplot()
+    titles: dict[tuple[float, float], str] = {}
     for row in result.rows:
         marker, color = _MARKERS[row.kind]
         point = (row.codec_bits, row.quality.kl_mean)
         axes.plot(*point, marker, color=color)
-        axes.annotate(row.title, point, xytext=(4, 4), textcoords="offset points", fontsize=7)
+        # Caches that came out the same share a label.
+        titles[point] = f"{titles[point]} = {row.title}" if point in titles else row.title
+    for point, title in titles.items():
+        axes.annotate(title, point, xytext=(4, 4), textcoords="offset points", fontsize=7)
     best = frontier(result.rows)
     axes.plot([row.codec_bits for row in best], [row.quality.kl_mean for row in best], color="tab:blue", alpha=0.4)
     axes.margins(0.12)
