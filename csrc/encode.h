@@ -30,21 +30,6 @@ struct Square {
   float cells_per_unit;
 };
 
-// The randomized Hadamard transform without its matrix.
-//
-// A round is a change of signs and a transform. The sign that the two inputs of a butterfly share is put off to the
-// next stage, so that a butterfly is a + r b and a - r b with the relative sign r: a multiply-add, exact as +-1 is.
-// What is put off to the end is one sign for all.
-//
-// Stages are taken several at a time, as many as registers hold: up to 3, or up to 4. In the order of use there are,
-// for each round, each such pass and each block of 2^stages * span coordinates, 2^stages - 1 relative signs: half of
-// them for its first stage, a quarter for the second.
-struct Signs {
-  int rounds;
-  const double* wide[2];   // in passes of up to 3 and of up to 4 stages; null without signs
-  const float* narrow[2];  // the same; `forward` has none
-};
-
 // Where a coordinate x times a factor of the scale search falls among the 256 cells of its axis: x slope / 2^16 rounded
 // down, of x clamped to -limit .. limit - 1, which is -128 to 127.
 struct CellScale {
@@ -79,12 +64,14 @@ struct FibForm {
   const TrellisForm* trellis;  // or null: then window = bits
   bool gain_corrected;
 
-  // Rotation: by signs where there are any, else by the matrix [d][d], whose rows give the coordinates.
-  Signs forward, backward;  // `backward` in float32 only
+  // Rotation: by signs and transforms where there are any, else by the matrix [d][d], whose rows give the coordinates.
+  int rounds;                // of signs and a transform; 0 for the matrix
+  const double* signs;       // [rounds][d]
+  const float* back_signs;   // [rounds][d]: of the inverse as rounds of signs and a transform, those of the first being 1
   const double* matrix;
   const float* transposed;
-  double forward_scale;      // of the transform by signs: its sign, and d^(-rounds / 2)
-  const float* output_scale;  // [d] of the inverse transform by signs, likewise
+  double forward_scale;       // of the transforms: d^(-rounds / 2)
+  const float* output_scale;  // [d]: of those of the inverse, with the signs behind them
 
   const float* codewords;  // [N][k]
   const float* planes;     // [k][padded]: the same by coordinate, filled up with what is never nearest

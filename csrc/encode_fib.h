@@ -106,8 +106,8 @@ static void decode_batch(const FibForm& form, const uint8_t* codes, const float*
   look_up(form, scratch.index, scratch.unit);
   vf norm{};
   for (int lane = 0; lane < count; ++lane) norm[lane] = norms[lane];
-  if (form.backward.rounds) {
-    hadamard(narrow_signs(form.backward), form.backward.rounds, form.dim, scratch.unit);
+  if (form.rounds) {
+    rotate(form.back_signs, form.rounds, form.dim, scratch.unit);
     const vf* y = scratch.unit;
     write_rows<element>(out, count, form.dim, [&](int i) { return y[i] * splat(form.output_scale[i]) * norm; });
   } else {

@@ -58,10 +58,7 @@ static inline bool all_finite(vd v) {
 }
 
 static inline void rotate_wide(const FibForm& form, vd* x, vd* turned) {
-  if (form.forward.rounds) {
-    hadamard(wide_signs(form.forward), form.forward.rounds, form.dim, x);
-    return;
-  }
+  if (form.rounds) return rotate(form.signs, form.rounds, form.dim, x);
   multiply(form.matrix, form.dim, x, turned);
   for (int i = 0; i < form.dim; ++i) x[i] = turned[i];
 }
@@ -72,6 +69,7 @@ template <Element element>
 static bool rotate_exactly(const FibForm& form, const void* rows, int count, const FibScratch& scratch, Wide& length) {
   Wide energy;
   read_rows<element>(rows, count, form.dim, [&](int i, vf lanes) {
+    if (form.rounds) lanes *= splat((float)form.signs[i]);
     const vd low = widen_low(lanes), high = widen_high(lanes);
     scratch.low[i] = low;
     scratch.high[i] = high;

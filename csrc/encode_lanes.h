@@ -47,6 +47,22 @@ static inline vf multiply_add(vf a, vf b, vf c) { return a * b + c; }
 static inline vd multiply_add(vd a, vd b, vd c) { return a * b + c; }
 #endif
 
+// a - b, as a multiply-add where there is one: in other units than additions, where a processor has units for those.
+#if defined(__AVX512F__)
+static inline vf subtract_as_product(vf a, vf b) { return (vf)_mm512_fnmadd_ps((__m512)splat(1.0f), (__m512)b, (__m512)a); }
+static inline vd subtract_as_product(vd a, vd b) {
+  return (vd)_mm512_fnmadd_pd((__m512d)splat_wide(1.0), (__m512d)b, (__m512d)a);
+}
+#elif defined(__FMA__)
+static inline vf subtract_as_product(vf a, vf b) { return (vf)_mm256_fnmadd_ps((__m256)splat(1.0f), (__m256)b, (__m256)a); }
+static inline vd subtract_as_product(vd a, vd b) {
+  return (vd)_mm256_fnmadd_pd((__m256d)splat_wide(1.0), (__m256d)b, (__m256d)a);
+}
+#else
+static inline vf subtract_as_product(vf a, vf b) { return a - b; }
+static inline vd subtract_as_product(vd a, vd b) { return a - b; }
+#endif
+
 #if defined(__AVX512F__)
 static inline vd square_root(vd v) { return (vd)_mm512_sqrt_pd((__m512d)v); }
 #elif defined(__AVX2__)

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "encode_fit.h"
-#include "encode_words.h"
 #if defined(__AVX512F__)
 #include "byte_tables.h"
 #endif
@@ -118,7 +117,7 @@ static void rotate_both(const FibForm& form, const Element* rows, const Scale* s
     rotated[i] = pack_words(nearest_words(lower(i) * scale[0].by[negative]),
                             nearest_words(upper(i) * scale[1].by[negative]));
   }
-  rotate_words(factors, form.forward.rounds, form.dim, rotated);
+  rotate(factors, form.rounds, form.dim, rotated);
 }
 
 // Divides the vector of one lane of x [d] by the power of two that leaves its largest magnitude between 1 and 2, and

@@ -1,4 +1,4 @@
-// Numbers of 16 bits, and the rotation in them.
+// Numbers of 16 bits.
 //
 // A register of words has one coordinate of two vectors in each 32-bit lane: of the first kLanes vectors in the lower
 // halves, of kLanes others in the upper ones.
@@ -62,80 +62,13 @@ static inline vi add_products(vi sum, vi a, vi b) {
 }
 #endif
 
-// `stages` stages of a transform of registers, the first with butterflies of reach 1.
-template <int stages>
-[[gnu::always_inline]] static inline void transform_words(vw* held) {
-#pragma GCC unroll 4
-  for (int s = 0; s < stages; ++s) {
-    const int reach = 1 << s;
-#pragma GCC unroll 8
-    for (int pair = 0; pair < (1 << stages) / 2; ++pair) {
-      const int low = pair / reach * 2 * reach + pair % reach;
-      const vw a = held[low], b = held[low + reach];
-      held[low] = a + b;
-      held[low + reach] = a - b;
-    }
-  }
+// Steps of a rotation (encode_rotation.h). Factors are in both halves of a number.
+static inline void butterfly(vw& a, vw& b) {
+  const vw sum = a + b;
+  b = a - b;
+  a = sum;
 }
-
-// One pass: `stages` stages, the first with butterflies of reach `span`. With `factors` [d] a round ends there and the
-// next one begins: they multiply, as parts of 2^15 in both halves, and the same stages follow once more.
-template <int stages, bool turns>
-static void pass_of_words(vw* x, int dim, int span, const int32_t* factors) {
-  constexpr int radix = 1 << stages;
-  for (int start = 0; start < dim; start += radix * span) {
-    for (int i = start; i < start + span; ++i) {
-      vw held[radix];
-#pragma GCC unroll 16
-      for (int r = 0; r < radix; ++r) held[r] = x[i + r * span];
-      transform_words<stages>(held);
-      if (turns) {
-#pragma GCC unroll 16
-        for (int r = 0; r < radix; ++r) held[r] = multiply_fraction(held[r], (vw)splat(factors[i + r * span]));
-        transform_words<stages>(held);
-      }
-#pragma GCC unroll 16
-      for (int r = 0; r < radix; ++r) x[i + r * span] = held[r];
-    }
-  }
-}
-
-template <bool turns>
-static void pass_of_words(vw* x, int dim, int span, int stages, const int32_t* factors = nullptr) {
-  switch (stages) {
-    case 1: return pass_of_words<1, turns>(x, dim, span, factors);
-    case 2: return pass_of_words<2, turns>(x, dim, span, factors);
-    case 3: return pass_of_words<3, turns>(x, dim, span, factors);
-    default: return pass_of_words<4, turns>(x, dim, span, factors);
-  }
-}
-
-// Rounds of multiplications by factors [rounds][d] and transforms, in place, without the factors of the first round.
-// A transform may take its stages in any order: rounds go through the passes upwards and downwards by turns, so that
-// one ends with the pass with which the next begins, in registers. d is at least 8: there are two passes or more.
-static void rotate_words(const int32_t* factors, int rounds, int dim, vw* x) {
-  constexpr int deepest = kLanes == 16 ? 4 : 3;
-  const int all = __builtin_ctz(dim), passes = all > 2 * deepest ? (all + deepest - 1) / deepest : 2;
-  int spans[8], stages[8];
-  for (int pass = 0, done = 0; pass < passes; done += stages[pass++]) {
-    spans[pass] = 1 << done;
-    stages[pass] = (all - done + passes - pass - 1) / (passes - pass);
-  }
-  int at = 0, step = 1;
-  pass_of_words<false>(x, dim, spans[at], stages[at]);
-  for (int round = 1; round <= rounds; ++round, step = -step) {
-    for (int left = passes - 2; left > 0; --left) {
-      at += step;
-      pass_of_words<false>(x, dim, spans[at], stages[at]);
-    }
-    at += step;
-    if (round < rounds) {
-      pass_of_words<true>(x, dim, spans[at], stages[at], factors + (int64_t)round * dim);
-    } else {
-      pass_of_words<false>(x, dim, spans[at], stages[at]);
-    }
-  }
-}
+static inline vw turned(vw v, int32_t factor) { return multiply_fraction(v, (vw)splat(factor)); }
 
 }  // namespace FIBKV_ISA
 }  // namespace fibkv

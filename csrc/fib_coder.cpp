@@ -13,35 +13,6 @@ constexpr int kPadding = 16;  // the most lanes that an instruction set has
 constexpr int kGridSide = 128;
 constexpr float kNeverNearest = 1e18f;  // squared it is still a float32
 
-// The relative signs of `rounds` transforms, each after a change of signs [d], in passes of up to `deepest` stages; see
-// Signs. The sign put off by a block of butterflies is that of its first coordinate.
-std::vector<float> relative_signs(const std::vector<int8_t>& signs, int rounds, int dim, int deepest) {
-  std::vector<float> relative;
-  for (int round = 0; round < rounds; ++round) {
-    const int8_t* of_round = signs.data() + static_cast<size_t>(round) * dim;
-    for (int span = 1; span < dim;) {
-      int radix = 2;
-      while (radix < 1 << deepest && span * radix < dim) radix *= 2;
-      for (int start = 0; start < dim; start += radix * span) {
-        for (int reach = span; reach < radix * span; reach *= 2) {
-          for (int i = start; i < start + radix * span; i += 2 * reach) {
-            relative.push_back(of_round[i] * of_round[i + reach]);
-          }
-        }
-      }
-      span *= radix;
-    }
-  }
-  return relative;
-}
-
-// What is put off to the end of `rounds` transforms: the first sign of each.
-double last_sign(const std::vector<int8_t>& signs, int rounds, int dim) {
-  double sign = 1;
-  for (int round = 0; round < rounds; ++round) sign *= signs[static_cast<size_t>(round) * dim];
-  return sign;
-}
-
 // Whether float32 arithmetic finds level `b` nearer to x than level `a`, the lower index winning ties.
 bool above(float x, float a, float b) {
   const float to_a = x - a, to_b = x - b;
@@ -99,26 +70,19 @@ void FibCoder::take(const FibSettings& settings) {
 
 void FibCoder::rotate_by_signs(const int8_t* signs, int rounds) {
   const int d = form_.dim;
-  const std::vector<int8_t> given(signs, signs + static_cast<size_t>(rounds) * d);
+  form_.rounds = rounds;
+  signs_.assign(signs, signs + static_cast<size_t>(rounds) * d);
+  form_.signs = signs_.data();
   // The inverse: transforms first, then signs, from the last round to the first. Read as "signs, then a transform",
   // its first round changes no sign, and the signs of round 0 go to the output.
-  std::vector<int8_t> turned(d, 1);
+  back_signs_.assign(d, 1);
   for (int round = rounds - 1; round > 0; --round) {
-    turned.insert(turned.end(), signs + static_cast<size_t>(round) * d, signs + static_cast<size_t>(round + 1) * d);
+    const int8_t* of_round = signs + static_cast<size_t>(round) * d;
+    back_signs_.insert(back_signs_.end(), of_round, of_round + d);
   }
-  form_.forward.rounds = form_.backward.rounds = rounds;
-  for (int i = 0; i < 2; ++i) {
-    const std::vector<float> relative = relative_signs(given, rounds, d, 3 + i);
-    wide_[i].assign(relative.begin(), relative.end());
-    backward_[i] = relative_signs(turned, rounds, d, 3 + i);
-    form_.forward.wide[i] = wide_[i].data();
-    form_.backward.narrow[i] = backward_[i].data();
-  }
-  const double normalization = std::pow(d, -0.5 * rounds);
-  form_.forward_scale = normalization * last_sign(given, rounds, d);
-  for (int i = 0; i < d; ++i) {
-    output_scale_.push_back(static_cast<float>(normalization * last_sign(turned, rounds, d) * signs[i]));
-  }
+  form_.back_signs = back_signs_.data();
+  form_.forward_scale = std::pow(d, -0.5 * rounds);
+  for (int i = 0; i < d; ++i) output_scale_.push_back(static_cast<float>(form_.forward_scale * signs[i]));
   form_.output_scale = output_scale_.data();
 }
 

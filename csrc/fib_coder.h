@@ -58,8 +58,8 @@ class FibCoder {
   std::optional<TrellisLayout> layout_;
   std::optional<IntegerTable> integers_;
   std::vector<TrellisCell> cells_;
-  std::vector<double> wide_[2], matrix_;
-  std::vector<float> backward_[2], transposed_, output_scale_;
+  std::vector<double> signs_, matrix_;
+  std::vector<float> back_signs_, transposed_, output_scale_;
   std::vector<float> codewords_, planes_, scores_, boundaries_, scales_;
   std::vector<uint32_t> candidates_;
   std::vector<uint8_t> decisions_;

@@ -27,12 +27,12 @@ uint32_t word(double x) { return static_cast<uint16_t>(std::lrint(x)); }
 
 bool IntegerTable::fits(const FibForm& form) {
   const double stretch = *std::max_element(form.scales, form.scales + form.num_scales);
-  return form.dim >= 8 && kMostLength + form.forward.rounds * form.dim / 2 < INT16_MAX && form.square.side == kSide &&
+  return form.dim >= 8 && kMostLength + form.rounds * form.dim / 2 < INT16_MAX && form.square.side == kSide &&
          1.01 * stretch * slope_of(form.square.extent * kMostLength) < INT16_MAX;
 }
 
 IntegerTable::IntegerTable(const FibForm& form, const int8_t* signs) {
-  const int rounds = form.forward.rounds;
+  const int rounds = form.rounds;
   const double growth = std::sqrt(form.dim), factor = std::floor(kOne / growth);
   for (int i = 0; i < rounds * form.dim; ++i) {
     factors_.push_back(static_cast<int32_t>(word(signs[i] * factor) * 0x10001u));
