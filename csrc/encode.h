@@ -67,7 +67,7 @@ struct FibForm {
   // Rotation: by signs and transforms where there are any, else by the matrix [d][d], whose rows give the coordinates.
   int rounds;                // of signs and a transform; 0 for the matrix
   const double* signs;       // [rounds][d]
-  const float* back_signs;   // [rounds][d]: of the inverse as rounds of signs and a transform, those of the first being 1
+  const float* back_signs;   // [rounds][d]: of the inverse as rounds of signs and a transform, 1 in the first round
   const double* matrix;
   const float* transposed;
   double forward_scale;       // of the transforms: d^(-rounds / 2)
@@ -76,6 +76,7 @@ struct FibForm {
   const float* codewords;  // [N][k]
   const float* planes;     // [k][padded]: the same by coordinate, filled up with what is never nearest
   int padded;              // N rounded up to 16
+  const int8_t* pair_planes;  // k = 2, N <= 256: [2][4][256], the bytes of first and of second coordinates; or null
   const float* scores;     // [N][1 + k]: |c|^2 / 2 and -c
   float largest;           // |c| of the longest codeword
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "encode_bits.h"
+#include "encode_book.h"
 #include "encode_rotation.h"
 #include "encode_rows.h"
 
@@ -100,16 +101,16 @@ static Fit fit(const FibForm& form, const vf* unit, const vi* index) {
     sums.energy.low = multiply_add(low, low, sums.energy.low);
     sums.energy.high = multiply_add(high, high, sums.energy.high);
   };
-  const int blocks = form.blocks(), k = form.block;
-  for (int b = 0; b < blocks; ++b) {
-    if (k == 2) {
-      vf x, y;
-      gather_pairs(form.codewords, index[b], x, y);
+  const int k = form.block;
+  if (k == 2) {
+    each_pair(form, index, [&](int b, vf x, vf y) {
       add(unit[2 * b], x);
       add(unit[2 * b + 1], y);
-    } else {
-      for (int i = 0; i < k; ++i) add(unit[k * b + i], as_float(gather(form.codewords + i, index[b] * splat(k))));
-    }
+    });
+    return sums;
+  }
+  for (int b = 0; b < form.blocks(); ++b) {
+    for (int i = 0; i < k; ++i) add(unit[k * b + i], as_float(gather(form.codewords + i, index[b] * splat(k))));
   }
   return sums;
 }

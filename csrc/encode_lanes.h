@@ -49,12 +49,16 @@ static inline vd multiply_add(vd a, vd b, vd c) { return a * b + c; }
 
 // a - b, as a multiply-add where there is one: in other units than additions, where a processor has units for those.
 #if defined(__AVX512F__)
-static inline vf subtract_as_product(vf a, vf b) { return (vf)_mm512_fnmadd_ps((__m512)splat(1.0f), (__m512)b, (__m512)a); }
+static inline vf subtract_as_product(vf a, vf b) {
+  return (vf)_mm512_fnmadd_ps((__m512)splat(1.0f), (__m512)b, (__m512)a);
+}
 static inline vd subtract_as_product(vd a, vd b) {
   return (vd)_mm512_fnmadd_pd((__m512d)splat_wide(1.0), (__m512d)b, (__m512d)a);
 }
 #elif defined(__FMA__)
-static inline vf subtract_as_product(vf a, vf b) { return (vf)_mm256_fnmadd_ps((__m256)splat(1.0f), (__m256)b, (__m256)a); }
+static inline vf subtract_as_product(vf a, vf b) {
+  return (vf)_mm256_fnmadd_ps((__m256)splat(1.0f), (__m256)b, (__m256)a);
+}
 static inline vd subtract_as_product(vd a, vd b) {
   return (vd)_mm256_fnmadd_pd((__m256d)splat_wide(1.0), (__m256d)b, (__m256d)a);
 }

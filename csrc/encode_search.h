@@ -6,7 +6,7 @@
 #pragma once
 
 #include "encode.h"
-#include "encode_lanes.h"
+#include "encode_book.h"
 
 namespace fibkv {
 namespace FIBKV_ISA {
@@ -65,32 +65,57 @@ static inline vi decide(const FibForm& form, vf x, vf y) {
   return gather_bytes(form.decisions, cell_of(form.square, x, y)) & splat(0xFF);
 }
 
-// k = 2: the nearest of the candidates of the point's cell.
-static inline vi nearest_on_grid(const FibForm& form, const vf* block) {
-  const vf x = block[0], y = block[1];
-  const vu list = (vu)gather(form.candidates, cell_of(form.square, x, y));
-  const vi first = (vi)list & splat(0xFF), second = (vi)(list >> 8) & splat(0xFF);
-  const vi third = (vi)(list >> 16) & splat(0xFF), fourth = (vi)(list >> 24);
+// The squared distance of points to codewords.
+static inline vf distance_of(vf x, vf y, vf to_x, vf to_y) {
+  const vf dx = x - to_x, dy = y - to_y;
+  return dx * dx + dy * dy;
+}
+
+// The nearest of four candidates, which rise, so that strictly nearer keeps the lower of equals. A repeated one changes
+// nothing.
+#if defined(__AVX512F__)
+static inline vi nearest_of_four(const FibForm& form, vf x, vf y, vi list) {
+  vf to_x[4], to_y[4];
+  look_up_pairs(form, list, to_x, to_y);
+  vi index = byte_of(list, 0);
+  vf least = distance_of(x, y, to_x[0], to_y[0]);
+#pragma GCC unroll 3
+  for (int i = 1; i < 4; ++i) {
+    const vf other = distance_of(x, y, to_x[i], to_y[i]);
+    index = choose(other < least, byte_of(list, i), index);
+    least = minimum(least, other);
+  }
+  return index;
+}
+#else
+// Codewords are gathered one by one here: the last two are looked at where a lane has them.
+static inline vi nearest_of_four(const FibForm& form, vf x, vf y, vi list) {
   const auto distance = [&](vi candidate) {
-    vf cx, cy;
-    gather_pairs(form.codewords, candidate, cx, cy);
-    const vf dx = x - cx, dy = y - cy;
-    return dx * dx + dy * dy;
+    vf to_x, to_y;
+    gather_pairs(form.codewords, candidate, to_x, to_y);
+    return distance_of(x, y, to_x, to_y);
   };
-  vi index = first;
-  vf least = distance(first);
-  const auto compare = [&](vi candidate) {
+  vi index = byte_of(list, 0);
+  vf least = distance(index);
+  for (int i = 1; i < 4; ++i) {
+    const vi candidate = byte_of(list, i);
+    if (i > 1 && !any(candidate != byte_of(list, i - 1))) break;
     const vf other = distance(candidate);
     index = choose(other < least, candidate, index);
     least = minimum(least, other);
-  };
-  // Candidates rise, so that strictly nearer keeps the lower of equals. A repeated one changes nothing.
-  compare(second);
-  if (any(third != second)) {
-    compare(third);
-    if (any(fourth != third)) compare(fourth);
   }
-  if (form.long_lists && any(first > second)) search_again(form, block, first > second, index);
+  return index;
+}
+#endif
+
+// k = 2: the nearest of the candidates of the point's cell, or of the book where its list is longer.
+static inline vi nearest_on_grid(const FibForm& form, const vf* block) {
+  const vi list = gather(form.candidates, cell_of(form.square, block[0], block[1]));
+  vi index = nearest_of_four(form, block[0], block[1], list);
+  if (form.long_lists) {
+    const vi is_long = byte_of(list, 0) > byte_of(list, 1);
+    if (any(is_long)) search_again(form, block, is_long, index);
+  }
   return index;
 }
 

@@ -2,9 +2,6 @@
 #pragma once
 
 #include "encode_fit.h"
-#if defined(__AVX512F__)
-#include "byte_tables.h"
-#endif
 
 namespace fibkv {
 namespace FIBKV_ISA {
@@ -237,40 +234,14 @@ static void find_cells(const FibForm& form, const CellScale& scale, const TableS
   }
 }
 
-// The two words of each codeword.
+// The words of codewords that byte i of each lane names.
+static inline void look_up_words(const TableForm& form, vi bytes, vi* words) {
 #if defined(__AVX512F__)
-struct WordBook {
-  Table x_low, x_high, y_low, y_high;
-
-  explicit WordBook(const TableForm& form)
-      : x_low(form.planes, 0), x_high(form.planes + 256, 0), y_low(form.planes + 512, 0), y_high(form.planes + 768, 0) {}
-
-  // Of four blocks.
-  void look_up(vi quads, vi* words) const {
-    const __m512i in_rows = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    const __m512i bytes = _mm512_shuffle_epi8((__m512i)quads, in_rows);
-    const __mmask64 bit7 = bit7_of(bytes);
-    const __m512i xl = x_low(bytes, bit7), xh = x_high(bytes, bit7);
-    const __m512i yl = y_low(bytes, bit7), yh = y_high(bytes, bit7);
-    const __m512i x01 = _mm512_unpacklo_epi8(xl, xh), x23 = _mm512_unpackhi_epi8(xl, xh);
-    const __m512i y01 = _mm512_unpacklo_epi8(yl, yh), y23 = _mm512_unpackhi_epi8(yl, yh);
-    words[0] = (vi)_mm512_unpacklo_epi16(x01, y01);
-    words[1] = (vi)_mm512_unpackhi_epi16(x01, y01);
-    words[2] = (vi)_mm512_unpacklo_epi16(x23, y23);
-    words[3] = (vi)_mm512_unpackhi_epi16(x23, y23);
-  }
-};
+  look_up_four(form.planes, bytes, words);
 #else
-struct WordBook {
-  const int32_t* book;
-
-  explicit WordBook(const TableForm& form) : book(form.words) {}
-
-  void look_up(vi quads, vi* words) const {
-    for (int i = 0; i < 4; ++i) words[i] = gather(book, (quads >> (8 * i)) & splat(0xFF));
-  }
-};
+  for (int i = 0; i < 4; ++i) words[i] = gather(form.words, byte_of(bytes, i));
 #endif
+}
 
 static inline Wide times(vi v, double unit) {
   Wide wide;
@@ -283,11 +254,10 @@ static inline Wide times(vi v, double unit) {
 
 // As `fit`, of half the vectors.
 static Fit fit_words(const FibForm& form, const TableScratch& scratch, int half) {
-  const WordBook book(*form.table);
   vi along{}, energy{};
   for (int b = 0; b < form.blocks(); b += 4) {
     vi words[4];
-    book.look_up(scratch.quads[half][b / 4], words);
+    look_up_words(*form.table, scratch.quads[half][b / 4], words);
     for (int i = 0; i < 4; ++i) {
       const vi x = (vi)scratch.rotated[2 * (b + i)], y = (vi)scratch.rotated[2 * (b + i) + 1];
       const vi pairs = half ? (vi)((vu)x >> 16) | (y & splat((int)0xFFFF0000)) : (x & splat(0xFFFF)) | y << 16;
@@ -304,7 +274,7 @@ static void write_quads(const FibForm& form, const vi* quads, Wide length, const
   if (form.gain_corrected) length = with_gain(length, sums);
   write_norms(length, count, norms);
   if (form.bits == 8) return write_codes(form.code_bytes(), quads, count, codes);
-  for (int b = 0; b < form.blocks(); ++b) scratch.index[b] = quads[b / 4] >> (8 * (b % 4)) & splat(0xFF);
+  for (int b = 0; b < form.blocks(); ++b) scratch.index[b] = byte_of(quads[b / 4], b % 4);
   pack_lanes(form, scratch.index, scratch.words);
   write_codes(form.code_bytes(), scratch.words, count, codes);
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "codeword_grid.h"
@@ -36,6 +37,7 @@ FibCoder::FibCoder(const FibSettings& settings) {
   take(settings);
   form_.window = form_.bits;
   lay_out_codewords();
+  if (form_.block == 2 && form_.size <= 256) lay_out_pairs();
   choose_search(settings);
 }
 
@@ -115,6 +117,20 @@ void FibCoder::lay_out_codewords() {
   }
   form_.planes = planes_.data();
   form_.scores = scores_.data();
+}
+
+void FibCoder::lay_out_pairs() {
+  pair_planes_.resize(2 * 4 * 256);
+  for (int j = 0; j < form_.size; ++j) {
+    for (int axis = 0; axis < 2; ++axis) {
+      uint32_t bits;
+      std::memcpy(&bits, form_.codewords + 2 * j + axis, sizeof bits);
+      for (int byte = 0; byte < 4; ++byte) {
+        pair_planes_[(4 * axis + byte) * 256 + j] = static_cast<int8_t>(bits >> (8 * byte));
+      }
+    }
+  }
+  form_.pair_planes = pair_planes_.data();
 }
 
 void FibCoder::choose_search(const FibSettings& settings) {

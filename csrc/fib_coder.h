@@ -50,6 +50,7 @@ class FibCoder {
   void rotate_by_matrix(const float* matrix);
   void take(const FibSettings& settings);
   void lay_out_codewords();
+  void lay_out_pairs();
   void choose_search(const FibSettings& settings);
   bool find_boundaries();
 
@@ -62,6 +63,7 @@ class FibCoder {
   std::vector<float> back_signs_, transposed_, output_scale_;
   std::vector<float> codewords_, planes_, scores_, boundaries_, scales_;
   std::vector<uint32_t> candidates_;
+  std::vector<int8_t> pair_planes_;
   std::vector<uint8_t> decisions_;
 };
 
