@@ -121,7 +121,7 @@ void score_pair(const Side& side, const uint8_t* codes, int groups, int pair, co
     // The code is a ring: before its first bytes are its last.
     const size_t first = static_cast<size_t>(group) * unit * steps;
     __m512i last = _mm512_loadu_si512(codes + (first + unit * steps - 1) * 64);
-    for (int j = 0; j < steps; ++j) {
+    const auto look_up = [&](int j) {
       __m512i bytes[unit];
 #pragma GCC unroll 3
       for (int i = 0; i < unit; ++i) {
@@ -131,8 +131,13 @@ void score_pair(const Side& side, const uint8_t* codes, int groups, int pair, co
       }
       tables.look_up(bytes, _mm512_shldi_epi32(bytes[unit - 1], last, 8));
       last = bytes[unit - 1];
-      add_products<n>(found, tables.x, queries + j * n);
-      add_products<n>(found + odd, tables.y, queries + (steps + j) * n);
+    };
+    look_up(0);
+    for (int j = 0; j < steps; ++j) {
+      const __m512i x = tables.x, y = tables.y;
+      if (j + 1 < steps) look_up(j + 1);  // beside the products, not in front of them
+      add_products<n>(found, x, queries + j * n);
+      add_products<n>(found + odd, y, queries + (steps + j) * n);
     }
     for (int q = 0; q < n; ++q) sums[group * n + q] = odd ? _mm512_add_epi32(found[q], found[odd + q]) : found[q];
   }
@@ -272,7 +277,7 @@ void mix_pair(const Side& side, const uint8_t* codes, size_t pitch, int tokens, 
     const uint8_t* previous = codes + ((unit - 1) * slices + (slice ? slice - 1 : slices - 1)) * pitch;
     __m512i first[n], second[n];
     for (int q = 0; q < n; ++q) first[q] = second[q] = _mm512_setzero_si512();
-    for (int r = 0; r < registers; ++r) {
+    const auto look_up = [&](int r) {
       __m512i bytes[unit];
 #pragma GCC unroll 3
       for (int i = 0; i < unit; ++i) {
@@ -282,10 +287,15 @@ void mix_pair(const Side& side, const uint8_t* codes, size_t pitch, int tokens, 
       }
       const __m512i last = _mm512_loadu_si512(previous + static_cast<size_t>(r) * 64);
       tables.look_up(bytes, _mm512_alignr_epi32(bytes[unit - 1], last, 15));
+    };
+    look_up(0);
+    for (int r = 0; r < registers; ++r) {
+      const __m512i x = tables.x, y = tables.y;
+      if (r + 1 < registers) look_up(r + 1);  // beside the products, not in front of them
       for (int q = 0; q < n; ++q) {
         const __m512i weight = Slice::weights(weights.low[q] + Slice::tokens * r);
-        first[q] = plus_products(first[q], weight, tables.x);
-        second[q] = plus_products(second[q], weight, tables.y);
+        first[q] = plus_products(first[q], weight, x);
+        second[q] = plus_products(second[q], weight, y);
       }
     }
     for (int q = 0; q < n; ++q) {
