@@ -1,6 +1,7 @@
 // The costs of a trellis's 256 states in the registers of an instruction set, and one step of Viterbi's algorithm: what
 // trellis_layout.h describes. A step tries for each state a few ways to it and keeps the least sum; sums stay at 255. A
-// `lowered` step takes off what the best path had cost before it.
+// `lowered` step takes off what the best path had cost before it. What a step notes [kStates] is what its way back is
+// found by: of two ways the sums behind it, with the bit that says which way it was, else the costs before it.
 #pragma once
 
 #if defined(__AVX512VBMI__)
@@ -20,9 +21,7 @@ namespace fibkv {
 namespace FIBKV_ISA {
 
 typedef uint8_t Lane __attribute__((vector_size(16)));
-typedef uint64_t Halves __attribute__((vector_size(16)));
 
-static inline Lane shuffle(Lane bytes, Lane places) { return __builtin_shuffle(bytes, places); }
 #if defined(__SSE2__)
 static inline Lane minimum(Lane a, Lane b) { return (Lane)_mm_min_epu8((__m128i)a, (__m128i)b); }
 static inline Lane add_to_most(Lane a, Lane b) { return (Lane)_mm_adds_epu8((__m128i)a, (__m128i)b); }
@@ -32,10 +31,14 @@ static inline Lane add_to_most(Lane a, Lane b) { return a + minimum(b, ~a); }
 #endif
 static inline Lane splat_byte(int x) { return (uint8_t)x - Lane{}; }
 
+// How bytes change their places between two steps.
+struct Places {
+  explicit Places(const TrellisLayout& layout) : layout(layout) {}
+  const TrellisLayout& layout;
+};
+
 class Costs {
  public:
-  explicit Costs(const TrellisLayout& layout) : layout_(layout) {}
-
   void fill(int cost) {
     for (Lane& lane : costs_) lane = splat_byte(cost);
   }
@@ -53,47 +56,41 @@ class Costs {
   void write(uint8_t* to) const { std::memcpy(to, costs_, sizeof costs_); }
 
   template <int bits, int ways, bool lowered>
-  void step(const TrellisCell& cell) {
-    Lane from[ways], cost[ways];
-    for (int way = 0; way < ways; ++way) {
-      from[way] = load<Lane>(cell.from[way]);
-      cost[way] = load<Lane>(cell.cost[way]);
-    }
-    const Lane least = splat_byte(lowered ? this->least() : 0);
+  void step(const Places& places, const TrellisCell& cell, uint8_t* noted) {
+    if constexpr (ways > 2) write(noted);
+    Lane tried[ways][kStateLanes], reached[kStateLanes];
+    for (int way = 0; way < ways; ++way) pick(cell.from[way], tried[way]);
+    const Lane least = splat_byte(lowered ? this->least() : 0), cost_bits = splat_byte(kMostCost<ways>);
     for (int i = 0; i < kStateLanes; ++i) {
-      Lane reached;
       for (int way = 0; way < ways; ++way) {
-        const Lane sum = add_to_most(shuffle(costs_[i], from[way]), cost[way]);
-        reached = way ? minimum(reached, sum) : sum;
+        const Lane sum = add_to_most(tried[way][i], load<Lane>(cell.cost[way]));
+        reached[i] = way ? minimum(reached[i], sum) : sum;
       }
-      costs_[i] = reached - least;
+      reached[i] -= least;
+      if constexpr (ways == 2) store(noted + 16 * i, reached[i]);
+      reached[i] &= cost_bits;
     }
-    change_places<bits>();
+    const uint8_t* const bytes = reinterpret_cast<const uint8_t*>(reached);
+    uint8_t* const to = reinterpret_cast<uint8_t*>(costs_);
+    for (int place = 0; place < kStates; ++place) to[place] = bytes[places.layout.order[place]];
   }
 
  private:
-  template <int bits>
-  void change_places() {
-    for (int round = 0; round < bits; ++round) {
-      for (int lane = 0; lane < kStateLanes; ++lane) {
-        if (lane >> round & 1) continue;
-        const int other = lane | 1 << round;
-        const Halves a = (Halves)shuffle(costs_[lane], load<Lane>(layout_.exchange[round][lane]));
-        const Halves b = (Halves)shuffle(costs_[other], load<Lane>(layout_.exchange[round][other]));
-        costs_[lane] = (Lane)__builtin_shuffle(a, b, Halves{0, 2});
-        costs_[other] = (Lane)__builtin_shuffle(a, b, Halves{1, 3});
-      }
+  // The bytes of each lane that are at `from` [16] in it.
+  void pick(const uint8_t* from, Lane* picked) const {
+#if defined(__SSE2__)
+    // There is no shuffle of bytes. All lanes before one of them is looked at: what was written byte by byte is not ready
+    // at once to be read as a register.
+    const uint8_t* const bytes = reinterpret_cast<const uint8_t*>(costs_);
+    uint8_t* const to = reinterpret_cast<uint8_t*>(picked);
+    for (int lane = 0; lane < kStates; lane += 16) {
+      for (int row = 0; row < 16; ++row) to[lane + row] = bytes[lane + from[row]];
     }
-    // The symbol is in the low bits of a lane's number now, and belongs into the high ones.
-    Lane settled[kStateLanes];
-    for (int lane = 0; lane < kStateLanes; ++lane) {
-      const int to = (lane & ((1 << bits) - 1)) << (4 - bits) | lane >> bits;
-      settled[to] = shuffle(costs_[lane], load<Lane>(layout_.settle[lane]));
-    }
-    for (int lane = 0; lane < kStateLanes; ++lane) costs_[lane] = settled[lane];
+#else
+    for (int lane = 0; lane < kStateLanes; ++lane) picked[lane] = __builtin_shuffle(costs_[lane], load<Lane>(from));
+#endif
   }
 
-  const TrellisLayout& layout_;
   Lane costs_[kStateLanes];
 };
 

@@ -7,10 +7,13 @@
 namespace fibkv {
 namespace FIBKV_ISA {
 
+struct Places {
+  explicit Places(const TrellisLayout& layout) : layout(layout) {}
+  const TrellisLayout& layout;
+};
+
 class Costs {
  public:
-  explicit Costs(const TrellisLayout& layout) : layout_(layout) {}
-
   void fill(int cost) {
     for (__m256i& part : parts_) part = _mm256_set1_epi8((char)cost);
   }
@@ -22,7 +25,8 @@ class Costs {
   void write(uint8_t* to) const { std::memcpy(to, parts_, sizeof parts_); }
 
   template <int bits, int ways, bool lowered>
-  void step(const TrellisCell& cell) {
+  void step(const Places& places, const TrellisCell& cell, uint8_t* noted) {
+    if constexpr (ways > 2) write(noted);
     const auto everywhere = [](const uint8_t* row) {
       return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)row));
     };
@@ -32,15 +36,21 @@ class Costs {
       cost[way] = everywhere(cell.cost[way]);
     }
     const __m256i least = _mm256_broadcastb_epi8(lowered ? least_byte() : _mm_setzero_si128());
-    for (__m256i& part : parts_) {
+    const __m256i cost_bits = _mm256_set1_epi8((char)kMostCost<ways>);
+    for (int i = 0; i < kParts; ++i) {
       __m256i reached;
       for (int way = 0; way < ways; ++way) {
-        const __m256i sum = _mm256_adds_epu8(_mm256_shuffle_epi8(part, from[way]), cost[way]);
+        const __m256i sum = _mm256_adds_epu8(_mm256_shuffle_epi8(parts_[i], from[way]), cost[way]);
         reached = way ? _mm256_min_epu8(reached, sum) : sum;
       }
-      part = lowered ? _mm256_sub_epi8(reached, least) : reached;
+      if (lowered) reached = _mm256_sub_epi8(reached, least);
+      if constexpr (ways == 2) {
+        _mm256_storeu_si256((__m256i*)noted + i, reached);
+        reached = _mm256_and_si256(reached, cost_bits);
+      }
+      parts_[i] = reached;
     }
-    change_places<bits>();
+    change_places<bits>(places.layout);
   }
 
  private:
@@ -51,10 +61,10 @@ class Costs {
   }
 
   template <int bits>
-  void change_places() {
+  void change_places(const TrellisLayout& layout) {
     // Round 0 is between the lanes of a part.
     for (int part = 0; part < kParts; ++part) {
-      parts_[part] = _mm256_permute4x64_epi64(shuffled(part, layout_.exchange[0]), 0xD8);
+      parts_[part] = _mm256_permute4x64_epi64(shuffled(part, layout.exchange[0]), 0xD8);
     }
 #pragma GCC unroll 3
     for (int round = 1; round < bits; ++round) {
@@ -62,12 +72,12 @@ class Costs {
       for (int part = 0; part < kParts; ++part) {
         const int other = part | 1 << (round - 1);
         if (part == other) continue;
-        const __m256i a = shuffled(part, layout_.exchange[round]), b = shuffled(other, layout_.exchange[round]);
+        const __m256i a = shuffled(part, layout.exchange[round]), b = shuffled(other, layout.exchange[round]);
         parts_[part] = _mm256_unpacklo_epi64(a, b);
         parts_[other] = _mm256_unpackhi_epi64(a, b);
       }
     }
-    for (int part = 0; part < kParts; ++part) parts_[part] = shuffled(part, layout_.settle);
+    for (int part = 0; part < kParts; ++part) parts_[part] = shuffled(part, layout.settle);
     if constexpr (bits < 4) gather_lanes<bits>();
   }
 
@@ -97,7 +107,6 @@ class Costs {
     return _mm_minpos_epu16(_mm_min_epu8(lane, _mm_srli_epi16(lane, 8)));
   }
 
-  const TrellisLayout& layout_;
   __m256i parts_[kParts];
 };
 

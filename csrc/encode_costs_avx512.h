@@ -7,15 +7,21 @@
 namespace fibkv {
 namespace FIBKV_ISA {
 
-class Costs {
- public:
-  explicit Costs(const TrellisLayout& layout) {
+struct Places {
+  explicit Places(const TrellisLayout& layout) {
     for (int i = 0; i < 4; ++i) {
-      order_[i] = _mm512_loadu_si512(layout.order + 64 * i);
-      is_high_[i] = _mm512_movepi8_mask(order_[i]);
+      order[i] = _mm512_loadu_si512(layout.order + 64 * i);
+      is_high[i] = _mm512_movepi8_mask(order[i]);
     }
   }
 
+  // Each place from two registers of four: an index has seven bits, and the eighth says which two.
+  __m512i order[4];
+  __mmask64 is_high[4];
+};
+
+class Costs {
+ public:
   void fill(int cost) {
     for (__m512i& part : costs_) part = _mm512_set1_epi8((char)cost);
   }
@@ -34,7 +40,8 @@ class Costs {
   }
 
   template <int bits, int ways, bool lowered>
-  void step(const TrellisCell& cell) {
+  void step(const Places& places, const TrellisCell& cell, uint8_t* noted) {
+    if constexpr (ways > 2) write(noted);
     const auto everywhere = [](const uint8_t* row) {
       return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)row));
     };
@@ -52,13 +59,15 @@ class Costs {
         reached[i] = way ? _mm512_min_epu8(reached[i], sum) : sum;
       }
       if (lowered) reached[i] = _mm512_sub_epi8(reached[i], least);
+      if constexpr (ways == 2) _mm512_storeu_si512(noted + 64 * i, reached[i]);
     }
-    // Each place from two registers of four: an index has seven bits, and the eighth says which two.
+    const __m512i cost_bits = _mm512_set1_epi8((char)kMostCost<ways>);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      const __m512i low = _mm512_permutex2var_epi8(reached[0], order_[i], reached[1]);
-      const __m512i high = _mm512_permutex2var_epi8(reached[2], order_[i], reached[3]);
-      costs_[i] = _mm512_mask_blend_epi8(is_high_[i], low, high);
+      const __m512i order = places.order[i];
+      const __m512i low = _mm512_maskz_permutex2var_epi8(~places.is_high[i], reached[0], order, reached[1]);
+      const __m512i high = _mm512_maskz_permutex2var_epi8(places.is_high[i], reached[2], order, reached[3]);
+      costs_[i] = _mm512_ternarylogic_epi32(low, high, cost_bits, 0xA8);  // (low | high) & cost_bits
     }
   }
 
@@ -70,8 +79,7 @@ class Costs {
     return _mm_minpos_epu16(_mm_min_epu8(lane, _mm_srli_epi16(lane, 8)));
   }
 
-  __m512i costs_[4], order_[4];
-  __mmask64 is_high_[4];
+  __m512i costs_[4];
 };
 
 }  // namespace FIBKV_ISA

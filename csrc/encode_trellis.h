@@ -13,7 +13,7 @@ constexpr int kTogether = kLanes < 8 ? kLanes : 8;
 
 struct PathScratch {
   uint16_t* cells;  // [d][kLanes]
-  uint8_t* costs;   // [d][kTogether][kStates], held before each step
+  uint8_t* notes;   // [d][kTogether][kStates], of each step: see Costs::step
 
   // In sizes of a register.
   static size_t registers(const FibForm& form) {
@@ -21,68 +21,91 @@ struct PathScratch {
   }
 
   PathScratch(const FibForm& form, vf* memory)
-      : cells(reinterpret_cast<uint16_t*>(memory)), costs(reinterpret_cast<uint8_t*>(memory + form.dim)) {}
+      : cells(reinterpret_cast<uint16_t*>(memory)), notes(reinterpret_cast<uint8_t*>(memory + form.dim)) {}
 };
 
 // The search for the vectors of kTogether lanes, the first one being `first`; `bits` of a symbol.
 template <int bits, int ways>
 struct Paths {
+  // The last of so many steps is a lowered one.
+  static constexpr int kInterval = ways == 2 ? 4 : 2;
+
   const TrellisForm& trellis;
   const PathScratch& scratch;
   int dim, first;
 
-  template <bool lowered>
-  void step(Costs& costs, int lane, int t) const {
-    costs.write(scratch.costs + (t * kTogether + lane) * kStates);
-    costs.template step<bits, ways, lowered>(trellis.cells[scratch.cells[t * kLanes + first + lane]]);
+  // Steps at start, start + 1 .. of a number of coordinates, the vector being a ring; it and its parts before and behind
+  // the seam are divisible by kInterval. Two vectors at a time: a step waits for the one before it.
+  void walk(Costs (&pair)[2], int lane, int start, int coordinates) const {
+    const Places places(*trellis.layout);
+    // Held here, as a step could write to anything for all that a compiler knows.
+    const TrellisCell* const cells = trellis.cells;
+    const uint16_t* const of_lanes = scratch.cells + first + lane;
+    uint8_t* const notes = scratch.notes + lane * kStates;
+    const auto note = [notes](int t, int k) { return notes + (t * kTogether + k) * kStates; };
+    Costs costs[2] = {pair[0], pair[1]};
+    for (int i = 0; i < coordinates; i += kInterval) {
+      const int next = start + i < dim ? start + i : start + i - dim, last = next + kInterval - 1;
+#pragma GCC unroll 4
+      for (int t = next; t < last; ++t) {
+        for (int k = 0; k < 2; ++k) {
+          costs[k].template step<bits, ways, false>(places, cells[of_lanes[t * kLanes + k]], note(t, k));
+        }
+      }
+      for (int k = 0; k < 2; ++k) {
+        costs[k].template step<bits, ways, true>(places, cells[of_lanes[last * kLanes + k]], note(last, k));
+      }
+    }
+    for (int k = 0; k < 2; ++k) pair[k] = costs[k];
   }
 
-  // Steps at start, start + 1 .. of an even number of coordinates, the vector being a ring. Two vectors at a time: a step
-  // waits for the one before it.
-  void walk(Costs (&pair)[2], int lane, int start, int coordinates) const {
-    for (int i = 0; i < coordinates; i += 2) {
-      const int t = start + i < dim ? start + i : start + i - dim;
-      const int next = t + 1 < dim ? t + 1 : 0;
-      for (int k = 0; k < 2; ++k) step<false>(pair[k], lane + k, t);
-      for (int k = 0; k < 2; ++k) step<true>(pair[k], lane + k, next);
+  // The place in a lane that a row of it was reached from, by what the step noted at the place and in its lane.
+  static size_t source(const TrellisCell& tried, size_t row, const uint8_t* place, const uint8_t* lane) {
+    if constexpr (ways == 2) return tried.from[*place & 1][row];
+    size_t from = tried.from[0][row];
+    int least = lane[from] + tried.cost[0][row];
+#pragma GCC unroll 2
+    for (int way = 1; way < ways; ++way) {
+      const size_t next = tried.from[way][row];
+      const int sum = lane[next] + tried.cost[way][row];
+      // Without branches, which nobody could predict.
+      const int better = -(sum < least);
+      from ^= (from ^ next) & (size_t)better;
+      least ^= (least ^ sum) & better;
     }
+    return from;
   }
 
   // Follows the best paths back that are at `places` [kTogether] behind the step before `stop`, to the places behind the
   // step before 0. Calls found(t, lane, state) on the way, for the states behind the steps.
   template <class Found>
-  void follow(int stop, int* places, Found found) const {
+  void follow(int stop, size_t* places, Found found) const {
     const uint8_t *const states = trellis.layout->states, *const order = trellis.layout->order;
     const TrellisCell* const cells = trellis.cells;
+    const uint16_t* of_lanes = scratch.cells + first + stop * kLanes;
+    const uint8_t* notes = scratch.notes + stop * kTogether * kStates;
+    size_t at[kTogether];
+    for (int lane = 0; lane < kTogether; ++lane) at[lane] = places[lane];
     for (int t = stop - 1; t >= 0; --t) {
-      const uint16_t* const of_lanes = scratch.cells + t * kLanes + first;
-      const uint8_t* const costs = scratch.costs + t * kTogether * kStates;
+      of_lanes -= kLanes;
+      notes -= kTogether * kStates;
 #pragma GCC unroll 8
       for (int lane = 0; lane < kTogether; ++lane) {
-        const int place = places[lane], row = place & 15, other = place & 0xF0;
-        const TrellisCell& tried = cells[of_lanes[lane]];
-        const uint8_t* const held = costs + lane * kStates + other;
+        const size_t place = at[lane], row = place & 15, other = place & 0xF0;
+        const uint8_t* const noted = notes + lane * kStates;
         found(t, lane, states[place]);
-        int from = tried.from[0][row], least = held[from] + tried.cost[0][row];
-#pragma GCC unroll 2
-        for (int way = 1; way < ways; ++way) {
-          const int next = tried.from[way][row], sum = held[next] + tried.cost[way][row];
-          // Without branches, which nobody could predict.
-          const int better = -(sum < least);
-          from ^= (from ^ next) & better;
-          least ^= (least ^ sum) & better;
-        }
-        places[lane] = order[other | from];
+        at[lane] = order[other | source(cells[of_lanes[lane]], row, noted + place, noted + other)];
       }
     }
+    for (int lane = 0; lane < kTogether; ++lane) places[lane] = at[lane];
   }
 
   // For each vector a state to have at the seam: that of the best path over the coordinates around it.
   void find_seams(int* seams) const {
     const TrellisLayout& layout = *trellis.layout;
-    int places[kTogether];
+    size_t places[kTogether];
     for (int lane = 0; lane < kTogether; lane += 2) {
-      Costs pair[2] = {Costs(layout), Costs(layout)};
+      Costs pair[2];
       for (Costs& costs : pair) costs.fill(0);
       walk(pair, lane, dim - trellis.overlap, 2 * trellis.overlap);
       for (int k = 0; k < 2; ++k) places[lane + k] = layout.order[layout.held[least_state(pair[k])]];
@@ -104,12 +127,13 @@ struct Paths {
   // Symbols [d][kLanes] of the best paths from their seams and back to them.
   void find_symbols(vi* symbols) const {
     const TrellisLayout& layout = *trellis.layout;
-    int seams[kTogether], places[kTogether];
+    int seams[kTogether];
+    size_t places[kTogether];
     find_seams(seams);
     for (int lane = 0; lane < kTogether; lane += 2) {
-      Costs pair[2] = {Costs(layout), Costs(layout)};
+      Costs pair[2];
       for (int k = 0; k < 2; ++k) {
-        pair[k].fill(255);
+        pair[k].fill(kMostCost<ways>);
         pair[k].set(layout.held[seams[lane + k]], 0);
       }
       walk(pair, lane, 0, dim);

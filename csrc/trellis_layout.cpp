@@ -63,7 +63,8 @@ std::vector<TrellisCell> lay_out_cells(int bits, int cells, int ways, int rows, 
       const int start = (cell * ways + way) * rows;
       for (int row = 0; row < 16; ++row) {
         laid[cell].from[way][row] = static_cast<uint8_t>((row & -(1 << bits)) + columns[start + row % rows]);
-        laid[cell].cost[way][row] = costs[start + row % rows];
+        const int cost = costs[start + row % rows];
+        laid[cell].cost[way][row] = static_cast<uint8_t>(ways == 2 ? 2 * cost + way : cost);
       }
     }
   }

@@ -18,6 +18,11 @@ constexpr int kStates = 256;
 constexpr int kStateLanes = 16;  // of 16 bytes
 constexpr int kMostWays = 3;     // levels of a row that are tried at most
 
+// The largest cost in a byte. Of two ways costs are even, and the lowest bit of a sum says which way it is: the least sum
+// brings it along.
+template <int ways>
+constexpr int kMostCost = ways == 2 ? 254 : 255;
+
 // The search table for one cell.
 struct TrellisCell {
   uint8_t from[kMostWays][16];  // for each row of a lane, the place in the lane that is tried

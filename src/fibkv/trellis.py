@@ -106,6 +106,11 @@ class Trellis:
     cells: float
     overlap: int
 
+    @property
+    def ways(self) -> int:
+        """Levels that the encoder tries for each state."""
+        return self.search.columns.shape[1]
+
     @classmethod
     def of(cls, code: TrellisCode, head_dim: int, overlap: int, ways: int = 3) -> Trellis:
         """The code for vectors of ``head_dim`` coordinates.

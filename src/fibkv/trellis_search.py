@@ -18,11 +18,15 @@ CELLS_PER_UNIT = 128
 REACH = 511
 """The largest coordinate that is told from larger ones, in cells."""
 
-MOST = 255
-"""The largest cost, of one step and of a path: sums stay there."""
+MOST = {2: 127, 3: 255}
+"""The largest cost, of one step and of a path, by the ways that are tried: sums stay there. Of two ways, a byte also
+has room to say which one it was."""
+
+INTERVAL = {2: 4, 3: 2}
+"""At every so many coordinates the least cost before it is taken off, by the ways: not sooner than it must."""
 
 # Squared distances in steps of the levels' grid are divided by 2^this. Costs of states differ by dozens of times the
-# distortion of a coordinate: so they fill eight bits.
+# distortion of a coordinate: so they fill eight bits. With two ways steps are twice as large.
 _COST_SHIFT = {2: 18, 3: 16, 4: 15}
 
 
@@ -33,7 +37,7 @@ class SearchTable:
     Attributes:
         columns: ``[2 * REACH + 1, W, R]`` uint8: of each of the R rows of labels, the b low bits of the labels
             of its W levels nearest to the cell, in rising order.
-        costs: likewise: their squared distances less the smallest one of all labels, at most MOST.
+        costs: likewise: their squared distances less the smallest one of all labels, at most `MOST`.
     """
 
     columns: Tensor
@@ -53,7 +57,7 @@ def search_table(bits: int, levels: Tensor, grid: int, ways: int) -> SearchTable
     points = torch.arange(-REACH, REACH + 1).view(-1, 1, 1) * (grid // CELLS_PER_UNIT)
     distances = (points - rows).square()
     columns = distances.argsort(dim=2, stable=True)[:, :, :ways].sort(dim=2).values
-    shift = _COST_SHIFT[bits]
+    shift = _COST_SHIFT[bits] + (ways == 2)
     costs = distances + (1 << shift - 1) >> shift
-    costs = (costs - costs.amin((1, 2), keepdim=True)).clamp(max=MOST).gather(2, columns)
+    costs = (costs - costs.amin((1, 2), keepdim=True)).clamp(max=MOST[ways]).gather(2, columns)
     return SearchTable(*(tensor.transpose(1, 2).to(torch.uint8).contiguous() for tensor in (columns, costs)))

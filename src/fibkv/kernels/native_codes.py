@@ -308,7 +308,7 @@ def _coder(tables: FibTables) -> Any:
             overlap=trellis.overlap,
             cells_per_one=trellis.cells,
             reach=REACH,
-            ways=trellis.search.columns.shape[1],
+            ways=trellis.ways,
             rows=trellis.search.columns.shape[2],
             columns=trellis.search.columns.data_ptr(),
             costs=trellis.search.costs.data_ptr(),

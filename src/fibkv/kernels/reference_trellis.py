@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fibkv.constants import constant
 from fibkv.trellis import STATE_BITS, Trellis, TrellisCode
-from fibkv.trellis_search import MOST, REACH
+from fibkv.trellis_search import INTERVAL, MOST, REACH
 
 STATES = 1 << STATE_BITS
 # Vectors searched at a time: on the CPU so that the costs of a step stay inside the second-level cache; on a device,
@@ -53,13 +53,13 @@ def _tile_symbols(rows: Tensor, trellis: Trellis) -> Tensor:
     around = cells.roll(trellis.overlap, dims=0)[: 2 * trellis.overlap]
     cost, before = _search(around, torch.zeros(len(rows), STATES, dtype=torch.int32, device=rows.device), trellis)
     seam = _trace(_first_least(cost), before[trellis.overlap :], trellis)[1]
-    closed = torch.full_like(cost, MOST).scatter_(1, seam.unsqueeze(1), 0)
+    closed = torch.full_like(cost, MOST[trellis.ways]).scatter_(1, seam.unsqueeze(1), 0)
     _, before = _search(cells, closed, trellis)
     return _trace(seam, before, trellis)[0]
 
 
 def _search(cells: Tensor, cost: Tensor, trellis: Trellis) -> tuple[Tensor, list[Tensor]]:
-    """Viterbi's algorithm. Sums stay at MOST; of equally good ways the one with the lowest column is taken.
+    """Viterbi's algorithm. Costs stay at MOST; of equally good ways the one with the lowest column is taken.
 
     Args:
         cells: ``[d, V]`` int64, which row of the search table a coordinate has.
@@ -71,7 +71,7 @@ def _search(cells: Tensor, cost: Tensor, trellis: Trellis) -> tuple[Tensor, list
         each state was reached best, ``[V, 256]`` uint8.
     """
     sources, costs = (constant(table, cells.device) for table in _ways(trellis))
-    tried = costs.shape[1]
+    tried, most, interval = trellis.ways, MOST[trellis.ways], INTERVAL[trellis.ways]
     order = torch.arange(tried, dtype=torch.int32, device=cells.device).view(1, -1, 1)
     before = []
     for t, row in enumerate(cells):
@@ -79,9 +79,12 @@ def _search(cells: Tensor, cost: Tensor, trellis: Trellis) -> tuple[Tensor, list
         sums = cost.gather(1, source.flatten(1).to(torch.int64)).view_as(source) + costs[row]
         # The number of the way in the low bits: the least sum, the first of equals, brings it along.
         best = (sums * tried + order).amin(1)
+        if tried == 2:  # in a byte: both sums too large for it are the second one
+            best = best.clamp(max=2 * most + 1)
         before.append(source.gather(1, (best % tried).to(torch.int64).unsqueeze(1)).squeeze(1))
-        # At every second coordinate less by what the best path had cost before, which no way has lowered.
-        cost = (best // tried).clamp(max=MOST) - (cost.amin(1, keepdim=True) if t % 2 else 0)
+        # Less by what the best path had cost before, which no way has lowered.
+        paid = cost.amin(1, keepdim=True) if t % interval == interval - 1 else 0
+        cost = (best // tried).clamp(max=most) - paid
     return cost, before
 
 
