@@ -28,7 +28,7 @@ from fibkv.kernels.native_sides import (
     raw_tables,
     side_of,
 )
-from fibkv.kernels.runs import Masking, Run, attend_part
+from fibkv.kernels.runs import InPlace, Masking, Run
 from fibkv.packed import Held, Packed, PackedForm
 from fibkv.shape import Role
 from fibkv.slabs import Blocks, block_nbytes
@@ -64,7 +64,7 @@ def read(tensor: Tensor) -> int:
     return total
 
 
-class Native:
+class Native(InPlace):
     """Native kernels on one instruction set; by default the best that the machine has."""
 
     def __init__(self, instruction_set: str | None = None) -> None:
@@ -202,33 +202,6 @@ class Native:
         )
         del mask  # the call read it through a pointer
         return out, lse
-
-    def attend(
-        self,
-        query: Tensor,
-        key_codes: Codes,
-        key_tables: Tables,
-        value_codes: Codes,
-        value_tables: Tables,
-        *,
-        scale: float,
-        mask: Tensor | None = None,
-        softcap: float | None = None,
-        key_mean: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Attention of rotated queries on one part of a cache; see `fibkv.kernels.reference.attend`."""
-        return attend_part(
-            self,
-            query,
-            key_codes,
-            key_tables,
-            value_codes,
-            value_tables,
-            scale=scale,
-            mask=mask,
-            softcap=softcap,
-            key_mean=key_mean,
-        )
 
 
 def _mask_pointers(masking: Masking, query: torch.Size, length: int) -> tuple[Tensor | None, Any]:

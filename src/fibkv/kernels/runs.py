@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,13 +53,14 @@ class Masking:
     causal: bool
 
 
-@runtime_checkable
-class InPlace(Protocol):
+class InPlace(ABC):
     """Kernels that attend to everything that a layer holds in one call, on pages where they lie."""
 
+    @abstractmethod
     def plan(self, runs: Sequence[Run]) -> Any:
         """Makes runs ready to be attended to, once per page table; what it returns keeps their codes alive."""
 
+    @abstractmethod
     def attend_plan(
         self,
         query: Tensor,
@@ -86,51 +88,50 @@ class InPlace(Protocol):
             ``out [B, Hq, Q, d_value]`` and ``lse [B, Hq, Q]``, float32.
         """
 
-
-def attend_part(
-    kernels: InPlace,
-    query: Tensor,
-    key_codes: Codes,
-    key_tables: Tables,
-    value_codes: Codes,
-    value_tables: Tables,
-    *,
-    scale: float,
-    mask: Tensor | None,
-    softcap: float | None,
-    key_mean: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Attention of rotated queries on one part, as a layer of one page; see `fibkv.kernels.reference.attend`."""
-    leading, tokens = key_codes.axes[:-1], key_codes.axes[-1]
-    keys, values = (_flat(codes, leading) for codes in (key_codes, value_codes))
-    heads = leading.numel()
-    queries = query.expand(*leading, *query.shape[-2:]).reshape(1, heads, *query.shape[-2:])
-    if mask is not None:
-        mask = mask.expand(*leading, query.shape[-2], tokens).reshape(1, heads, query.shape[-2], tokens)
-    run = Run(
-        rows=(0, 1),
-        heads=(0, heads),
-        start=0,
-        tokens=tokens,
-        key_tables=key_tables,
-        keys=[[keys]],
-        value_tables=value_tables,
-        values=[[values]],
-        rotated=False,
-        # Queries that are in the codes' space already take the mean there.
-        space=None if key_mean is None else KeySpace.of(key_mean.expand(*leading, -1).reshape(heads, -1)),
-    )
-    nothing = (query.new_empty(1, heads, 0, query.shape[-1]), query.new_empty(1, heads, 0, value_tables.head_dim), 0)
-    out, lse = kernels.attend_plan(
-        queries,
-        kernels.plan([run]),
-        nothing,
-        Masking(mask, causal=False),
-        length=tokens,
-        scale=scale,
-        softcap=softcap,
-    )
-    return out.view(*leading, *out.shape[2:]), lse.view(*leading, lse.shape[2])
+    def attend(
+        self,
+        query: Tensor,
+        key_codes: Codes,
+        key_tables: Tables,
+        value_codes: Codes,
+        value_tables: Tables,
+        *,
+        scale: float,
+        mask: Tensor | None = None,
+        softcap: float | None = None,
+        key_mean: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of rotated queries on one part, as a layer of one page; see `fibkv.kernels.reference.attend`."""
+        leading, tokens = key_codes.axes[:-1], key_codes.axes[-1]
+        keys, values = (_flat(codes, leading) for codes in (key_codes, value_codes))
+        heads = leading.numel()
+        queries = query.expand(*leading, *query.shape[-2:]).reshape(1, heads, *query.shape[-2:])
+        if mask is not None:
+            mask = mask.expand(*leading, query.shape[-2], tokens).reshape(1, heads, query.shape[-2], tokens)
+        run = Run(
+            rows=(0, 1),
+            heads=(0, heads),
+            start=0,
+            tokens=tokens,
+            key_tables=key_tables,
+            keys=[[keys]],
+            value_tables=value_tables,
+            values=[[values]],
+            rotated=False,
+            # Queries that are in the codes' space already take the mean there.
+            space=None if key_mean is None else KeySpace.of(key_mean.expand(*leading, -1).reshape(heads, -1)),
+        )
+        tail = [query.new_empty(1, heads, 0, tables.head_dim) for tables in (key_tables, value_tables)]
+        out, lse = self.attend_plan(
+            queries,
+            self.plan([run]),
+            (tail[0], tail[1], 0),
+            Masking(mask, causal=False),
+            length=tokens,
+            scale=scale,
+            softcap=softcap,
+        )
+        return out.view(*leading, *out.shape[2:]), lse.view(*leading, lse.shape[2])
 
 
 def _flat(codes: Codes, leading: torch.Size) -> Codes:

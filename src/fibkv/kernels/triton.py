@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fibkv.codes import Codes
 from fibkv.errors import KernelError
-from fibkv.kernels.runs import Masking, Run, attend_part
+from fibkv.kernels.runs import InPlace, Masking, Run
 from fibkv.kernels.triton_tuning import Tunings, load_tunings
 from fibkv.tables import Tables
 
@@ -75,7 +75,7 @@ def _float32(device_type: str) -> AbstractContextManager[object]:
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
-class Triton:
+class Triton(InPlace):
     """Triton kernels on devices of one type."""
 
     def __init__(self, device_type: str, tunings: Tunings | None = None) -> None:
@@ -141,30 +141,3 @@ class Triton:
             step = self._step.Step(grouped, queries, length - queries, masking, scale, softcap, tunings)
             out, lse = step.attend(groups)
         return out.view(batch, query_heads, queries, -1), lse.view(batch, query_heads, queries)
-
-    def attend(
-        self,
-        query: Tensor,
-        key_codes: Codes,
-        key_tables: Tables,
-        value_codes: Codes,
-        value_tables: Tables,
-        *,
-        scale: float,
-        mask: Tensor | None = None,
-        softcap: float | None = None,
-        key_mean: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Attention of rotated queries on one part of a cache; see `fibkv.kernels.reference.attend`."""
-        return attend_part(
-            self,
-            query,
-            key_codes,
-            key_tables,
-            value_codes,
-            value_tables,
-            scale=scale,
-            mask=mask,
-            softcap=softcap,
-            key_mean=key_mean,
-        )
