@@ -54,7 +54,7 @@ struct TrellisForm {
   int reach;                   // cells on both sides of 0
   int ways;                    // levels of a row that are tried: 2 or 3
   const TrellisCell* cells;    // [2 reach + 1]
-  const TrellisLayout* layout;
+  const TrellisLayout *layout, *alternating;
 };
 
 // The form of FibQuant's codes. Pointers belong to a FibCoder.

@@ -39,6 +39,8 @@ struct Places {
 
 class Costs {
  public:
+  static constexpr bool kAlternates = false;
+
   void fill(int cost) {
     for (Lane& lane : costs_) lane = splat_byte(cost);
   }
@@ -55,7 +57,7 @@ class Costs {
 
   void write(uint8_t* to) const { std::memcpy(to, costs_, sizeof costs_); }
 
-  template <int bits, int ways, bool lowered>
+  template <int bits, int ways, bool lowered, int parity>
   void step(const Places& places, const TrellisCell& cell, uint8_t* noted) {
     if constexpr (ways > 2) write(noted);
     Lane tried[ways][kStateLanes], reached[kStateLanes];
@@ -72,7 +74,7 @@ class Costs {
     }
     const uint8_t* const bytes = reinterpret_cast<const uint8_t*>(reached);
     uint8_t* const to = reinterpret_cast<uint8_t*>(costs_);
-    for (int place = 0; place < kStates; ++place) to[place] = bytes[places.layout.order[place]];
+    for (int place = 0; place < kStates; ++place) to[place] = bytes[places.layout.order[0][place]];
   }
 
  private:

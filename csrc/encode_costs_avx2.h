@@ -14,6 +14,8 @@ struct Places {
 
 class Costs {
  public:
+  static constexpr bool kAlternates = false;
+
   void fill(int cost) {
     for (__m256i& part : parts_) part = _mm256_set1_epi8((char)cost);
   }
@@ -24,7 +26,7 @@ class Costs {
 
   void write(uint8_t* to) const { std::memcpy(to, parts_, sizeof parts_); }
 
-  template <int bits, int ways, bool lowered>
+  template <int bits, int ways, bool lowered, int parity>
   void step(const Places& places, const TrellisCell& cell, uint8_t* noted) {
     if constexpr (ways > 2) write(noted);
     const auto everywhere = [](const uint8_t* row) {

@@ -7,21 +7,26 @@
 namespace fibkv {
 namespace FIBKV_ISA {
 
+// How bytes change their places behind an even step and behind an odd one.
 struct Places {
   explicit Places(const TrellisLayout& layout) {
     for (int i = 0; i < 4; ++i) {
-      order[i] = _mm512_loadu_si512(layout.order + 64 * i);
-      is_high[i] = _mm512_movepi8_mask(order[i]);
+      within[i] = _mm512_loadu_si512(layout.order[1] + 64 * i);
+      across[i] = _mm512_loadu_si512(layout.order[0] + 64 * i);
+      is_high[i] = _mm512_movepi8_mask(across[i]);
     }
   }
 
+  __m512i within[4];  // a register, below 4 bits: the lower six bits of an index count
   // Each place from two registers of four: an index has seven bits, and the eighth says which two.
-  __m512i order[4];
+  __m512i across[4];
   __mmask64 is_high[4];
 };
 
 class Costs {
  public:
+  static constexpr bool kAlternates = true;
+
   void fill(int cost) {
     for (__m512i& part : costs_) part = _mm512_set1_epi8((char)cost);
   }
@@ -39,7 +44,7 @@ class Costs {
     for (int i = 0; i < 4; ++i) _mm512_storeu_si512(to + 64 * i, costs_[i]);
   }
 
-  template <int bits, int ways, bool lowered>
+  template <int bits, int ways, bool lowered, int parity>
   void step(const Places& places, const TrellisCell& cell, uint8_t* noted) {
     if constexpr (ways > 2) write(noted);
     const auto everywhere = [](const uint8_t* row) {
@@ -62,9 +67,16 @@ class Costs {
       if constexpr (ways == 2) _mm512_storeu_si512(noted + 64 * i, reached[i]);
     }
     const __m512i cost_bits = _mm512_set1_epi8((char)kMostCost<ways>);
+    if constexpr (bits < 4 && parity == 0) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        costs_[i] = _mm512_and_si512(_mm512_permutexvar_epi8(places.within[i], reached[i]), cost_bits);
+      }
+      return;
+    }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      const __m512i order = places.order[i];
+      const __m512i order = places.across[i];
       const __m512i low = _mm512_maskz_permutex2var_epi8(~places.is_high[i], reached[0], order, reached[1]);
       const __m512i high = _mm512_maskz_permutex2var_epi8(places.is_high[i], reached[2], order, reached[3]);
       costs_[i] = _mm512_ternarylogic_epi32(low, high, cost_bits, 0xA8);  // (low | high) & cost_bits

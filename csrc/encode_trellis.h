@@ -27,34 +27,44 @@ struct PathScratch {
 // The search for the vectors of kTogether lanes, the first one being `first`; `bits` of a symbol.
 template <int bits, int ways>
 struct Paths {
-  // The last of so many steps is a lowered one.
-  static constexpr int kInterval = ways == 2 ? 4 : 2;
-
   const TrellisForm& trellis;
   const PathScratch& scratch;
   int dim, first;
 
+  const TrellisLayout& layout() const { return *(Costs::kAlternates ? trellis.alternating : trellis.layout); }
+
+  // Steps at an even coordinate, to which cells and notes point, and at the next one. For two vectors: a step waits for the
+  // one before it.
+  template <bool lowered>
+  [[gnu::always_inline]] static inline void take_two(Costs (&costs)[2], const Places& places, const TrellisCell* cells,
+                                                     const uint16_t* of_lanes, uint8_t* notes) {
+    for (int k = 0; k < 2; ++k) {
+      costs[k].template step<bits, ways, false, 0>(places, cells[of_lanes[k]], notes + k * kStates);
+    }
+    of_lanes += kLanes;
+    notes += kTogether * kStates;
+    for (int k = 0; k < 2; ++k) {
+      costs[k].template step<bits, ways, lowered, 1>(places, cells[of_lanes[k]], notes + k * kStates);
+    }
+  }
+
   // Steps at start, start + 1 .. of a number of coordinates, the vector being a ring; it and its parts before and behind
-  // the seam are divisible by kInterval. Two vectors at a time: a step waits for the one before it.
+  // the seam are divisible by four.
   void walk(Costs (&pair)[2], int lane, int start, int coordinates) const {
-    const Places places(*trellis.layout);
+    const Places places(layout());
     // Held here, as a step could write to anything for all that a compiler knows.
     const TrellisCell* const cells = trellis.cells;
-    const uint16_t* const of_lanes = scratch.cells + first + lane;
-    uint8_t* const notes = scratch.notes + lane * kStates;
-    const auto note = [notes](int t, int k) { return notes + (t * kTogether + k) * kStates; };
+    const uint16_t* const all_cells = scratch.cells + first + lane;
+    uint8_t* const all_notes = scratch.notes + lane * kStates;
+    const int d = dim;
     Costs costs[2] = {pair[0], pair[1]};
-    for (int i = 0; i < coordinates; i += kInterval) {
-      const int next = start + i < dim ? start + i : start + i - dim, last = next + kInterval - 1;
-#pragma GCC unroll 4
-      for (int t = next; t < last; ++t) {
-        for (int k = 0; k < 2; ++k) {
-          costs[k].template step<bits, ways, false>(places, cells[of_lanes[t * kLanes + k]], note(t, k));
-        }
-      }
-      for (int k = 0; k < 2; ++k) {
-        costs[k].template step<bits, ways, true>(places, cells[of_lanes[last * kLanes + k]], note(last, k));
-      }
+    for (int i = 0; i < coordinates; i += 4) {
+      const int t = start + i < d ? start + i : start + i - d;
+      const uint16_t* const of_lanes = all_cells + t * kLanes;
+      uint8_t* const notes = all_notes + t * kTogether * kStates;
+      // The least cost is taken off at every fourth coordinate, or at every second one.
+      take_two<(ways > 2)>(costs, places, cells, of_lanes, notes);
+      take_two<true>(costs, places, cells, of_lanes + 2 * kLanes, notes + 2 * kTogether * kStates);
     }
     for (int k = 0; k < 2; ++k) pair[k] = costs[k];
   }
@@ -80,13 +90,13 @@ struct Paths {
   // step before 0. Calls found(t, lane, state) on the way, for the states behind the steps.
   template <class Found>
   void follow(int stop, size_t* places, Found found) const {
-    const uint8_t *const states = trellis.layout->states, *const order = trellis.layout->order;
     const TrellisCell* const cells = trellis.cells;
     const uint16_t* of_lanes = scratch.cells + first + stop * kLanes;
     const uint8_t* notes = scratch.notes + stop * kTogether * kStates;
     size_t at[kTogether];
     for (int lane = 0; lane < kTogether; ++lane) at[lane] = places[lane];
     for (int t = stop - 1; t >= 0; --t) {
+      const uint8_t *const states = layout().states[t & 1], *const order = layout().order[t & 1];
       of_lanes -= kLanes;
       notes -= kTogether * kStates;
 #pragma GCC unroll 8
@@ -100,18 +110,20 @@ struct Paths {
     for (int lane = 0; lane < kTogether; ++lane) places[lane] = at[lane];
   }
 
+  // The place of a state behind an odd step.
+  size_t place_behind(int state) const { return layout().order[0][layout().held[0][state]]; }
+
   // For each vector a state to have at the seam: that of the best path over the coordinates around it.
   void find_seams(int* seams) const {
-    const TrellisLayout& layout = *trellis.layout;
     size_t places[kTogether];
     for (int lane = 0; lane < kTogether; lane += 2) {
       Costs pair[2];
       for (Costs& costs : pair) costs.fill(0);
       walk(pair, lane, dim - trellis.overlap, 2 * trellis.overlap);
-      for (int k = 0; k < 2; ++k) places[lane + k] = layout.order[layout.held[least_state(pair[k])]];
+      for (int k = 0; k < 2; ++k) places[lane + k] = place_behind(least_state(pair[k]));
     }
     follow(trellis.overlap, places, [](int, int, int) {});
-    for (int lane = 0; lane < kTogether; ++lane) seams[lane] = layout.states[places[lane]];
+    for (int lane = 0; lane < kTogether; ++lane) seams[lane] = layout().states[1][places[lane]];
   }
 
   // The lowest state among those of the least cost.
@@ -120,13 +132,12 @@ struct Paths {
     costs.write(held);
     const int least = costs.least();
     int state = 0;
-    while (held[trellis.layout->held[state]] != least) ++state;
+    while (held[layout().held[0][state]] != least) ++state;
     return state;
   }
 
   // Symbols [d][kLanes] of the best paths from their seams and back to them.
   void find_symbols(vi* symbols) const {
-    const TrellisLayout& layout = *trellis.layout;
     int seams[kTogether];
     size_t places[kTogether];
     find_seams(seams);
@@ -134,11 +145,11 @@ struct Paths {
       Costs pair[2];
       for (int k = 0; k < 2; ++k) {
         pair[k].fill(kMostCost<ways>);
-        pair[k].set(layout.held[seams[lane + k]], 0);
+        pair[k].set(layout().held[0][seams[lane + k]], 0);
       }
       walk(pair, lane, 0, dim);
     }
-    for (int lane = 0; lane < kTogether; ++lane) places[lane] = layout.order[layout.held[seams[lane]]];
+    for (int lane = 0; lane < kTogether; ++lane) places[lane] = place_behind(seams[lane]);
     int32_t* const out = reinterpret_cast<int32_t*>(symbols) + first;
     follow(dim, places, [out](int t, int lane, int state) { out[t * kLanes + lane] = state >> (8 - bits); });
   }

@@ -42,11 +42,12 @@ FibCoder::FibCoder(const FibSettings& settings) {
 }
 
 FibCoder::FibCoder(const FibSettings& settings, const TrellisSettings& trellis)
-    : layout_(TrellisLayout(settings.bits, trellis.label_columns)),
+    : layout_(TrellisLayout(settings.bits, trellis.label_columns, false)),
+      alternating_(TrellisLayout(settings.bits, trellis.label_columns, true)),
       cells_(lay_out_cells(settings.bits, 2 * trellis.reach + 1, trellis.ways, trellis.rows, trellis.columns,
                            trellis.costs)) {
   take(settings);
-  trellis_ = {trellis.overlap, trellis.cells_per_one, trellis.reach, trellis.ways, cells_.data(), &*layout_};
+  trellis_ = {trellis.overlap, trellis.cells_per_one, trellis.reach, trellis.ways, cells_.data(), &*layout_, &*alternating_};
   form_.window = 2 * form_.bits + static_cast<int>(trellis.label_columns.size());
   form_.trellis = &trellis_;
   form_.search = Search::path;

@@ -56,7 +56,7 @@ class FibCoder {
 
   FibForm form_{};
   TrellisForm trellis_{};
-  std::optional<TrellisLayout> layout_;
+  std::optional<TrellisLayout> layout_, alternating_;
   std::optional<IntegerTable> integers_;
   std::vector<TrellisCell> cells_;
   std::vector<double> signs_, matrix_;

@@ -4,30 +4,35 @@
 
 namespace fibkv {
 
-TrellisLayout::TrellisLayout(int bits, const std::vector<int>& columns) {
+TrellisLayout::TrellisLayout(int bits, const std::vector<int>& columns, bool alternates) {
   const int n = 1 << bits, groups = kStates >> bits;
   const auto mix_of = [&columns](int group) {
     int mix = 0;
     for (size_t bit = 0; bit < columns.size(); ++bit) mix ^= group >> bit & 1 ? columns[bit] : 0;
     return mix;
   };
-  // At 2 bits a lane has four groups, and its 16 rows are those of all labels: each group stands where its rows are.
-  const auto first_of = [bits, n, mix_of](int group) {
-    return n * (bits == 2 ? (group & -4) | mix_of(group) >> 4 : group);
+  const auto first_of = [bits, n, alternates, mix_of](int group, int parity) {
+    // At 2 bits a lane has four groups, and its 16 rows are those of all labels: each group stands where its rows are.
+    const int shared = bits == 2 ? 2 : 0, width = 8 - bits - shared;
+    int name = group >> shared;
+    if (alternates && parity && bits < 4) name = (name & 3) << (width - 2) | name >> 2;
+    return n * (bits == 2 ? name << shared | mix_of(group) >> 4 : name);
   };
-  uint8_t reached[kStates];
-  for (int state = 0; state < kStates; ++state) {
-    const int to = state >> bits, from = state & (groups - 1), symbol = state / groups;
-    held[state] = static_cast<uint8_t>(first_of(to) + ((state ^ mix_of(to)) & (n - 1)));
-    reached[state] = static_cast<uint8_t>(first_of(from) + ((symbol ^ mix_of(from) >> bits) & (n - 1)));
+  uint8_t reached[2][kStates], places[kStates];
+  for (int parity = 0; parity < 2; ++parity) {
+    for (int state = 0; state < kStates; ++state) {
+      const int to = state >> bits, from = state & (groups - 1), symbol = state / groups;
+      held[parity][state] = static_cast<uint8_t>(first_of(to, parity) + ((state ^ mix_of(to)) & (n - 1)));
+      reached[parity][state] =
+          static_cast<uint8_t>(first_of(from, parity) + ((symbol ^ mix_of(from) >> bits) & (n - 1)));
+      states[parity][reached[parity][state]] = static_cast<uint8_t>(state);
+    }
   }
-  uint8_t places[kStates];
   for (int state = 0; state < kStates; ++state) {
-    states[reached[state]] = static_cast<uint8_t>(state);
-    order[held[state]] = reached[state];
-    places[reached[state]] = held[state];
+    for (int parity = 0; parity < 2; ++parity) order[parity][held[parity][state]] = reached[1 - parity][state];
+    places[reached[0][state]] = held[1][state];
   }
-  find_exchanges(bits, places);
+  if (!alternates) find_exchanges(bits, places);
 }
 
 // Follows the bytes, whose places to go to are `places`, through the rounds. A lane has as many bytes with a bit of their

@@ -7,6 +7,10 @@
 // groups, in the order of their label columns; the step makes of these n the costs of the n states that they lead to,
 // *reached* in the order of their label rows. The 16 rows of a lane are the same in all lanes, so that what is tried in a
 // cell of the search table is 16 bytes for each try. Between two steps, 256 bytes change places.
+//
+// Where a register has four lanes, it names two bits of a state, at first the newest. At 2 and 3 bits the next step brings
+// none of them to an end, so that behind even steps bytes need to change places within registers only: the layout
+// *alternates* between even and odd steps.
 #pragma once
 
 #include <cstdint>
@@ -30,15 +34,16 @@ struct TrellisCell {
 };
 
 struct TrellisLayout {
-  uint8_t held[kStates];     // the place of a state before a step
-  uint8_t states[kStates];   // the state at a place behind a step
-  uint8_t order[kStates];    // for each place before the next step, that behind the last one: the same state's
-  // The change of places by registers of 16 bytes: in b rounds a lane's bytes are shuffled so that two lanes can exchange
-  // halves, and in the end they are put in order.
+  // By the parity of a step.
+  uint8_t held[2][kStates];    // the place of a state before it
+  uint8_t states[2][kStates];  // the state at a place behind it
+  uint8_t order[2][kStates];   // for each place before it, that behind the last step: the same state's
+  // The change of places by registers of 16 bytes, unless it alternates: in b rounds a lane's bytes are shuffled so that
+  // two lanes can exchange halves, and in the end they are put in order.
   uint8_t exchange[4][kStateLanes][16];
   uint8_t settle[kStateLanes][16];
 
-  TrellisLayout(int bits, const std::vector<int>& columns);
+  TrellisLayout(int bits, const std::vector<int>& columns, bool alternates);
 
  private:
   void find_exchanges(int bits, const uint8_t* places);
