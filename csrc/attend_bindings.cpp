@@ -158,20 +158,23 @@ struct MaskPointer {
   bool causal;
 };
 
-void run_attend(const Plan& plan, const Tail& tail, Array<const float, 4> query, int kv_heads, int past,
-                const MaskPointer& mask, float scale, float softcap, Array<float, 4> out, Array<float, 3> lse,
-                int threads, Isa isa) {
-  const Query q{query.data(), static_cast<int>(query.shape(0)), static_cast<int>(query.shape(1)), kv_heads,
-                static_cast<int>(query.shape(2)), static_cast<int>(query.shape(3)), past};
+// Where `attend` writes: out [batch][query_heads][length][value_dim], lse [batch][query_heads][length].
+struct OutputPointer {
+  uintptr_t out, lse;
+  int value_dim;
+};
+
+void run_attend(const Plan& plan, const Tail& tail, const Query& q, const MaskPointer& mask, float scale, float softcap,
+                const OutputPointer& to, int threads, Isa isa) {
   std::vector<const Run*> runs;
   for (const Run& run : plan.runs()) runs.push_back(&run);
-  const Run last = tail.length ? tail_run(tail, q.batch, kv_heads) : Run{};
+  const Run last = tail.length ? tail_run(tail, q.batch, q.kv_heads) : Run{};
   if (tail.length) runs.push_back(&last);
   const Mask m{reinterpret_cast<const uint8_t*>(mask.allowed), reinterpret_cast<const float*>(mask.added),
                mask.batch_stride, mask.head_stride, mask.query_stride, mask.causal};
-  const int value_dim = static_cast<int>(out.shape(3));
   nb::gil_scoped_release unlocked;
-  attend(attend_kernels(isa), runs, q, m, Softmax{scale, softcap}, value_dim, threads, out.data(), lse.data());
+  attend(attend_kernels(isa), runs, q, m, Softmax{scale, softcap}, to.value_dim, threads,
+         reinterpret_cast<float*>(to.out), reinterpret_cast<float*>(to.lse));
 }
 
 }  // namespace
@@ -233,8 +236,18 @@ void bind_attention(nb::module_& m) {
       });
   m.def("read", [](Bytes bytes, int threads) { return read_bytes(bytes.data(), bytes.size(), threads); }, "bytes"_a,
         "threads"_a, nb::call_guard<nb::gil_scoped_release>());
-  m.def("attend", &run_attend, "plan"_a, "tail"_a, "query"_a, "kv_heads"_a, "past"_a, "mask"_a, "scale"_a, "softcap"_a,
-        "out"_a, "lse"_a, "threads"_a, "isa"_a);
+  // By address, as the mask: asking three tensors for their arrays takes torch longer than a short context takes here.
+  nb::class_<Query>(m, "Query")
+      .def("__init__", [](Query* self, uintptr_t rows, int batch, int query_heads, int length, int dim, int kv_heads,
+                          int past) {
+        new (self) Query{reinterpret_cast<const float*>(rows), batch, query_heads, kv_heads, length, dim, past};
+      });
+  nb::class_<OutputPointer>(m, "Output")
+      .def("__init__", [](OutputPointer* self, uintptr_t out, uintptr_t lse, int value_dim) {
+        new (self) OutputPointer{out, lse, value_dim};
+      });
+  m.def("attend", &run_attend, "plan"_a, "tail"_a, "query"_a, "mask"_a, "scale"_a, "softcap"_a, "output"_a, "threads"_a,
+        "isa"_a);
 }
 
 }  // namespace fibkv

@@ -189,14 +189,11 @@ class Native(InPlace):
         extension.attend(
             plan.native,
             ends,
-            rows,
-            keys.shape[1],
-            length - query.shape[2],
+            extension.Query(rows.data_ptr(), *rows.shape, keys.shape[1], length - query.shape[2]),
             pointers,
             scale,
             softcap or 0.0,
-            out,
-            lse,
+            extension.Output(out.data_ptr(), lse.data_ptr(), out.shape[3]),
             torch.get_num_threads(),
             self.isa,
         )
