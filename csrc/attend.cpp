@@ -18,7 +18,7 @@ constexpr int kQueryBlock = 128;
 // A split of the context below this many tokens costs more in merging than it gains.
 constexpr int kSplitTokens = 512;
 // Tasks that each thread should find, so that one that is held up leaves work to the others.
-constexpr int kTasksPerThread = 4;
+constexpr int kTasksPerThread = 3;
 // Heads of a page (4 KiB of 4-bit codes each) between what is read and what is prefetched.
 constexpr int kAhead = 6;
 // Memory that stays with a thread between calls, at most: that of a step, not of a prefill.
