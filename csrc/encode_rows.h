@@ -106,8 +106,8 @@ static inline void read_rows(const void* rows, int count, int dim, Emit emit) {
     for (int lane = 0; lane < kLanes; ++lane) {
       const int row = lane < count ? lane : count - 1;
       tile[lane] = as_int(read_lanes<element>(from + (int64_t)row * dim + first, width));
-      // The rows of the next batch: a prefetch behind the last one does no harm.
-      __builtin_prefetch(from + (int64_t)(lane + kLanes) * dim + first);
+      // The rows of the next batch, as far as the second cache; behind the last one that does no harm.
+      __builtin_prefetch(from + (int64_t)(lane + kLanes) * dim + first, 0, 2);
     }
     transpose(tile);
     if (width == kLanes) {

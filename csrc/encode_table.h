@@ -102,14 +102,14 @@ struct Scale {
 static inline vi nearest_words(vf x) { return as_int(x + splat(12582912.0f)); }  // 1.5 * 2^23
 
 // Rotated vectors from coordinates lower(i) and upper(i) of both halves. Meanwhile the rows behind those at `rows`, which
-// come next, are fetched: rotations need no memory.
+// come next, are fetched as far as the second cache: rotations need no memory, and tables fill the first.
 template <class Element, class Lower, class Upper>
 static void rotate_both(const FibForm& form, const Element* rows, const Scale* scale, Lower lower, Upper upper,
                         vw* rotated) {
   const int32_t* factors = form.table->factors;
   const Element* next = rows + 2 * kLanes * form.dim;
   for (int i = 0; i < form.dim; ++i, next += 2 * kLanes) {
-    __builtin_prefetch(next);
+    __builtin_prefetch(next, 0, 2);
     const int negative = factors[i] < 0;
     rotated[i] = pack_words(nearest_words(lower(i) * scale[0].by[negative]),
                             nearest_words(upper(i) * scale[1].by[negative]));
