@@ -8,6 +8,7 @@
 
 #include "bindings.h"
 #include "owned.h"
+#include "populate.h"
 #include "read.h"
 
 namespace nb = nanobind;
@@ -236,6 +237,7 @@ void bind_attention(nb::module_& m) {
       });
   m.def("read", [](Bytes bytes, int threads) { return read_bytes(bytes.data(), bytes.size(), threads); }, "bytes"_a,
         "threads"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def("populate", &populate, "address"_a, "nbytes"_a, nb::call_guard<nb::gil_scoped_release>());
   // By address, as the mask: asking three tensors for their arrays takes torch longer than a short context takes here.
   nb::class_<Query>(m, "Query")
       .def("__init__", [](Query* self, uintptr_t rows, int batch, int query_heads, int length, int dim, int kv_heads,

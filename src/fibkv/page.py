@@ -294,7 +294,7 @@ class Page:
 
     def to(self, device: torch.device) -> Page:
         """The page with its codes on a device; the same object if they are there already."""
-        if all(codes.device == device for codes in self.held):
+        if self.device == device:
             return self
         return self.holding([codes.to(device) for codes in self.held])
 

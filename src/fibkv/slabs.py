@@ -11,7 +11,7 @@ import mmap
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -141,10 +141,14 @@ class Lanes:
         slabs: where the blocks come from.
         lanes: how many.
         blocks: of each lane, in all rounds.
+        taken: told of the blocks of each lane that are taken ahead.
     """
 
-    def __init__(self, slabs: Slabs, lanes: int, blocks: int) -> None:
+    def __init__(
+        self, slabs: Slabs, lanes: int, blocks: int, taken: Callable[[Sequence[Sequence[Tensor]]], None]
+    ) -> None:
         self._slabs = slabs
+        self._taken = taken
         self._lanes = lanes
         self._left = blocks
         self._lock = threading.Lock()
@@ -166,6 +170,7 @@ class Lanes:
             if len(self._ready[nbytes][0]) < each:
                 blocks = self._slabs.take(nbytes, left * self._lanes)
                 self._ready[nbytes] = [deque(blocks[lane * left :][:left]) for lane in range(self._lanes)]
+                self._taken(self._ready[nbytes])
             return [lane.popleft() for lane in self._ready[nbytes] for _ in range(each)]
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import pytest
 import torch
 
 from fibkv.ranges import HUGE_GRAIN, SHARED_REGION, SMALL_GRAIN, Ranges, Taken
 from fibkv.slabs import Lanes, Slabs
+from tests.pool.memory import resident_nbytes
 
 
 class Model:
@@ -96,12 +96,6 @@ def test_holes_are_filled_best_fit_first() -> None:
     assert ranges.take(1280).start == blocks[3].start
 
 
-def resident_nbytes() -> int:
-    """Bytes of this process's anonymous memory, as the kernel counts them."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return 1024 * int(fields["RssAnon"].split()[0])
-
-
 def test_the_kernel_agrees_on_what_exists() -> None:
     slabs = Slabs()
     before = resident_nbytes()
@@ -122,7 +116,8 @@ def test_the_kernel_agrees_on_what_exists() -> None:
 
 
 def test_blocks_of_a_lane_follow_one_another() -> None:
-    lanes = Lanes(Slabs(), 3, blocks=10)
+    ahead: list[list[int]] = []
+    lanes = Lanes(Slabs(), 3, blocks=10, taken=lambda taken: ahead.extend([one.data_ptr() for one in x] for x in taken))
     rounds = [lanes.take(256, 6) for _ in range(5)]  # two blocks for each lane
     blocks = [block for one in rounds for block in one]
     assert len({block.data_ptr() for block in blocks}) == 30
@@ -131,5 +126,6 @@ def test_blocks_of_a_lane_follow_one_another() -> None:
     for lane in range(3):
         addresses = [block.data_ptr() for one in rounds[1:] for block in one[2 * lane : 2 * lane + 2]]
         assert [address - addresses[0] for address in addresses] == [256 * index for index in range(8)]
+        assert ahead[lane] == addresses
     assert len(lanes.take(256, 2)) == 2  # not for every lane
     assert len(lanes.take(256, 3)) == 3  # more than was foreseen

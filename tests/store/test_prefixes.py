@@ -5,12 +5,15 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 
 import pytest
 
+from fibkv import prefix_spans
 from fibkv.cache import LayerCache
 from fibkv.errors import ContractError, DigestMismatch, PageError
 from fibkv.kernels.native import why_not
@@ -59,6 +62,37 @@ def test_what_is_saved_comes_back_bit_for_bit() -> None:
     layers, loader = loaded(store, [*IDS, 7, 8, 9])
     assert (layers[0].length, loader.failures, loader.nbytes) == (70, [], store.nbytes)
     assert same(layers, fed(IDS))
+
+
+class BusyStore(MemoryStore):
+    """Takes its time, and notes how many ask at the same time."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds, self.asking, self.most = seconds, 0, 0
+        self.lock = Lock()
+
+    def get(self, key: str) -> bytes | None:
+        with self.lock:
+            self.asking += 1
+            self.most = max(self.most, self.asking)
+        time.sleep(self.seconds)
+        with self.lock:
+            self.asking -= 1
+        return super().get(key)
+
+
+@pytest.mark.parametrize(("seconds", "most"), [(0.0, 1), (0.05, 4)])
+def test_spans_are_read_ahead_of_need_where_a_store_answers_late(
+    seconds: float, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefix_spans, "MAX_GROUP", 2)
+    store, ids = BusyStore(seconds), range(30 * PAGE)
+    layers = fed(ids)
+    save_prefix(store, binding(), layers, ids)
+    store.most = 0
+    found, loader = loaded(store, ids)
+    assert (loader.failures, same(found, layers), store.most) == ([], True, most)
 
 
 @pytest.mark.skipif(why_not() != "yes", reason=why_not())
