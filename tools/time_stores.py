@@ -11,7 +11,7 @@ Three parts, each the best of so many runs with the files in the page cache:
   64), whose context is 8192 tokens; the digest of the weights is part of the second one's time.
 
 Times are of the wall, and of the CPU for the whole process: under other load only these say something. Saving makes
-and writes on two threads, restoring checks on two, whatever ``--threads`` gives to torch.
+and writes on two threads, restoring asks for memory on a second one, whatever ``--threads`` gives to torch.
 """
 
 from __future__ import annotations
