@@ -68,7 +68,7 @@ class SpanReader:
         self._populating = Populating()
         self._pack = None
         if slabs is not None:
-            self._pack = _packing(settings, Lanes(slabs, len(settings), len(places), self._populating.begin))
+            self._pack = packing(settings, Lanes(slabs, len(settings), len(places), self._populating.begin))
 
     def read(self) -> Generator[Span | FibkvError | None]:
         """The spans in order, up to the first that is not there (None), or that was refused or not read (why)."""
@@ -155,7 +155,7 @@ def _until_refused(spans: Iterator[Span | FibkvError]) -> Iterator[Span | FibkvE
             return
 
 
-def _packing(settings: Sequence[LayerSettings], memory: Lanes) -> Packing | None:
+def packing(settings: Sequence[LayerSettings], memory: Lanes) -> Packing | None:
     """Puts codes in the order of the layers' kernels, if these are native."""
     found = kernels.resolve(settings[0].keys.implementation, torch.device("cpu"))
     return partial(found.pack_bytes, memory=memory) if isinstance(found, Native) else None

@@ -145,10 +145,10 @@ class Lanes:
     """
 
     def __init__(
-        self, slabs: Slabs, lanes: int, blocks: int, taken: Callable[[Sequence[Sequence[Tensor]]], None]
+        self, slabs: Slabs, lanes: int, blocks: int, taken: Callable[[Sequence[Sequence[Tensor]]], None] | None = None
     ) -> None:
         self._slabs = slabs
-        self._taken = taken
+        self._taken = taken or (lambda _: None)
         self._lanes = lanes
         self._left = blocks
         self._lock = threading.Lock()

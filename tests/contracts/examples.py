@@ -22,6 +22,7 @@ from fibkv.report import BudgetViolation, CacheReport, LayerReport
 from fibkv.shape import KVShape
 from fibkv.timing import Timing
 from fibkv.training_settings import TrainingSettings
+from fibkv.trials import SpaceTrial
 
 DIGEST = "blake3:" + "0123456789abcdef" * 4
 OTHER_DIGEST = "blake3:" + "fedcba9876543210" * 4
@@ -113,6 +114,7 @@ EXAMPLES: list[Contract] = [
     PressureConfig(),
     PRESSURE,
     Ladder(q2=(FIB, "fib2")),
+    SpaceTrial(profile="key2", space="balanced", kl=0.125),
     RUNG,
     PoolStats(
         budget=1000,

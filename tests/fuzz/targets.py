@@ -34,9 +34,9 @@ from fibkv.manifest import EndHeader, Place, Root, SpanHeader, end_from_bytes, r
 from fibkv.page_draft import page_to_bytes
 from fibkv.policy import Policy
 from fibkv.prefix_save import save_prefix
-from fibkv.prefix_spans import _packing
+from fibkv.prefix_spans import packing
 from fibkv.sealing import LayerSettings
-from fibkv.slabs import Slabs
+from fibkv.slabs import Lanes, Slabs
 from fibkv.states import LayerState
 from fibkv.store import MemoryStore
 from fibkv.store_objects import open_object, summarize
@@ -104,7 +104,7 @@ def _page(settings: LayerSettings) -> Target:
             with suppress(PageError):
                 stored.vector(role, HEADS - 1, stored.form.tokens - 1)
         pages = load_pages([stored])
-        packed = load_pages([stored], _packing([settings], Slabs(), 1))
+        packed = load_pages([stored], packing([settings], Lanes(Slabs(), 1, 1)))
         if stored.start == 0:
             (cache,), (other,) = empty_layers([settings]), empty_layers([settings])
             cache.adopt(pages, *NO_TAIL)
