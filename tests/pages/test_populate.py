@@ -31,6 +31,8 @@ def test_memory_is_there_before_it_is_written_to_and_holds_what_was_written() ->
     lanes = lanes_of(Slabs())
     before = resident_nbytes()
     lanes[0][3].fill_(7)
+    if not populate.extension.populate(lanes[1][0].data_ptr(), 1 << 16):
+        pytest.skip("this system gives memory only as it is written to")
     populating = Populating()
     populating.begin(lanes)
     lanes[1][5].fill_(9)
