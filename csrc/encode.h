@@ -36,10 +36,16 @@ struct CellScale {
   int16_t limit, slope;
 };
 
-// The search by table with rotations in 16-bit integers; integer_table.cpp has the reasons for its numbers.
+// A Hadamard rotation in 16-bit integers; word_rotation.h has the reasons for its numbers.
+struct WordRotation {
+  int dim, rounds;
+  float length;            // of a vector when it is rounded to integers, before its rotation
+  const int32_t* factors;  // [rounds][d]: what multiplies coordinates before a transform, in both halves, in 2^-15
+};
+
+// The search by table in 16-bit integers; integer_table.cpp has the reasons for its numbers.
 struct TableForm {
-  float length;              // of a vector when it is rounded to integers, before its rotation
-  const int32_t* factors;    // [rounds][d]: what multiplies coordinates before a transform, in both halves, in 2^-15
+  WordRotation rotation;
   const CellScale* scales;   // [num_scales]
   const uint8_t* cells;      // [2^16]: codewords by 256 row + column of their cells, both signed, modulo 2^16
   const int32_t* words;      // [256]: codewords in integers, the first coordinate in the lower half

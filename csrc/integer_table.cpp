@@ -7,13 +7,6 @@ namespace fibkv {
 namespace {
 
 constexpr int kSide = 256, kCells = kSide * kSide;
-constexpr double kOne = 32768;  // of factors
-
-// How long a vector may be after the first round's transform, rounding not counted. Later factors are at most
-// 1 / sqrt(d), so it grows by roundings alone: each round begins with some of at most 1/2 in d coordinates, a vector of
-// sqrt(d) / 2 or less that the transform makes d / 2. Within a transform vectors are shorter than behind it, and no
-// coordinate is longer than its vector: where what follows stays below 2^15, nothing can wrap.
-constexpr double kMostLength = 31900;
 
 // How long the integer codewords of a vector may be together, so that <x, q> and <q, q> stay below 2^31.
 constexpr double kMostQuantized = 46000;
@@ -27,23 +20,15 @@ uint32_t word(double x) { return static_cast<uint16_t>(std::lrint(x)); }
 
 bool IntegerTable::fits(const FibForm& form) {
   const double stretch = *std::max_element(form.scales, form.scales + form.num_scales);
-  return form.dim >= 8 && kMostLength + form.rounds * form.dim / 2 < INT16_MAX && form.square.side == kSide &&
-         1.01 * stretch * slope_of(form.square.extent * kMostLength) < INT16_MAX;
+  return WordFactors::fits(form.dim, form.rounds) && form.square.side == kSide &&
+         1.01 * stretch * slope_of(form.square.extent * WordFactors::kMostLength) < INT16_MAX;
 }
 
-IntegerTable::IntegerTable(const FibForm& form, const int8_t* signs) {
-  const int rounds = form.rounds;
-  const double growth = std::sqrt(form.dim), factor = std::floor(kOne / growth);
-  for (int i = 0; i < rounds * form.dim; ++i) {
-    factors_.push_back(static_cast<int32_t>(word(signs[i] * factor) * 0x10001u));
-  }
-  form_.factors = factors_.data();
-
-  // Rounds but the first shorten a vector to this share. Its length is the most for which the slope is whole.
-  const double kept = std::pow(factor / kOne * growth, rounds - 1);
-  const double slope = std::ceil(slope_of(form.square.extent * kMostLength * kept));
+IntegerTable::IntegerTable(const FibForm& form, const int8_t* signs) : factors_(form.dim, form.rounds, signs) {
+  // The longest vectors for which the slope is whole.
+  const double slope = std::ceil(slope_of(form.square.extent * factors_.most() * factors_.growth()));
   const double length = slope_of(form.square.extent) / slope;
-  form_.length = static_cast<float>(length / (kept * growth));
+  form_.rotation = factors_.form(length / factors_.growth());
   place_cells(form, slope);
   round_codewords(form, length);
 }

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "encode.h"
+#include "word_rotation.h"
 
 namespace fibkv {
 
@@ -25,7 +26,8 @@ class IntegerTable {
   void round_codewords(const FibForm& form, double length);
 
   TableForm form_{};
-  std::vector<int32_t> factors_, words_;
+  WordFactors factors_;
+  std::vector<int32_t> words_;
   std::vector<CellScale> scales_;
   std::vector<uint8_t> cells_;
   std::vector<int8_t> planes_;
