@@ -4,6 +4,7 @@
 #include "encode_fib.h"
 #include "encode_klt.h"
 #include "encode_means.h"
+#include "encode_norms.h"
 #include "encode_scaled.h"
 
 namespace fibkv {
@@ -26,6 +27,8 @@ static constexpr EncodeKernels kernels() {
       &multiply_channels<element>,
       &mean_rows<element>,
       &subtract_from_rows<element>,
+      &encode_norms,
+      &decode_norms,
   };
 }
 

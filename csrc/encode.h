@@ -150,6 +150,11 @@ struct EncodeKernels {
 
   // One group: rows [tokens][d] - taken [d] -> out [tokens][d] float32.
   void (*subtract_from_rows)(const void* rows, int64_t tokens, int dim, const float* taken, float* out);
+
+  // One group, whatever the element type: norms [tokens] <-> codes [tokens], range [2] as float16 (log_norms.h). False:
+  // a norm is beyond float32.
+  bool (*encode_norms)(const double* norms, int64_t tokens, uint8_t* codes, uint16_t* range);
+  void (*decode_norms)(const uint8_t* codes, const uint16_t* range, int64_t tokens, float* norms);
 };
 
 const EncodeKernels& encode_kernels(Isa isa, Element element);

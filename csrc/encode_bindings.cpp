@@ -13,7 +13,6 @@
 #include "encode.h"
 #include "fib_coder.h"
 #include "klt_coder.h"
-#include "log_norms.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -224,22 +223,32 @@ void subtract_from_rows(uintptr_t rows, Element element, int64_t groups, int64_t
   });
 }
 
-void encode_norms(uintptr_t norms, int64_t groups, int64_t tokens, uintptr_t codes, uintptr_t ranges, int threads) {
+// Groups of norms that one thread takes at a time: a vector's norm is some hundred times faster than its codes.
+int64_t norm_groups(int64_t tokens) { return std::max<int64_t>(1, 64 * kShare / tokens); }
+
+bool encode_norms(uintptr_t norms, int64_t groups, int64_t tokens, uintptr_t codes, uintptr_t ranges, int threads,
+                  Isa isa) {
   nb::gil_scoped_release unlocked;
-  share(groups, std::max<int64_t>(1, kShare / tokens), threads, [&](int64_t start, int64_t some, int) {
+  const auto encode = encode_kernels(isa, Element::f32).encode_norms;
+  std::atomic<bool> held{true};
+  share(groups, norm_groups(tokens), threads, [&](int64_t start, int64_t some, int) {
     for (int64_t i = start; i < start + some; ++i) {
-      encode_log_norms(at<double>(norms) + i * tokens, tokens, at<uint8_t>(codes) + i * tokens,
-                       at<double>(ranges) + 2 * i);
+      if (!encode(at<double>(norms) + i * tokens, tokens, at<uint8_t>(codes) + i * tokens,
+                  at<uint16_t>(ranges) + 2 * i)) {
+        held = false;
+      }
     }
   });
+  return held;
 }
 
-void decode_norms(uintptr_t codes, uintptr_t ranges, int64_t groups, int64_t tokens, uintptr_t norms, int threads) {
+void decode_norms(uintptr_t codes, uintptr_t ranges, int64_t groups, int64_t tokens, uintptr_t norms, int threads,
+                  Isa isa) {
   nb::gil_scoped_release unlocked;
-  share(groups, std::max<int64_t>(1, kShare / tokens), threads, [&](int64_t start, int64_t some, int) {
+  const auto decode = encode_kernels(isa, Element::f32).decode_norms;
+  share(groups, norm_groups(tokens), threads, [&](int64_t start, int64_t some, int) {
     for (int64_t i = start; i < start + some; ++i) {
-      decode_log_norms(at<uint8_t>(codes) + i * tokens, at<float>(ranges) + 2 * i, tokens,
-                       at<float>(norms) + i * tokens);
+      decode(at<uint8_t>(codes) + i * tokens, at<uint16_t>(ranges) + 2 * i, tokens, at<float>(norms) + i * tokens);
     }
   });
 }
@@ -309,8 +318,10 @@ void bind_encoding(nb::module_& m) {
         "isa"_a);
   m.def("subtract_from_rows", &subtract_from_rows, "rows"_a, "element"_a, "groups"_a, "tokens"_a, "dim"_a, "taken"_a,
         "out"_a, "threads"_a, "isa"_a);
-  m.def("encode_norms", &encode_norms, "norms"_a, "groups"_a, "tokens"_a, "codes"_a, "ranges"_a, "threads"_a);
-  m.def("decode_norms", &decode_norms, "codes"_a, "ranges"_a, "groups"_a, "tokens"_a, "norms"_a, "threads"_a);
+  m.def("encode_norms", &encode_norms, "norms"_a, "groups"_a, "tokens"_a, "codes"_a, "ranges"_a, "threads"_a,
+        "isa"_a);
+  m.def("decode_norms", &decode_norms, "codes"_a, "ranges"_a, "groups"_a, "tokens"_a, "norms"_a, "threads"_a,
+        "isa"_a);
 }
 
 }  // namespace fibkv

@@ -9,11 +9,6 @@
 namespace fibkv {
 namespace FIBKV_ISA {
 
-// Float64 of each lane.
-struct Wide {
-  vd low{}, high{};
-};
-
 // Working memory of a batch. The rotated unit vectors are float32; what comes before them is float64 and lies where the
 // later steps write.
 struct FibScratch {

@@ -12,6 +12,11 @@ constexpr int kHalf = kLanes / 2;
 
 static inline vd splat_wide(double x) { return x - vd{}; }
 
+// Float64 of each lane.
+struct Wide {
+  vd low{}, high{};
+};
+
 // The lower and the upper half of float32 lanes as float64, and back.
 #if defined(__AVX512F__)
 static inline vd widen_low(vf v) { return (vd)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v)); }
@@ -76,6 +81,20 @@ static inline vd square_root(vd v) { return vd{__builtin_sqrt(v[0]), __builtin_s
 #endif
 
 static inline vi truncated(vf v) { return __builtin_convertvector(v, vi); }
+
+// The nearest integer, ties to even, for |v| <= 2^22: adding 1.5 * 2^23 rounds to one.
+static inline vi nearest(vf v) {
+  const vf magic = splat(12582912.0f);
+  return as_int(v + magic) - as_int(magic);
+}
+
+static inline vf magnitude(vf v) { return as_float(as_int(v) & splat(INT32_MAX)); }
+
+#if defined(__AVX512F__)
+static inline vb low_bytes(vi v) { return (vb)_mm512_cvtepi32_epi8((__m512i)v); }
+#else
+static inline vb low_bytes(vi v) { return __builtin_convertvector((vu)v, vb); }
+#endif
 
 // One instruction each, which GCC does not find in a comparison and a choice.
 #if defined(__AVX512F__)

@@ -6,7 +6,6 @@
 namespace fibkv {
 namespace FIBKV_ISA {
 
-static inline vf magnitude(vf v) { return as_float(as_int(v) & splat(INT32_MAX)); }
 static inline vi not_finite(vf v) { return as_int(magnitude(v)) >= splat(0x7F800000); }
 
 // float32 >= 0 to bfloat16 towards +infinity, in the low half of a lane; what is finite stays so.
@@ -18,19 +17,10 @@ static inline vf from_bf16_bits(vi bits) { return as_float(bits << 16); }
 
 static inline vf one_for_zero(vf v) { return v == splat(0.0f) ? splat(1.0f) : v; }
 
-#if defined(__AVX512F__)
-static inline vb low_bytes(vi v) { return (vb)_mm512_cvtepi32_epi8((__m512i)v); }
-#else
-static inline vb low_bytes(vi v) { return __builtin_convertvector((vu)v, vb); }
-#endif
-
 // |v| <= 127 to integers: the nearest, ties to even.
 struct Int8 {
   static constexpr float limit = 127.0f;
-  static vi encode(vf v) {
-    const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-    return as_int(v + magic) - as_int(magic);
-  }
+  static vi encode(vf v) { return nearest(v); }
   static vf decode(vb codes) { return __builtin_convertvector(widen((vsb)codes), vf); }
 };
 

@@ -1,15 +1,21 @@
-// Norms as 8-bit logarithms, with a range per group of vectors.
+// Norms as 8-bit logarithms, with a range per group of vectors: what the codes mean. encode_norms.h finds them quickly.
 #pragma once
 
 #include <cstdint>
 
 namespace fibkv {
 
-// norms [tokens] >= 0 -> codes [tokens], and range [2]: the lowest log2 norm and the step, both exact in float16.
-// Code 0 is the norm 0.
-void encode_log_norms(const double* norms, int64_t tokens, uint8_t* codes, double* range);
+// The lowest log2 norm and the step, both exact in float16. Code 0 is the norm 0, code c >= 1 the norm
+// 2^(low + (c - 1) step).
+struct LogRange {
+  double low, step;
+};
 
-// The way back.
-void decode_log_norms(const uint8_t* codes, const float* range, int64_t tokens, float* norms);
+constexpr int kLogSteps = 254;
+
+// The range of norms >= 0: the least of those that are not 0, and the most, which is 0 where all are.
+LogRange log_range(double least, double most);
+
+uint8_t log_norm(double norm, const LogRange& range);
 
 }  // namespace fibkv

@@ -188,11 +188,11 @@ def _encode_fib(rows: Tensor, tables: FibTables, isa: Isa) -> FibCodes:
     )
     if not finite:
         require_finite(rows)
-    require_norms(norms, tables.norm_format)
     if tables.norm_format == "f16":
+        require_norms(norms, "f16")
         no_range = torch.empty((*norms.shape[:-1], 0), dtype=torch.float16)
         return FibCodes(mean=mean, norm_range=no_range, norms=norms.to(torch.float16), indices=indices)
-    codes, norm_range = native_norms.encode(norms)
+    codes, norm_range = native_norms.encode(norms, isa)
     return FibCodes(mean=mean, norm_range=norm_range, norms=codes, indices=indices)
 
 
@@ -231,7 +231,7 @@ def _decode_fib(out: Tensor, codes: FibCodes, tables: FibTables, isa: Isa) -> No
 
 def _decode_directions(out: Tensor, codes: FibCodes, tables: FibTables, isa: Isa) -> None:
     """Vectors without their means."""
-    norms = native_norms.decode(codes)
+    norms = native_norms.decode(codes, isa)
     native.decode_fib(
         _coder(tables),
         codes.indices.data_ptr(),

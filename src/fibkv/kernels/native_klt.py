@@ -13,7 +13,7 @@ from fibkv.codes import FibCodes
 from fibkv.kernels import native_norms
 from fibkv.kernels.native_sides import extension as native
 from fibkv.kernels.reference_klt import require_heads
-from fibkv.kernels.refusals import require_finite, require_norms
+from fibkv.kernels.refusals import require_finite
 from fibkv.tables import KltTables, start_of
 
 
@@ -35,8 +35,7 @@ def encode(rows: Tensor, element: Any, tables: KltTables, isa: Any) -> FibCodes:
     )
     if not finite:
         require_finite(rows)
-    require_norms(norms, "log8")
-    codes, norm_range = native_norms.encode(norms)
+    codes, norm_range = native_norms.encode(norms, isa)
     mean = torch.empty((*rows.shape[:-2], 0), dtype=torch.int8)
     return FibCodes(mean=mean, norm_range=norm_range, norms=codes, indices=indices)
 
@@ -44,7 +43,7 @@ def encode(rows: Tensor, element: Any, tables: KltTables, isa: Any) -> FibCodes:
 def decode_into(out: Tensor, element: Any, codes: FibCodes, tables: KltTables, isa: Any) -> None:
     """Decodes contiguous codes into contiguous ``out [..., H, T, d]`` of an element type."""
     require_heads(codes.indices.shape, tables)
-    norms = native_norms.decode(codes)
+    norms = native_norms.decode(codes, isa)
     native.decode_klt(
         _coder(tables),
         codes.indices.data_ptr(),
