@@ -10,6 +10,8 @@
 #include <numeric>
 #include <thread>
 
+#include "row_forms.h"
+
 namespace fibkv {
 namespace {
 
@@ -117,10 +119,10 @@ class Shared {
 class Step {
  public:
   Step(const AttendKernels& kernels, const std::vector<const Run*>& runs, const Query& query, const Mask& mask,
-       const Softmax& softmax, int value_dim, int threads, Workspace& workspace)
-      : k_(kernels), runs_(runs), query_(query), mask_(mask), softmax_(softmax), w_(workspace), value_dim_(value_dim),
+       const Softmax& softmax, int threads, const Output& out, Workspace& workspace)
+      : k_(kernels), runs_(runs), query_(query), mask_(mask), softmax_(softmax), out_(out), w_(workspace),
         groups_(query.query_heads / query.kv_heads), key_width_(padded_dim(query.dim)),
-        value_width_(padded_dim(value_dim)) {
+        value_width_(padded_dim(out.value_dim)) {
     for (const Run* run : runs_) {
       add_once(key_readers_, reader_of(*run));
       add_once(value_sides_, run->value);
@@ -142,7 +144,7 @@ class Step {
     }
   }
 
-  void run(int threads, float* out, float* lse) {
+  void run(int threads) {
     const int tasks = static_cast<int>(tasks_.size()), most_heads = tasks_[0].heads();
     Shared heads(query_.batch * query_.kv_heads), splits(tasks), merges(tasks / splits_ * most_heads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -153,7 +155,7 @@ class Step {
       // The last split has the raw tail, which takes longest: it is begun first.
       splits.work([&](int i) { attend(tasks_[tasks - 1 - i], w_.partials[tasks - 1 - i], scratch); });
       splits.wait();
-      merges.work([&](int i) { finish(i / most_heads * splits_, i % most_heads, out, lse); });
+      merges.work([&](int i) { finish(i / most_heads * splits_, i % most_heads); });
     }
   }
 
@@ -167,8 +169,11 @@ class Step {
     const size_t first = static_cast<size_t>(head) * n;
     std::vector<float> padded(static_cast<size_t>(n) * key_width_);
     for (int i = 0; i < n; ++i) {
-      const float* from = query_.rows + (first + i) * query_.dim;
-      std::copy(from, from + query_.dim, padded.begin() + static_cast<size_t>(i) * key_width_);
+      const int64_t at = head / query_.kv_heads * query_.batch_stride +
+                         (head % query_.kv_heads * groups_ + i / query_.length) * query_.head_stride +
+                         i % query_.length * query_.query_stride;
+      read_row(query_.form, element_at(query_.rows, query_.form, at), query_.dim,
+               padded.data() + static_cast<size_t>(i) * key_width_);
     }
     for (size_t i = 0; i < query_spaces_.size(); ++i) {
       to_space(query_spaces_[i], padded, head % query_.kv_heads, n,
@@ -230,17 +235,18 @@ class Step {
   void soften(const Task& task, int head, int start, int tokens, const KeySpace* space, float* logits, Partial& partial,
               Scratch& scratch);
   Visibility visible(const Task& task, int head, int i, int start, int tokens) const;
-  void finish(int first_task, int nth_head, float* out, float* lse);
+  void finish(int first_task, int nth_head);
   void write(const Task& task, int head, const std::vector<float>& spaces, const std::vector<float>& top,
-             const std::vector<float>& sum, float* out, float* lse) const;
+             const std::vector<float>& sum) const;
 
   const AttendKernels& k_;
   const std::vector<const Run*>& runs_;
   const Query& query_;
   const Mask& mask_;
   const Softmax& softmax_;
+  const Output& out_;
   Workspace& w_;
-  int value_dim_, groups_, key_width_, value_width_, end_ = 0, splits_ = 1, blocks_ = 1;
+  int groups_, key_width_, value_width_, end_ = 0, splits_ = 1, blocks_ = 1;
   std::vector<KeyReader> key_readers_;
   std::vector<QuerySpace> query_spaces_;
   std::vector<const KeySpace*> biased_;
@@ -395,7 +401,7 @@ void Step::attend_tile(const Task& task, const Run& run, int span, int first, Pa
 float share_of(const Running& running, float top) { return top == kNothing ? 0.0f : std::exp(running.top - top); }
 
 // Merges the splits of one block of queries of one head by log-sum-exp and takes the outputs back to the original space.
-void Step::finish(int first_task, int nth_head, float* out, float* lse) {
+void Step::finish(int first_task, int nth_head) {
   const Task& task = tasks_[first_task];
   const int head = task.head0 + nth_head;
   if (head >= task.head1) return;  // the last group of heads may be smaller than the first
@@ -428,11 +434,11 @@ void Step::finish(int first_task, int nth_head, float* out, float* lse) {
     const size_t space = index_of(value_spaces_, value_sides_[side]->space());
     k_.finish(*value_sides_[side], merged.data(), n, spaces.data() + space * size);
   }
-  write(task, head, spaces, top, sum, out, lse);
+  write(task, head, spaces, top, sum);
 }
 
 void Step::write(const Task& task, int head, const std::vector<float>& spaces, const std::vector<float>& top,
-                 const std::vector<float>& sum, float* out, float* lse) const {
+                 const std::vector<float>& sum) const {
   const int n = task.queries;
   const size_t size = static_cast<size_t>(n) * value_width_;
   std::vector<float> turned(size), whole(size);
@@ -447,19 +453,19 @@ void Step::write(const Task& task, int head, const std::vector<float>& spaces, c
   for (int i = 0; i < n; ++i) {
     const size_t row = row_of(task, head, i);
     const float inverse = sum[i] > 0 ? 1.0f / sum[i] : 0.0f;
-    for (int j = 0; j < value_dim_; ++j) {
-      out[row * value_dim_ + j] = whole[static_cast<size_t>(i) * value_width_ + j] * inverse;
-    }
-    lse[row] = sum[i] > 0 ? top[i] + std::log(sum[i]) : kNothing;
+    float* numbers = whole.data() + static_cast<size_t>(i) * value_width_;
+    for (int j = 0; j < out_.value_dim; ++j) numbers[j] *= inverse;
+    write_row(out_.form, numbers, out_.value_dim, element_at(out_.rows, out_.form, row * out_.value_dim));
+    out_.lse[row] = sum[i] > 0 ? top[i] + std::log(sum[i]) : kNothing;
   }
 }
 
 }  // namespace
 
 void attend(const AttendKernels& kernels, const std::vector<const Run*>& runs, const Query& query, const Mask& mask,
-            const Softmax& softmax, int value_dim, int threads, float* out, float* lse) {
+            const Softmax& softmax, int threads, const Output& out) {
   static thread_local Workspace workspace;
-  Step(kernels, runs, query, mask, softmax, value_dim, threads, workspace).run(threads, out, lse);
+  Step(kernels, runs, query, mask, softmax, threads, out, workspace).run(threads);
   if (workspace.nbytes() > kKeptBytes) workspace = {};
 }
 

@@ -24,8 +24,11 @@ struct Run {
   std::vector<const uint8_t*> keys, values;  // [rows][spans] base pointers
 };
 
+// float32 or bfloat16 numbers [batch][query_heads][length][dim], the last axis without gaps.
 struct Query {
-  const float* rows;  // [batch][query_heads][length][dim]
+  const void* rows;
+  Form form;
+  int64_t batch_stride, head_stride, query_stride;  // in elements
   int batch, query_heads, kv_heads, length, dim;
   int past;  // query i is at position past + i
 };
@@ -37,10 +40,16 @@ struct Mask {
   bool causal;             // without a mask: query i sees tokens up to its own position
 };
 
-// Attends; `out` [batch][query_heads][length][value_dim] in the original space, `lse` [batch][query_heads][length].
-// Queries that see nothing get zeros and -inf.
+// In the original space; queries that see nothing get zeros and -inf.
+struct Output {
+  void* rows;  // [batch][query_heads][length][value_dim], float32 or bfloat16
+  Form form;
+  float* lse;  // [batch][query_heads][length]
+  int value_dim;
+};
+
 void attend(const AttendKernels& kernels, const std::vector<const Run*>& runs, const Query& query, const Mask& mask,
-            const Softmax& softmax, int value_dim, int threads, float* out, float* lse);
+            const Softmax& softmax, int threads, const Output& out);
 
 const AttendKernels& attend_kernels(Isa isa);
 

@@ -126,10 +126,15 @@ void add_run(Plan& plan, int row0, int row1, int head0, int head1, int start, in
   plan.add(std::move(run), std::move(key), std::move(value), std::move(space));
 }
 
-// The raw tail: [rows][heads][capacity][dim], of which the first `length` tokens are in use.
-struct Tail {
+// How raw tails of one dtype and width are read.
+struct TailForm {
   const OwnedSide* key;
   const OwnedSide* value;
+};
+
+// The raw tail: [rows][heads][capacity][dim], of which the first `length` tokens are in use.
+struct Tail {
+  const Side *key, *value;
   uintptr_t keys, values;
   int start, length, capacity;
 };
@@ -141,8 +146,8 @@ Run tail_run(const Tail& tail, int rows, int heads) {
   run.start = tail.start;
   run.tokens = tail.length;
   run.spans = 1;
-  run.key = &tail.key->side();
-  run.value = &tail.value->side();
+  run.key = tail.key;
+  run.value = tail.value;
   // Rectangles with the buffer's pitch: nothing but codes stands in them.
   run.key_rectangle = Rectangle::of(*run.key, heads, tail.capacity);
   run.value_rectangle = Rectangle::of(*run.value, heads, tail.capacity);
@@ -159,23 +164,29 @@ struct MaskPointer {
   bool causal;
 };
 
-// Where `attend` writes: out [batch][query_heads][length][value_dim], lse [batch][query_heads][length].
-struct OutputPointer {
-  uintptr_t out, lse;
-  int value_dim;
-};
-
-void run_attend(const Plan& plan, const Tail& tail, const Query& q, const MaskPointer& mask, float scale, float softcap,
-                const OutputPointer& to, int threads, Isa isa) {
+// Queries [batch][query_heads][length][dim] of a form and their strides; out [batch][query_heads][length][value_dim]
+// of the same form, lse [batch][query_heads][length]; keys and values of the tail [batch][kv_heads][capacity][...], its
+// first `tail_tokens` tokens the last of `tokens` in all. Addresses, which the caller vouches for.
+void run_attend(const Plan& plan, const TailForm& tail, uintptr_t keys, uintptr_t values, const nb::tuple& tail_shape,
+                int tail_tokens, uintptr_t query, Form form, const nb::tuple& shape, const nb::tuple& strides, int tokens,
+                const MaskPointer& mask, float scale, float softcap, uintptr_t out, uintptr_t lse, int threads, Isa isa) {
+  const int kv_heads = nb::cast<int>(tail_shape[1]), capacity = nb::cast<int>(tail_shape[2]);
+  const auto size = [&](int axis) { return nb::cast<int>(shape[axis]); };
+  const auto stride = [&](int axis) { return nb::cast<int64_t>(strides[axis]); };
+  const Query q{reinterpret_cast<const void*>(query), form, stride(0), stride(1), stride(2), size(0), size(1), kv_heads,
+                size(2), size(3), tokens - size(2)};
   std::vector<const Run*> runs;
   for (const Run& run : plan.runs()) runs.push_back(&run);
-  const Run last = tail.length ? tail_run(tail, q.batch, q.kv_heads) : Run{};
-  if (tail.length) runs.push_back(&last);
+  const Side &key = tail.key->side(), &value = tail.value->side();
+  const Run last = tail_tokens ? tail_run({&key, &value, keys, values, tokens - tail_tokens, tail_tokens, capacity},
+                                          q.batch, kv_heads)
+                               : Run{};
+  if (tail_tokens) runs.push_back(&last);
   const Mask m{reinterpret_cast<const uint8_t*>(mask.allowed), reinterpret_cast<const float*>(mask.added),
                mask.batch_stride, mask.head_stride, mask.query_stride, mask.causal};
+  const Output to{reinterpret_cast<void*>(out), form, reinterpret_cast<float*>(lse), value.dim};
   nb::gil_scoped_release unlocked;
-  attend(attend_kernels(isa), runs, q, m, Softmax{scale, softcap}, to.value_dim, threads,
-         reinterpret_cast<float*>(to.out), reinterpret_cast<float*>(to.lse));
+  attend(attend_kernels(isa), runs, q, m, Softmax{scale, softcap}, threads, to);
 }
 
 }  // namespace
@@ -225,10 +236,8 @@ void bind_attention(nb::module_& m) {
       .def(nb::init<>())
       .def("add", &add_run, nb::kw_only(), "row0"_a, "row1"_a, "head0"_a, "head1"_a, "start"_a, "tokens"_a, "spans"_a,
            "key"_a, "value"_a, "space"_a.none(), "keys"_a, "values"_a);
-  nb::class_<Tail>(m, "Tail")
-      .def("__init__",
-           [](Tail* self, const OwnedSide& key, const OwnedSide& value, uintptr_t keys, uintptr_t values, int start,
-              int length, int capacity) { new (self) Tail{&key, &value, keys, values, start, length, capacity}; },
+  nb::class_<TailForm>(m, "TailForm")
+      .def("__init__", [](TailForm* self, const OwnedSide& key, const OwnedSide& value) { new (self) TailForm{&key, &value}; },
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>());
   nb::class_<MaskPointer>(m, "Mask")
       .def("__init__", [](MaskPointer* self, uintptr_t allowed, uintptr_t added, int64_t batch_stride,
@@ -238,18 +247,9 @@ void bind_attention(nb::module_& m) {
   m.def("read", [](Bytes bytes, int threads) { return read_bytes(bytes.data(), bytes.size(), threads); }, "bytes"_a,
         "threads"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("populate", &populate, "address"_a, "nbytes"_a, nb::call_guard<nb::gil_scoped_release>());
-  // By address, as the mask: asking three tensors for their arrays takes torch longer than a short context takes here.
-  nb::class_<Query>(m, "Query")
-      .def("__init__", [](Query* self, uintptr_t rows, int batch, int query_heads, int length, int dim, int kv_heads,
-                          int past) {
-        new (self) Query{reinterpret_cast<const float*>(rows), batch, query_heads, kv_heads, length, dim, past};
-      });
-  nb::class_<OutputPointer>(m, "Output")
-      .def("__init__", [](OutputPointer* self, uintptr_t out, uintptr_t lse, int value_dim) {
-        new (self) OutputPointer{out, lse, value_dim};
-      });
-  m.def("attend", &run_attend, "plan"_a, "tail"_a, "query"_a, "mask"_a, "scale"_a, "softcap"_a, "output"_a, "threads"_a,
-        "isa"_a);
+  m.def("attend", &run_attend, nb::kw_only(), "plan"_a, "tail"_a, "keys"_a, "values"_a, "tail_shape"_a,
+        "tail_tokens"_a, "query"_a, "form"_a, "shape"_a, "strides"_a, "tokens"_a, "mask"_a, "scale"_a, "softcap"_a,
+        "out"_a, "lse"_a, "threads"_a, "isa"_a);
 }
 
 }  // namespace fibkv

@@ -13,32 +13,16 @@ from torch import Tensor
 
 from fibkv import kernels
 from fibkv.errors import KernelError
-from fibkv.kernels.runs import InPlace, Masking
+from fibkv.kernels.runs import Scores
 from fibkv.rotation import Rotation
 from fibkv.space import KeySpace
 from fibkv.tables import Tables
 from fibkv.view import TILE_TOKENS, Part, View
 
+__all__ = ["Scores", "attend"]
+
 # Logits held at a time, over all rows and query heads.
 LOGITS_LIMIT = 1 << 24
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Scores:
-    """How logits become weights.
-
-    Attributes:
-        scale: factor of q.k.
-        softcap: c of c * tanh(logits / c), or None.
-        mask: ``[B or 1, heads or 1, Q, length]``, bool (True = attend) or floating (added); None = no mask.
-        causal: without a mask, whether query i sees only keys up to its own position (the queries are the newest
-            tokens).
-    """
-
-    scale: float
-    softcap: float | None = None
-    mask: Tensor | None = None
-    causal: bool = True
 
 
 def attend(query: Tensor, view: View, scores: Scores, *, implementation: str | None = None) -> tuple[Tensor, Tensor]:
@@ -55,20 +39,16 @@ def attend(query: Tensor, view: View, scores: Scores, *, implementation: str | N
         nothing get zeros.
 
     Raises:
-        KernelError: heads or mask do not fit the view.
+        KernelError: query or mask do not fit the view, or the softcap is not positive.
     """
-    heads = view.tail.keys.shape[1]
-    batch, query_heads, length = query.shape[:3]
-    if query_heads % heads or batch != len(view.rows):
-        raise KernelError(
-            f"query: expected {len(view.rows)} rows and a multiple of {heads} heads, got shape {list(query.shape)}"
-        )
-    _check_mask(scores.mask, query, view.length)
+    _check(query, view, scores)
     implementation = view.implementation if implementation is None else implementation
-    chosen = kernels.resolve(implementation, query.device)
-    if isinstance(chosen, InPlace):
-        out, lse = _attend_in_place(query, view, scores, chosen)
-        return out.to(query.dtype), lse
+    chosen = kernels.in_place(implementation, query.device)
+    if chosen is not None:
+        tail = (view.tail.keys, view.tail.values, view.tail.length)
+        out, lse = chosen.attend_plan(query, view.rows.plan(chosen), tail, scores, length=view.length)
+        return out if out.dtype == query.dtype else out.to(query.dtype), lse
+    batch, query_heads, length, _ = query.shape
     step = max(1, LOGITS_LIMIT // (batch * query_heads * min(TILE_TOKENS, view.length)))
     # Codes are read in the dtypes they are kept in, and float32 means float32, also inside an autocast region.
     with torch.autocast(query.device.type, enabled=False):
@@ -80,22 +60,19 @@ def attend(query: Tensor, view: View, scores: Scores, *, implementation: str | N
     return torch.cat(outs, 2).to(query.dtype), torch.cat(lses, 2)
 
 
-def _attend_in_place(query: Tensor, view: View, scores: Scores, chosen: InPlace) -> tuple[Tensor, Tensor]:
-    """All parts in one call, on the pages where they lie."""
-    return chosen.attend_plan(
-        query,
-        view.rows.plan(chosen),
-        (view.tail.keys, view.tail.values, view.tail.length),
-        Masking(scores.mask, scores.causal),
-        length=view.length,
-        scale=scores.scale,
-        softcap=scores.softcap,
-    )
+def _check(query: Tensor, view: View, scores: Scores) -> None:
+    shape, (rows, heads, _, dim) = query.shape, view.tail.keys.shape
+    if len(shape) != 4 or shape[0] != rows or shape[1] % heads or shape[3] != dim:
+        raise KernelError(
+            f"query: expected head_dim {dim}, {rows} rows and a multiple of {heads} heads, got shape {list(shape)}"
+        )
+    if scores.softcap is not None and not scores.softcap > 0:
+        raise KernelError(f"softcap: expected a positive number or None, got {scores.softcap!r}")
+    if scores.mask is not None:
+        _check_mask(scores.mask, query, view.length)
 
 
-def _check_mask(mask: Tensor | None, query: Tensor, length: int) -> None:
-    if mask is None:
-        return
+def _check_mask(mask: Tensor, query: Tensor, length: int) -> None:
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise KernelError(f"attention mask: expected bool (True = attend) or floating (added), got {mask.dtype}")
     batch, heads, queries = query.shape[:3]

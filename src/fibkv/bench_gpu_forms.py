@@ -11,7 +11,7 @@ from torch import Tensor
 from fibkv.codecs import Codec, codec_for
 from fibkv.codecs.base import Field
 from fibkv.codes import Codes
-from fibkv.kernels.runs import InPlace, Masking, Run
+from fibkv.kernels.runs import InPlace, Run, Scores
 from fibkv.kernels.triton_sides import Side
 from fibkv.parameters import named_parameters
 
@@ -83,11 +83,11 @@ class CodedLayer:
         batch, spans, heads = self._codes[0].axes[:3]
         context, dim = spans * self._tokens_per_page, query.shape[-1]
         nothing = query.new_empty(batch, heads, 0, dim)
-        masking = Masking(None, causal=True)
+        scores = Scores(dim**-0.5)
 
         def attend() -> Tensor:
             tail = (nothing, nothing, 0)
-            return kernels.attend_plan(query, plan, tail, masking, length=context, scale=dim**-0.5, softcap=None)[0]
+            return kernels.attend_plan(query, plan, tail, scores, length=context)[0]
 
         return attend
 

@@ -338,6 +338,28 @@ class TestMemory:
                     assert packed.to_bytes() == codec.to_bytes(codes), (suite.__name__, name, role)
 
 
+class TestQueries:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+    def test_of_any_dtype_and_strides(self, dtype: torch.dtype) -> None:
+        """As transformers hands them over: [B, Q, Hq, d] transposed; and with gaps between elements."""
+        cache = filled(("int8", "fib4"), "native")
+        rows = gaussian(2, 3, 4, 64, seed=2).to(dtype)
+        gaps = torch.stack([rows, -rows], -1)[..., 0]
+        whole, lse = attend(rows.transpose(1, 2).float(), cache.view(), Scores(0.125))
+        for query in (rows.transpose(1, 2), rows.transpose(1, 2).contiguous(), gaps.transpose(1, 2)):
+            out, found = attend(query, cache.view(), Scores(0.125))
+            assert out.dtype == dtype
+            assert torch.equal(out, whole.to(dtype))
+            assert torch.equal(found, lse)
+
+    def test_what_is_no_number_stays_none(self) -> None:
+        """Also where bits of a NaN would round to infinity."""
+        values = torch.full((1, 1, 2, 16), torch.nan)
+        values.view(torch.int32).fill_(0x7FFFFFFF)
+        view = View.of_tensors(torch.zeros(1, 1, 2, 16).bfloat16(), values)
+        assert attend(torch.zeros(1, 1, 1, 16).bfloat16(), view, Scores(1.0))[0].isnan().all()
+
+
 class TestRefusals:
     def test_tensors_elsewhere(self) -> None:
         view = View.of_tensors(torch.zeros(1, 1, 2, 16), torch.zeros(1, 1, 2, 16))
@@ -346,6 +368,20 @@ class TestRefusals:
         elsewhere = View(view.rows, Tail(*[torch.zeros(1, 1, 2, 16, device="meta")] * 2, 2), 2)
         with pytest.raises(KernelError, match="expected tensors on the CPU, got one on meta"):
             attend(torch.zeros(1, 1, 1, 16), elsewhere, Scores(1.0), implementation="native")
+
+    @pytest.mark.parametrize("shape", [(1, 4, 1, 32), (1, 3, 1, 64), (2, 4, 1, 64), (4, 1, 64)])
+    def test_queries_of_another_shape(self, shape: tuple[int, ...]) -> None:
+        """Nothing may be read by a query that does not fit."""
+        view = View.of_tensors(torch.zeros(1, 2, 2, 64), torch.zeros(1, 2, 2, 64))
+        expected = "query: expected head_dim 64, 1 rows and a multiple of 2 heads, got shape"
+        with pytest.raises(KernelError, match=expected):
+            attend(torch.zeros(shape), view, Scores(1.0), implementation="native")
+
+    def test_softcaps_that_are_not_positive(self) -> None:
+        view = View.of_tensors(torch.zeros(1, 1, 2, 16), torch.zeros(1, 1, 2, 16))
+        for softcap in (0.0, -1.0):
+            with pytest.raises(KernelError, match="softcap: expected a positive number or None"):
+                attend(torch.zeros(1, 1, 1, 16), view, Scores(1.0, softcap=softcap), implementation="native")
 
     def test_what_is_not_built_says_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(native, "extension", None)

@@ -16,10 +16,11 @@ from fibkv.codes import Codes
 from fibkv.errors import KernelError
 from fibkv.kernels import native, reference, triton
 from fibkv.kernels.native import Native
+from fibkv.kernels.runs import InPlace
 from fibkv.kernels.triton import Triton
 from fibkv.tables import Tables
 
-__all__ = ["attend", "available", "decode", "encode", "merge", "resolve", "rotate", "unrotate"]
+__all__ = ["attend", "available", "decode", "encode", "in_place", "merge", "resolve", "rotate", "unrotate"]
 
 CPU = torch.device("cpu")
 # Names in the order in which `auto` tries them, with the instruction set that a name forces. The reference runs on
@@ -66,6 +67,17 @@ def resolve(name: str = "auto", device: torch.device = CPU) -> ModuleType | Nati
     if device.type != "cpu":
         raise KernelError(f"kernel implementation {name!r}: expected tensors on the CPU, got {device}")
     return _native(INSTRUCTION_SETS[name])
+
+
+@cache
+def in_place(name: str, device: torch.device) -> InPlace | None:
+    """The implementation of that name, if it reads pages where they lie; looked for once, as each step asks.
+
+    Raises:
+        KernelError: see `resolve`.
+    """
+    chosen = resolve(name, device)
+    return chosen if isinstance(chosen, InPlace) else None
 
 
 def _automatic(device_type: str) -> str:

@@ -28,13 +28,15 @@ from fibkv.kernels.native_sides import (
     raw_tables,
     side_of,
 )
-from fibkv.kernels.runs import InPlace, Masking, Run
+from fibkv.kernels.runs import InPlace, Run, Scores
 from fibkv.packed import Held, Packed, PackedForm
 from fibkv.shape import Role
 from fibkv.slabs import Blocks, block_nbytes
 from fibkv.tables import Tables
 
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
+# Queries and outputs that are read and written as they are; others are widened.
+FORMS = {} if extension is None else {torch.float32: extension.Form.f32, torch.bfloat16: extension.Form.bf16}
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +75,8 @@ class Native(InPlace):
         if reason != "yes":
             raise KernelError(f"native kernels: {reason}")
         self.isa = extension.best_isa() if instruction_set is None else getattr(extension.Isa, instruction_set)
+        self._tail_forms: dict[tuple[Any, ...], Any] = {}
+        self._unmasked = {causal: extension.Mask(0, 0, 0, 0, 0, causal) for causal in (False, True)}
 
     def encode(self, rows: Tensor, tables: Tables) -> Codes:
         """Encodes ``rows [..., T, d]``; see `fibkv.kernels.reference.encode`."""
@@ -163,11 +167,9 @@ class Native(InPlace):
         query: Tensor,
         plan: Plan,
         tail: tuple[Tensor, Tensor, int],
-        masking: Masking,
+        scores: Scores,
         *,
         length: int,
-        scale: float,
-        softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
         """Attention on everything that a layer holds; see `fibkv.kernels.runs.InPlace`.
 
@@ -176,44 +178,62 @@ class Native(InPlace):
         """
         keys, values, tokens = tail
         _require_cpu(query, keys, values)
-        rows = query.detach().to(torch.float32).contiguous()
-        keys, values = keys.detach().contiguous(), values.detach().contiguous()
-        out = torch.empty(*query.shape[:3], values.shape[3], dtype=torch.float32)
-        lse = torch.empty(query.shape[:3], dtype=torch.float32)
-        raw_keys = side_of(raw_tables(keys.dtype, keys.shape[3]), "key", self.isa)
-        raw_values = side_of(raw_tables(values.dtype, values.shape[3]), "value", self.isa)
-        ends = extension.Tail(
-            raw_keys, raw_values, keys.data_ptr(), values.data_ptr(), length - tokens, tokens, keys.shape[2]
-        )
-        mask, pointers = _mask_pointers(masking, query.shape, length)
+        keys, values = keys.contiguous(), values.contiguous()
+        rows = query if query.dtype in FORMS and query.stride(3) == 1 else query.to(torch.float32).contiguous()
+        # Sizes one by one: torch takes twice as long to read them from a shape.
+        batch, heads, queries, dim = shape = rows.shape
+        value_dim = values.shape[3]
+        out = torch.empty(batch, heads, queries, value_dim, dtype=rows.dtype)
+        lse = torch.empty(batch, heads, queries, dtype=torch.float32)
+        mask, pointers = None, self._unmasked[scores.causal]
+        if scores.mask is not None:
+            mask, pointers = _pointers(scores.mask, shape, length)
+        # By address: asking tensors for their arrays takes torch longer than a short context takes here.
         extension.attend(
-            plan.native,
-            ends,
-            extension.Query(rows.data_ptr(), *rows.shape, keys.shape[1], length - query.shape[2]),
-            pointers,
-            scale,
-            softcap or 0.0,
-            extension.Output(out.data_ptr(), lse.data_ptr(), out.shape[3]),
-            torch.get_num_threads(),
-            self.isa,
+            plan=plan.native,
+            tail=self._tail_form(keys.dtype, dim, values.dtype, value_dim),
+            keys=keys.data_ptr(),
+            values=values.data_ptr(),
+            tail_shape=keys.shape,
+            tail_tokens=tokens,
+            query=rows.data_ptr(),
+            form=FORMS[rows.dtype],
+            shape=shape,
+            strides=rows.stride(),
+            tokens=length,
+            mask=pointers,
+            scale=scores.scale,
+            softcap=scores.softcap or 0.0,
+            out=out.data_ptr(),
+            lse=lse.data_ptr(),
+            threads=torch.get_num_threads(),
+            isa=self.isa,
         )
         del mask  # the call read it through a pointer
         return out, lse
 
+    def _tail_form(self, *widths: Any) -> Any:
+        """The native form of raw tails, made once for each (dtype and head_dim of keys, dtype and that of values)."""
+        form = self._tail_forms.get(widths)
+        if form is None:
+            key_dtype, key_dim, value_dtype, value_dim = widths
+            key = side_of(raw_tables(key_dtype, key_dim), "key", self.isa)
+            form = extension.TailForm(key, side_of(raw_tables(value_dtype, value_dim), "value", self.isa))
+            self._tail_forms[widths] = form
+        return form
 
-def _mask_pointers(masking: Masking, query: torch.Size, length: int) -> tuple[Tensor | None, Any]:
+
+def _pointers(mask: Tensor, query: torch.Size, length: int) -> tuple[Tensor, Any]:
     """The mask as the kernel reads it, with what to keep alive meanwhile."""
-    if masking.mask is None:
-        return None, extension.Mask(0, 0, 0, 0, 0, masking.causal)
-    is_bool = masking.mask.dtype == torch.bool
-    mask = masking.mask.detach() if is_bool else masking.mask.detach().to(torch.float32)
+    is_bool = mask.dtype == torch.bool
+    mask = mask if is_bool else mask.to(torch.float32)
     mask = mask if mask.stride(-1) == 1 else mask.contiguous()
-    strides = mask.expand(query[0], query[1], query[2], length).stride()
+    strides = mask.expand(*query[:3], length).stride()
     allowed, added = (mask.data_ptr(), 0) if is_bool else (0, mask.data_ptr())
     return mask, extension.Mask(allowed, added, *strides[:3], False)
 
 
 def _require_cpu(*tensors: Tensor) -> None:
     for tensor in tensors:
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             raise KernelError(f"native kernels: expected tensors on the CPU, got one on {tensor.device}")

@@ -45,12 +45,22 @@ class Run:
     space: KeySpace | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Masking:
-    """Which keys a query sees: ``mask`` as in `fibkv.kernels.attend` on ``[B, Hq, Q, length]``, or causal order."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Scores:
+    """How logits become weights.
 
-    mask: Tensor | None
-    causal: bool
+    Attributes:
+        scale: factor of q.k.
+        softcap: c of c * tanh(logits / c), or None.
+        mask: ``[B or 1, heads or 1, Q, length]``, bool (True = attend) or floating (added); None = no mask.
+        causal: without a mask, whether query i sees only keys up to its own position (the queries are the newest
+            tokens).
+    """
+
+    scale: float
+    softcap: float | None = None
+    mask: Tensor | None = None
+    causal: bool = True
 
 
 class InPlace(ABC):
@@ -66,11 +76,9 @@ class InPlace(ABC):
         query: Tensor,
         plan: Any,
         tail: tuple[Tensor, Tensor, int],
-        masking: Masking,
+        scores: Scores,
         *,
         length: int,
-        scale: float,
-        softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
         """Attention on everything that a layer holds.
 
@@ -79,13 +87,11 @@ class InPlace(ABC):
             plan: of the pages.
             tail: raw keys ``[B, H, capacity, d]`` and values ``[B, H, capacity, d_value]``, and how many tokens of
                 them, the newest of the layer, are in use.
-            masking: which keys a query sees.
+            scores: how logits become weights.
             length: tokens of the layer, the tail's included; the queries are the newest.
-            scale: factor of the logits.
-            softcap: c of c * tanh(logits / c), or None.
 
         Returns:
-            ``out [B, Hq, Q, d_value]`` and ``lse [B, Hq, Q]``, float32.
+            ``out [B, Hq, Q, d_value]``, float32 or in the query's dtype, and ``lse [B, Hq, Q]`` float32.
         """
 
     def attend(
@@ -126,10 +132,8 @@ class InPlace(ABC):
             queries,
             self.plan([run]),
             (tail[0], tail[1], 0),
-            Masking(mask, causal=False),
+            Scores(scale, softcap, mask, causal=False),
             length=tokens,
-            scale=scale,
-            softcap=softcap,
         )
         return out.view(*leading, *out.shape[2:]), lse.view(*leading, lse.shape[2])
 

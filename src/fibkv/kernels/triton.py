@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fibkv.codes import Codes
 from fibkv.errors import KernelError
-from fibkv.kernels.runs import InPlace, Masking, Run
+from fibkv.kernels.runs import InPlace, Run, Scores
 from fibkv.kernels.triton_tuning import Tunings, load_tunings
 from fibkv.tables import Tables
 
@@ -119,11 +119,9 @@ class Triton(InPlace):
         query: Tensor,
         plan: Sequence[Group],
         tail: tuple[Tensor, Tensor, int],
-        masking: Masking,
+        scores: Scores,
         *,
         length: int,
-        scale: float,
-        softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
         """Attention on everything that a layer holds; see `fibkv.kernels.runs.InPlace`.
 
@@ -138,6 +136,6 @@ class Triton(InPlace):
         with _current(query.device), _float32(query.device.type):
             grouped = query.detach().reshape(batch, keys.shape[1], -1, dim)
             tunings = self.tunings(query.device)
-            step = self._step.Step(grouped, queries, length - queries, masking, scale, softcap, tunings)
+            step = self._step.Step(grouped, queries, length - queries, scores, tunings)
             out, lse = step.attend(groups)
         return out.view(batch, query_heads, queries, -1), lse.view(batch, query_heads, queries)

@@ -14,7 +14,7 @@ from triton.runtime.errors import OutOfResources
 from fibkv.errors import KernelError
 from fibkv.kernels import cuda_attend
 from fibkv.kernels.cuda_attend import Reading
-from fibkv.kernels.runs import Masking
+from fibkv.kernels.runs import Scores
 from fibkv.kernels.triton_attend import attend_splits
 from fibkv.kernels.triton_load import INTERPRETED
 from fibkv.kernels.triton_merge import merge, turn
@@ -38,18 +38,14 @@ class Step:
         query: ``[B, H, G * Q, d]`` floating.
         length: Q.
         past: tokens before the first query.
-        masking: which keys a query sees.
-        scale: of the logits.
-        softcap: of the logits, or None.
+        scores: how logits become weights.
         tunings: of the device.
     """
 
     query: Tensor
     length: int
     past: int
-    masking: Masking
-    scale: float
-    softcap: float | None
+    scores: Scores
     tunings: Tunings
 
     def attend(self, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
@@ -79,7 +75,7 @@ class Step:
     def _reading(self, group: Group) -> Reading | None:
         if not self.tunings.cuda:
             return None
-        return cuda_attend.reading(group, self._kind(group), self.softcap is not None, self.query.shape[2])
+        return cuda_attend.reading(group, self._kind(group), self.scores.softcap is not None, self.query.shape[2])
 
     def _cut(self, part: _Part) -> tuple[int, int]:
         """(splits, tiles of each) of a group."""
@@ -112,7 +108,7 @@ class Step:
         if found is None:
             self._launch_triton(group, cut, slot, turned, outs, lses)
             return
-        masking, scales = self._mask(), (self.scale, self.softcap or 0.0)
+        masking, scales = self._mask(), (self.scores.scale, self.scores.softcap or 0.0)
         cuda_attend.attend(group, found, cut, slot, *turned, *masking, self.length, *scales, outs, lses)
 
     def _launch_triton(
@@ -160,14 +156,14 @@ class Step:
                 slot,
                 self.past,
                 *strides,
-                self.scale,
-                self.softcap or 0.0,
+                self.scores.scale,
+                self.scores.softcap or 0.0,
                 KEY=key,
                 VALUE=value,
                 PAGED=group.aligned,
                 BIASED=bias is not None,
                 MASK=self._kind(group),
-                SOFTCAP=self.softcap is not None,
+                SOFTCAP=self.scores.softcap is not None,
                 QUERIES=self._block(),
                 TOKENS=_tile(group, tuning),
                 num_warps=tuning.warps,
@@ -178,14 +174,14 @@ class Step:
             raise KernelError(f"triton kernels: {error}, at {tuning}") from error
 
     def _kind(self, group: Group) -> str:
-        if self.masking.mask is not None:
-            return "bool" if self.masking.mask.dtype == torch.bool else "float"
+        if self.scores.mask is not None:
+            return "bool" if self.scores.mask.dtype == torch.bool else "float"
         hidden = group.start + group.spans * group.tokens > self.past + 1
-        return "causal" if self.masking.causal and hidden else "none"
+        return "causal" if self.scores.causal and hidden else "none"
 
     def _mask(self) -> tuple[Tensor | None, tuple[int, int, int]]:
         """The mask as kernels read it, with the strides of its rows, heads and queries."""
-        mask = self.masking.mask
+        mask = self.scores.mask
         if mask is None:
             return None, (0, 0, 0)
         mask = mask.detach()
