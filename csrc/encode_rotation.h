@@ -36,18 +36,33 @@ template <int stages, bool upwards, class V>
   }
 }
 
-// One pass: `stages` stages in registers, butterflies of reach `span` first or last. One that turns ends a round there
-// and begins the next one: factors [d] multiply, and the same stages follow in the opposite order.
-template <int stages, bool upwards, bool turns, class V, class Factor>
-static void pass(V* x, int dim, int span, const Factor* factors) {
-  constexpr int radix = 1 << stages;
-  for (int start = 0; start < dim; start += radix * span) {
+// The passes of a transform of 2^all coordinates: as many stages at a time as registers hold, in two parts or more.
+template <int all>
+struct Passes {
+  static constexpr int dim = 1 << all, deepest = kLanes == 16 ? 4 : 3;
+  static constexpr int count = all > 2 * deepest ? (all + deepest - 1) / deepest : 2;
+
+  // Stages in front of a pass.
+  static constexpr int before(int pass) {
+    int stages = 0;
+    for (int p = 0; p < pass; ++p) stages += (all - stages + count - p - 1) / (count - p);
+    return stages;
+  }
+};
+
+// One pass, butterflies of the least reach first or last. One that turns ends a round there and begins the next one:
+// factors [d] multiply, and the same stages follow in the opposite order. Where coordinates lie is known to the compiler:
+// addresses of sixteen would not find room in general registers.
+template <class P, int index, bool upwards, bool turns, class V, class Factor>
+static void pass(V* x, const Factor* factors) {
+  constexpr int stages = P::before(index + 1) - P::before(index), radix = 1 << stages, span = 1 << P::before(index);
+  for (int start = 0; start < P::dim; start += radix * span) {
     for (int i = start; i < start + span; ++i) {
       V held[radix];
 #pragma GCC unroll 16
       for (int r = 0; r < radix; ++r) held[r] = x[i + r * span];
       transform<stages, upwards>(held);
-      if (turns) {
+      if constexpr (turns) {
 #pragma GCC unroll 16
         for (int r = 0; r < radix; ++r) held[r] = turned(held[r], factors[i + r * span]);
         transform<stages, !upwards>(held);
@@ -58,64 +73,42 @@ static void pass(V* x, int dim, int span, const Factor* factors) {
   }
 }
 
-template <bool upwards, bool turns, class V, class Factor>
-static void pass(V* x, int dim, int span, int stages, const Factor* factors) {
-  switch (stages) {
-    case 0: return pass<0, upwards, turns>(x, dim, span, factors);
-    case 1: return pass<1, upwards, turns>(x, dim, span, factors);
-    case 2: return pass<2, upwards, turns>(x, dim, span, factors);
-    case 3: return pass<3, upwards, turns>(x, dim, span, factors);
-    default: return pass<4, upwards, turns>(x, dim, span, factors);
+// The rest of a round behind pass `done`, and the first pass of the next one, for which there are factors [d].
+template <class P, bool upwards, int done = 0, class V, class Factor>
+static void finish_round(const Factor* factors, V* x) {
+  constexpr int next = done + 1, index = upwards ? next : P::count - 1 - next;
+  if constexpr (next < P::count - 1) {
+    pass<P, index, upwards, false>(x, factors);
+    finish_round<P, upwards, next>(factors, x);
+  } else if (factors) {
+    pass<P, index, upwards, true>(x, factors);
+  } else {
+    pass<P, index, upwards, false>(x, factors);
   }
 }
 
-// The passes of a transform: as many stages at a time as registers hold, in two parts or more.
-struct Passes {
-  int count, spans[8], stages[8];
-
-  explicit Passes(int dim) {
-    constexpr int deepest = kLanes == 16 ? 4 : 3;
-    const int all = __builtin_ctz(dim);
-    count = all > 2 * deepest ? (all + deepest - 1) / deepest : 2;
-    for (int p = 0, done = 0; p < count; done += stages[p++]) {
-      spans[p] = 1 << done;
-      stages[p] = (all - done + count - p - 1) / (count - p);
+template <class P, class V, class Factor>
+static void rotate(const Factor* factors, int rounds, V* x) {
+  pass<P, 0, true, false>(x, factors);
+  for (int round = 1; round <= rounds; ++round) {
+    const Factor* next = round < rounds ? factors + (int64_t)round * P::dim : nullptr;
+    if (round % 2) {
+      finish_round<P, true>(next, x);
+    } else {
+      finish_round<P, false>(next, x);
     }
-  }
-};
-
-// The rest of a round behind its first pass, and the first pass of the next one, for which there are factors [d].
-template <bool upwards, class V, class Factor>
-static void finish_round(const Passes& passes, const Factor* factors, int dim, V* x) {
-  const auto place = [&](int i) { return upwards ? i : passes.count - 1 - i; };
-  for (int i = 1; i < passes.count - 1; ++i) {
-    pass<upwards, false>(x, dim, passes.spans[place(i)], passes.stages[place(i)], factors);
-  }
-  const int last = place(passes.count - 1);
-  if (factors) {
-    pass<upwards, true>(x, dim, passes.spans[last], passes.stages[last], factors);
-  } else {
-    pass<upwards, false>(x, dim, passes.spans[last], passes.stages[last], factors);
   }
 }
 
 // Rounds of multiplications by factors [rounds][d] and Walsh-Hadamard transforms that are not normalized, in place and
-// without the factors of the first round, which are the caller's.
+// without the factors of the first round, which are the caller's. d is a power of two from 2 to 256.
 //
 // A transform may take its stages in any order: rounds go through them upwards and downwards by turns, so that one ends
 // with the pass with which the next begins, in registers. The order is the same however many stages a pass has.
-template <class V, class Factor>
+template <int all = 1, class V, class Factor>
 static void rotate(const Factor* factors, int rounds, int dim, V* x) {
-  const Passes passes(dim);
-  pass<true, false>(x, dim, passes.spans[0], passes.stages[0], factors);
-  for (int round = 1; round <= rounds; ++round) {
-    const Factor* next = round < rounds ? factors + (int64_t)round * dim : nullptr;
-    if (round % 2) {
-      finish_round<true>(passes, next, dim, x);
-    } else {
-      finish_round<false>(passes, next, dim, x);
-    }
-  }
+  if (dim == 1 << all) return rotate<Passes<all>>(factors, rounds, x);
+  if constexpr (all < 8) rotate<all + 1>(factors, rounds, dim, x);
 }
 
 // y = M x with a matrix [d][d] by rows.
