@@ -4,6 +4,7 @@
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstring>
 #include <optional>
 
 #include "bindings.h"
@@ -158,6 +159,25 @@ Run tail_run(const Tail& tail, int rows, int heads) {
   return run;
 }
 
+// Rows [batch][heads][count][dim] of a tail's buffer [batch][heads][capacity][dim] from `start` on, of rows with strides
+// whose elements lie side by side. Addresses, which the caller vouches for.
+void write_tokens(uintptr_t buffer, int64_t capacity, int64_t start, uintptr_t tokens, const nb::tuple& shape,
+                  const nb::tuple& strides, int64_t element_nbytes) {
+  const auto at = [](const nb::tuple& numbers, int axis) { return nb::cast<int64_t>(numbers[axis]); };
+  const int64_t batch = at(shape, 0), heads = at(shape, 1), count = at(shape, 2), nbytes = at(shape, 3) * element_nbytes;
+  const int64_t batch_stride = at(strides, 0), head_stride = at(strides, 1), token_stride = at(strides, 2);
+  auto* to = reinterpret_cast<uint8_t*>(buffer);
+  const auto* from = reinterpret_cast<const uint8_t*>(tokens);
+  for (int64_t row = 0; row < batch; ++row) {
+    for (int64_t head = 0; head < heads; ++head) {
+      for (int64_t token = 0; token < count; ++token) {
+        const int64_t source = row * batch_stride + head * head_stride + token * token_stride;
+        std::memcpy(to + ((row * heads + head) * capacity + start + token) * nbytes, from + source * element_nbytes, nbytes);
+      }
+    }
+  }
+}
+
 struct MaskPointer {
   uintptr_t allowed, added;
   int64_t batch_stride, head_stride, query_stride;
@@ -247,6 +267,8 @@ void bind_attention(nb::module_& m) {
   m.def("read", [](Bytes bytes, int threads) { return read_bytes(bytes.data(), bytes.size(), threads); }, "bytes"_a,
         "threads"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("populate", &populate, "address"_a, "nbytes"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def("write_tokens", &write_tokens, nb::kw_only(), "buffer"_a, "capacity"_a, "start"_a, "tokens"_a, "shape"_a,
+        "strides"_a, "element_nbytes"_a);
   m.def("attend", &run_attend, nb::kw_only(), "plan"_a, "tail"_a, "keys"_a, "values"_a, "tail_shape"_a,
         "tail_tokens"_a, "query"_a, "form"_a, "shape"_a, "strides"_a, "tokens"_a, "mask"_a, "scale"_a, "softcap"_a,
         "out"_a, "lse"_a, "threads"_a, "isa"_a);

@@ -120,8 +120,11 @@ class LayerCache:
         """
         self._tail.check(self.settings.layer, keys, values)
         self._refuse_quarantined()
+        length = self._length + keys.shape[2]
+        if self._has_room(keys.shape[2]):
+            self._tail, self._length = self._tail.extended(keys, values), length
+            return self._view(self._tail, length)
         with plain_tensors(keys):
-            length = self._length + keys.shape[2]
             if self._can_go_on(keys.shape[2]):
                 self._tail, self._length = self._tail.extended(keys.detach(), values.detach()), length
                 self._count()
@@ -279,7 +282,7 @@ class LayerCache:
             self._memory.changed()
 
     def _refuse_quarantined(self) -> None:
-        if self.quarantine.records:
+        if not self.quarantine.is_empty:
             for page in self.pages():
                 if self.quarantine.is_quarantined("page", page.name):
                     raise PageError(f"page {page.name} is in quarantine: its codes do not match its digest")
@@ -302,6 +305,12 @@ class LayerCache:
                 self.flags = pending.flags()
             self._take_over(self._tail, self._length, sealed, pending.stop)
         return True
+
+    def _has_room(self, tokens: int) -> bool:
+        """Whether so many tokens only have to be written behind the tail's: most steps, of which each layer has one."""
+        settings, stop = self.settings, self._tail.length + tokens
+        is_due = settings.read_through or stop >= settings.tokens_per_page + settings.last_tokens_raw
+        return self._pending is None and not is_due and stop <= self._tail.keys.shape[2]
 
     def _can_go_on(self, tokens: int) -> bool:
         """Whether pages under way may stay so while so many tokens come: a worker is at them, and no more are due."""

@@ -85,6 +85,11 @@ class Quarantine:
         return (subject, name) in self._records
 
     @property
+    def is_empty(self) -> bool:
+        """Whether nothing is set aside."""
+        return not self._records
+
+    @property
     def records(self) -> tuple[QuarantineRecord, ...]:
         """What is set aside, in the order in which it was."""
         with self._lock:

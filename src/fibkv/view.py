@@ -15,6 +15,7 @@ from fibkv.codecs import Codec, codec_for
 from fibkv.codes import Codes, RawCodes
 from fibkv.errors import PageError
 from fibkv.kernels.runs import InPlace, Run
+from fibkv.kernels.tokens import write_tokens
 from fibkv.packed import Held
 from fibkv.page import Page, decode_segments
 from fibkv.parameters import RawParameters
@@ -94,13 +95,13 @@ class Tail:
         Raises:
             PageError: another batch size, heads, widths or dtypes, or more keys than values or fewer.
         """
-        for name, (held, new) in zip(("keys", "values"), self._pairs(keys, values), strict=True):
-            expected = (*held.shape[:2], held.shape[3], held.dtype)
-            actual = (*new.shape[:2], new.shape[-1], new.dtype)
-            if new.ndim != 4 or actual != expected:
+        for name, held, new in (("keys", self.keys, keys), ("values", self.values, values)):
+            (rows, heads, _, dim), shape = held.shape, new.shape
+            expected = (rows, heads, dim, held.dtype)
+            if len(shape) != 4 or (shape[0], shape[1], shape[3], new.dtype) != expected:
                 raise PageError(
                     f"layer {layer} {name}: expected [batch, heads, head_dim, dtype] {list(expected)}, "
-                    f"got {list(actual)}"
+                    f"got {[*shape[:2], shape[-1], new.dtype]}"
                 )
         if keys.shape[2] != values.shape[2]:
             raise PageError(f"layer {layer}: {keys.shape[2]} keys but {values.shape[2]} values")
@@ -116,8 +117,8 @@ class Tail:
             joined = [torch.cat([old[:, :, : self.length], new], 2) for old, new in self._pairs(keys, values)]
             return Tail(joined[0], joined[1], stop)
         for old, new in self._pairs(keys, values):
-            old[:, :, self.length : stop] = new
-        return replace(self, length=stop)
+            write_tokens(old, self.length, new)
+        return Tail(self.keys, self.values, stop)
 
     def kept(self, start: int, stop: int, capacity: int) -> Tail:
         """A copy of tokens ``start:stop`` with room for ``capacity``."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import pickle
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fibkv import kernels
 from fibkv.attend import Scores, attend
@@ -56,6 +58,18 @@ PAIRS = [
     ("fib4", "raw"),
     ("raw", "raw"),
 ]
+
+
+class Operators(TorchDispatchMode):
+    """Notes the names of torch's operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
 
 
 def suites() -> list[type[CodecConformance]]:
@@ -351,6 +365,15 @@ class TestQueries:
             assert out.dtype == dtype
             assert torch.equal(out, whole.to(dtype))
             assert torch.equal(found, lse)
+
+    def test_a_step_asks_torch_for_its_two_results_only(self) -> None:
+        """Asking torch takes longer than a short context: what a step does is in its one native call."""
+        cache = filled(("int8", "fib4"), "native")
+        new, query = gaussian(2, 1, 2, 64, seed=1).transpose(1, 2), gaussian(2, 4, 1, 64, seed=2)
+        attend(query, cache.append(new, new), Scores(0.125))
+        with Operators() as operators:
+            attend(query, cache.append(new, new), Scores(0.125))
+        assert operators.names == ["aten::empty", "aten::empty"]
 
     def test_what_is_no_number_stays_none(self) -> None:
         """Also where bits of a NaN would round to infinity."""
