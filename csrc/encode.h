@@ -72,8 +72,8 @@ struct FibForm {
 
   // Rotation: by signs and transforms where there are any, else by the matrix [d][d], whose rows give the coordinates.
   int rounds;                // of signs and a transform; 0 for the matrix
-  const double* signs;       // [rounds][d]
-  const float* back_signs;   // [rounds][d]: of the inverse as rounds of signs and a transform, 1 in the first round
+  const int64_t* signs;      // [rounds][d]: the sign bit of float64 where it changes
+  const int32_t* back_signs; // [rounds][d]: of the inverse as rounds of signs and a transform, none in the first round
   const double* matrix;
   const float* transposed;
   double forward_scale;       // of the transforms: d^(-rounds / 2)

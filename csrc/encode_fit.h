@@ -65,7 +65,7 @@ template <Element element>
 static bool rotate_exactly(const FibForm& form, const void* rows, int count, const FibScratch& scratch, Wide& length) {
   Wide energy;
   read_rows<element>(rows, count, form.dim, [&](int i, vf lanes) {
-    if (form.rounds) lanes *= splat((float)form.signs[i]);
+    if (form.rounds) lanes = turned(lanes, (int32_t)(form.signs[i] >> 32));
     const vd low = widen_low(lanes), high = widen_high(lanes);
     scratch.low[i] = low;
     scratch.high[i] = high;

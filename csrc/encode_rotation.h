@@ -9,17 +9,18 @@ namespace FIBKV_ISA {
 static inline vf splat_as(float x, vf) { return splat(x); }
 static inline vd splat_as(double x, vd) { return splat_wide(x); }
 
-// Steps of a rotation: a + b and a - b, and what begins a round. The difference is a multiply-add, exact as one factor
-// is 1, since some processors have units for additions beside those for products.
+// Steps of a rotation: a + b and a - b, and what begins a round, signs. The difference is a multiply-add, exact as one
+// factor is 1, since some processors have units for additions beside those for products; signs need neither.
 template <class V>
 static inline void butterfly(V& a, V& b) {
   const V sum = a + b;
   b = subtract_as_product(a, b);
   a = sum;
 }
-template <class V, class S>
-static inline V turned(V v, S sign) {
-  return v * splat_as(sign, V{});
+static inline vf turned(vf v, int32_t sign) { return as_float(as_int(v) ^ splat(sign)); }
+static inline vd turned(vd v, int64_t sign) {
+  typedef int64_t bits __attribute__((vector_size(4 * kLanes)));
+  return (vd)((bits)v ^ (sign - bits{}));
 }
 
 // Stages of a transform of registers, butterflies of reach 1 first or last.

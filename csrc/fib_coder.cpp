@@ -74,14 +74,13 @@ void FibCoder::take(const FibSettings& settings) {
 void FibCoder::rotate_by_signs(const int8_t* signs, int rounds) {
   const int d = form_.dim;
   form_.rounds = rounds;
-  signs_.assign(signs, signs + static_cast<size_t>(rounds) * d);
+  for (int i = 0; i < rounds * d; ++i) signs_.push_back(signs[i] < 0 ? INT64_MIN : 0);
   form_.signs = signs_.data();
   // The inverse: transforms first, then signs, from the last round to the first. Read as "signs, then a transform",
   // its first round changes no sign, and the signs of round 0 go to the output.
-  back_signs_.assign(d, 1);
+  back_signs_.assign(d, 0);
   for (int round = rounds - 1; round > 0; --round) {
-    const int8_t* of_round = signs + static_cast<size_t>(round) * d;
-    back_signs_.insert(back_signs_.end(), of_round, of_round + d);
+    for (int i = 0; i < d; ++i) back_signs_.push_back(signs[round * d + i] < 0 ? INT32_MIN : 0);
   }
   form_.back_signs = back_signs_.data();
   form_.forward_scale = std::pow(d, -0.5 * rounds);

@@ -59,8 +59,10 @@ class FibCoder {
   std::optional<TrellisLayout> layout_, alternating_;
   std::optional<IntegerTable> integers_;
   std::vector<TrellisCell> cells_;
-  std::vector<double> signs_, matrix_;
-  std::vector<float> back_signs_, transposed_, output_scale_;
+  std::vector<int64_t> signs_;
+  std::vector<int32_t> back_signs_;
+  std::vector<double> matrix_;
+  std::vector<float> transposed_, output_scale_;
   std::vector<float> codewords_, planes_, scores_, boundaries_, scales_;
   std::vector<uint32_t> candidates_;
   std::vector<int8_t> pair_planes_;
