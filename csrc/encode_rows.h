@@ -16,6 +16,9 @@ struct Format<Element::f32> {
   typedef float stored;
   static vf read(const float* from) { return load<vf>(from); }
   static void write(float* to, vf v) { store(to, v); }
+  static vf lower(vi word) { return as_float(word); }
+  static vf upper(vi word) { return as_float(word); }
+  static vi join(vf v, vf /*the same*/) { return as_int(v); }
 };
 
 #if defined(__AVX512F__)
@@ -35,9 +38,16 @@ template <>
 struct Format<Element::bf16> {
   typedef uint16_t stored;
   static vf read(const uint16_t* from) { return from_bf16(load<vh>(from)); }
-  static void write(uint16_t* to, vf v) {
+  static void write(uint16_t* to, vf v) { store(to, low_halves((vi)(rounded(v) >> 16))); }
+  static vf lower(vi word) { return as_float(word << 16); }
+  static vf upper(vi word) { return as_float(word & splat((int)0xFFFF0000)); }
+  static vi join(vf lower, vf upper) { return (vi)(rounded(lower) >> 16 | (rounded(upper) & 0xFFFF0000)); }
+
+ private:
+  // In the upper halves of lanes.
+  static vu rounded(vf v) {
     const vu bits = (vu)v;
-    store(to, low_halves((vi)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)));
+    return bits + 0x7FFF + ((bits >> 16) & 1);
   }
 };
 
@@ -53,13 +63,19 @@ struct Format<Element::f16> {
 #endif
   static vf read(const uint16_t* from) { return widen(load<vh>(from)); }
 
+  static void write(uint16_t* to, vf v) { store(to, rounded(v)); }
+  static vf lower(vi word) { return widen(low_halves(word)); }
+  static vf upper(vi word) { return widen(low_halves((vi)((vu)word >> 16))); }
+  static vi join(vf lower, vf upper) { return FIBKV_ISA::widen(rounded(lower)) | FIBKV_ISA::widen(rounded(upper)) << 16; }
+
+ private:
   // What is decoded may lie a little above the largest float16: it becomes that, not infinity.
-  static void write(uint16_t* to, vf v) {
+  static vh rounded(vf v) {
     v = clamp(v, -65504.0f, 65504.0f);
 #if defined(__AVX512F__)
-    _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+    return (vh)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__F16C__)
-    _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+    return (vh)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 #else
     const vi bits = as_int(v);
     const vi magnitude = bits & splat(0x7FFFFFFF);
@@ -68,7 +84,7 @@ struct Format<Element::f16> {
     // Below 2^-14 numbers are multiples of 2^-24, as float32 is at 0.5: an addition rounds to them.
     const vi denormal = as_int(as_float(magnitude) + splat(0.5f)) - as_int(splat(0.5f));
     const vi small = magnitude < splat((127 - 14) << 23);
-    store(to, low_halves((small ? denormal : normal) | ((bits >> 16) & splat(0x8000))));
+    return low_halves((small ? denormal : normal) | ((bits >> 16) & splat(0x8000)));
 #endif
   }
 };
@@ -97,40 +113,54 @@ static inline void each_step(int dim, Body body) {
 }
 
 // Reads up to kLanes rows [count][dim] and hands on each coordinate: emit(i, lanes of coordinate i). Lanes without a
-// row repeat the last one.
+// row repeat the last one. What is transposed are words of 32 bits, in which two coordinates of 16 bits stay together.
 template <Element element, class Emit>
 static inline void read_rows(const void* rows, int count, int dim, Emit emit) {
-  const auto* from = static_cast<const typename Format<element>::stored*>(rows);
-  each_step(dim, [&](int first, int width) {
+  typedef Format<element> Form;
+  typedef typename Form::stored stored;
+  constexpr int in_word = 4 / sizeof(stored), most = in_word * kLanes;
+  const auto* from = static_cast<const stored*>(rows);
+  for (int first = 0; first < dim; first += most) {
+    const int width = dim - first < most ? dim - first : most;
     vi tile[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
       const int row = lane < count ? lane : count - 1;
-      tile[lane] = as_int(read_lanes<element>(from + (int64_t)row * dim + first, width));
+      tile[lane] = load_some<vi>(from + (int64_t)row * dim + first, width * sizeof(stored));
       // The rows of the next batch, as far as the second cache; behind the last one that does no harm.
       __builtin_prefetch(from + (int64_t)(lane + kLanes) * dim + first, 0, 2);
     }
     transpose(tile);
-    if (width == kLanes) {
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) emit(first + i, as_float(tile[i]));
+    const auto hand_on = [&](int i) {
+      emit(first + i, i % in_word ? Form::upper(tile[i / in_word]) : Form::lower(tile[i / in_word]));
+    };
+    if (width == most) {
+#pragma GCC unroll 32
+      for (int i = 0; i < most; ++i) hand_on(i);
     } else {
-      for (int i = 0; i < width; ++i) emit(first + i, as_float(tile[i]));
+      for (int i = 0; i < width; ++i) hand_on(i);
     }
-  });
+  }
 }
 
 // The way back: `vectors(i)` are the lanes of coordinate i.
 template <Element element, class Vectors>
 static inline void write_rows(void* rows, int count, int dim, Vectors vectors) {
-  auto* to = static_cast<typename Format<element>::stored*>(rows);
-  each_step(dim, [&](int first, int width) {
+  typedef Format<element> Form;
+  typedef typename Form::stored stored;
+  constexpr int in_word = 4 / sizeof(stored), most = in_word * kLanes;
+  auto* to = static_cast<stored*>(rows);
+  for (int first = 0; first < dim; first += most) {
+    const int width = dim - first < most ? dim - first : most;
+    const auto coordinate = [&](int i) { return i < width ? vectors(first + i) : vf{}; };
     vi tile[kLanes];
-    for (int i = 0; i < kLanes; ++i) tile[i] = i < width ? as_int(vectors(first + i)) : vi{};
+    for (int i = 0; i < kLanes; ++i) {
+      tile[i] = Form::join(coordinate(in_word * i), coordinate(in_word * i + in_word - 1));
+    }
     transpose(tile);
     for (int lane = 0; lane < count; ++lane) {
-      write_lanes<element>(to + (int64_t)lane * dim + first, as_float(tile[lane]), width);
+      store_some(to + (int64_t)lane * dim + first, tile[lane], width * sizeof(stored));
     }
-  });
+  }
 }
 
 }  // namespace FIBKV_ISA

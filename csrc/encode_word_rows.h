@@ -20,16 +20,6 @@ struct WordScratch {
   }
 };
 
-// Halves of the lanes of a register that has coordinates of 16 bits.
-template <Element element>
-static inline vf lower_half(vi raw) { return Format<element>::widen(low_halves(raw)); }
-template <Element element>
-static inline vf upper_half(vi raw) { return Format<element>::widen(low_halves((vi)((vu)raw >> 16))); }
-template <>
-inline vf lower_half<Element::bf16>(vi raw) { return as_float(raw << 16); }
-template <>
-inline vf upper_half<Element::bf16>(vi raw) { return as_float(raw & splat((int)0xFFFF0000)); }
-
 // Reads up to 2 kLanes rows of 16-bit elements: raw [d], as registers of words. d is a multiple of 2 kLanes. Lanes
 // without a row repeat the last one.
 static void read_pairs(const uint16_t* rows, int count, int dim, vi* raw) {
@@ -152,8 +142,8 @@ static bool rotate_rows(const WordRotation& rotation, const typename Format<elem
     if (rotation.dim % (2 * kLanes) == 0) {
       vi* const raw = reinterpret_cast<vi*>(scratch.rotated);
       read_pairs(rows, count, rotation.dim, raw);
-      const auto lower = [=](int i) { return lower_half<element>(raw[i]); };
-      const auto upper = [=](int i) { return upper_half<element>(raw[i]); };
+      const auto lower = [=](int i) { return Format<element>::lower(raw[i]); };
+      const auto upper = [=](int i) { return Format<element>::upper(raw[i]); };
       const vf energy[2] = {energy_of(rotation.dim, lower), energy_of(rotation.dim, upper)};
       if (!any(~(is_ordinary(energy[0]) & is_ordinary(energy[1])))) {
         for (int half = 0; half < 2; ++half) length[half] = root(energy[half]);
