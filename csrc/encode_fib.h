@@ -99,13 +99,29 @@ static void look_up(const FibForm& form, const vi* index, vf* y) {
   }
 }
 
+// The same where bytes name the pairs of a whole book, from the words that have four of them.
+static void look_up_bytes(const FibForm& form, const vi* words, vf* y) {
+  for (int b = 0; b < form.blocks(); b += 4) {
+    vf first[4], second[4];
+    look_up_pairs(form, words[b / 4], first, second);
+    for (int i = 0; i < 4 && b + i < form.blocks(); ++i) {
+      y[2 * (b + i)] = first[i];
+      y[2 * (b + i) + 1] = second[i];
+    }
+  }
+}
+
 template <Element element>
 static void decode_batch(const FibForm& form, const uint8_t* codes, const float* norms, int count, void* out,
                          const FibScratch& scratch) {
   read_codes(form.code_bytes(), codes, count, scratch.words);
-  unpack_lanes(form, scratch.words, scratch.index);
-  if (form.trellis) open_windows(form, scratch.index);
-  look_up(form, scratch.index, scratch.unit);
+  if (form.pair_planes && form.size == 256) {
+    look_up_bytes(form, scratch.words, scratch.unit);
+  } else {
+    unpack_lanes(form, scratch.words, scratch.index);
+    if (form.trellis) open_windows(form, scratch.index);
+    look_up(form, scratch.index, scratch.unit);
+  }
   vf norm{};
   for (int lane = 0; lane < count; ++lane) norm[lane] = norms[lane];
   if (form.rounds) {
