@@ -6,6 +6,7 @@
 #include "byte_tables.h"
 #include "integer_blocks.h"
 #include "integer_kernels.h"
+#include "number.h"
 
 namespace fibkv {
 namespace FIBKV_ISA {
@@ -58,17 +59,23 @@ float largest_magnitude(const float* row, int width) {
   return _mm512_reduce_max_ps(top);
 }
 
-// Puts the bytes of a query where the products of plane `plane` read them; returns their sum.
-int put_plane(const Prepared& block, const Side& side, int n, int q, int plane, const int8_t* numbers, int stride) {
-  int8_t* to = reinterpret_cast<int8_t*>(block.bytes + static_cast<size_t>(plane) * (side.units() / 4) * n + q);
+// Puts the bytes of a query, one a unit, where the products of plane `plane` read them; returns their sum.
+int put_plane(const Prepared& block, const Side& side, int n, int q, int plane, const int8_t* numbers) {
+  const int units = side.units();
+  int32_t* to = block.bytes + static_cast<size_t>(plane) * (units / 4) * n + q;
   int sum = 0;
-  for (int unit = 0; unit < side.units(); unit += 4, to += 4 * n) {
-    for (int i = 0; i < 4; ++i) {
-      to[i] = numbers[(unit + i) * stride];
-      sum += to[i];
-    }
-  }
+  for (int unit = 0; unit < units; ++unit) sum += numbers[unit];
+  for (int unit = 0; unit < units; unit += 4, to += n) std::memcpy(to, numbers + unit, 4);
   return sum;
+}
+
+// The coordinates of each plane side by side.
+void part_planes(const int8_t* numbers, int units, int planes, int8_t* parted) {
+  with_planes(planes, [&](auto count) {
+    for (int plane = 0; plane < count; ++plane) {
+      for (int unit = 0; unit < units; ++unit) parted[plane * units + unit] = numbers[unit * count + plane];
+    }
+  });
 }
 
 void quantize_query(const Prepared& block, const Side& side, int n, int q, const float* row) {
@@ -87,13 +94,15 @@ void quantize_query(const Prepared& block, const Side& side, int n, int q, const
   }
   block.step[q] = top / limit * side.plane_step;
   if (wide) {
-    block.start[q] = -128 * put_plane(block, side, n, q, 0, high, 1);
-    block.start[kMostQueries + q] = -128 * put_plane(block, side, n, q, 1, numbers, 1);
+    block.start[q] = -128 * put_plane(block, side, n, q, 0, high);
+    block.start[kMostQueries + q] = -128 * put_plane(block, side, n, q, 1, numbers);
     return;
   }
+  int8_t parted[kMostTiledDim];
+  part_planes(numbers, side.units(), side.planes, parted);
   block.start[q] = 0;
   for (int plane = 0; plane < side.planes; ++plane) {
-    block.start[q] -= 128 * put_plane(block, side, n, q, plane, numbers + plane, side.planes);
+    block.start[q] -= 128 * put_plane(block, side, n, q, plane, parted + plane * side.units());
   }
 }
 

@@ -2,18 +2,13 @@
 #pragma once
 
 #include "attend_decode.h"
+#include "number.h"
 
 namespace fibkv {
 namespace FIBKV_ISA {
 
 // Up to so many queries per KV head, a sum across lanes for each is cheaper than transposing the tile.
 constexpr int kFewQueries = 8;
-
-// A number that a generic lambda can take as a constant.
-template <int value>
-struct Number {
-  static constexpr int number = value;
-};
 
 // Rows of a tile as kernels read them, a vector at a time: decoded ones, or codes that widen as they are.
 struct Decoded {

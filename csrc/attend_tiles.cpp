@@ -136,14 +136,14 @@ void finish(const Side& value, const float* rows, int n, float* out) {
   const int width = padded_dim(value.dim);
 #ifdef FIBKV_INTEGER
   if (on_integers(value, n)) {
-    for (int q = 0; q < n; ++q) {
-      for (int plane = 0; plane < value.planes; ++plane) {
-        for (int unit = 0; unit < value.units(); ++unit) {
-          out[q * width + unit * value.planes + plane] += rows[q * width + plane * value.units() + unit];
+    const int units = value.units();
+    return with_planes(value.planes, [&](auto planes) {
+      for (int q = 0; q < n; ++q, out += width, rows += width) {
+        for (int unit = 0; unit < units; ++unit) {
+          for (int plane = 0; plane < planes; ++plane) out[unit * planes + plane] += rows[plane * units + unit];
         }
       }
-    }
-    return;
+    });
   }
 #endif
   for (int i = 0; i < n * width; ++i) out[i] += rows[i];
