@@ -105,20 +105,38 @@ static inline Wide times(vi v, double unit) {
   return wide;
 }
 
-// As `fit`, of half the vectors.
-static Fit fit_words(const FibForm& form, const TableScratch& scratch, int half) {
+// The sums of a fit in integers.
+struct WordFit {
   vi along{}, energy{};
+
+  // Of one block: the pairs of its coordinates, and the words found for them.
+  void add(vi pairs, vi words) {
+    along = add_products(along, pairs, words);
+    energy = add_products(energy, words, words);
+  }
+
+  Fit in_units_of(const TableForm& form) const {
+    return {times(along, form.along_unit), times(energy, form.energy_unit)};
+  }
+};
+
+// As `fit`, of both halves of the vectors.
+static void fit_words(const FibForm& form, const TableScratch& scratch, Fit* fits) {
+  const vw* const rotated = scratch.rotated();
+  WordFit lower, upper;
   for (int b = 0; b < form.blocks(); b += 4) {
-    vi words[4];
-    look_up_words(*form.table, scratch.quads[half][b / 4], words);
+    vi words[2][4];
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) look_up_words(*form.table, scratch.quads[half][b / 4], words[half]);
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      const vi x = (vi)scratch.rotated()[2 * (b + i)], y = (vi)scratch.rotated()[2 * (b + i) + 1];
-      const vi pairs = half ? (vi)((vu)x >> 16) | (y & splat((int)0xFFFF0000)) : (x & splat(0xFFFF)) | y << 16;
-      along = add_products(along, pairs, words[i]);
-      energy = add_products(energy, words[i], words[i]);
+      const vi x = (vi)rotated[2 * (b + i)], y = (vi)rotated[2 * (b + i) + 1];
+      lower.add(pair_lower(x, y), words[0][i]);
+      upper.add(pair_upper(x, y), words[1][i]);
     }
   }
-  return {times(along, form.table->along_unit), times(energy, form.table->energy_unit)};
+  fits[0] = lower.in_units_of(*form.table);
+  fits[1] = upper.in_units_of(*form.table);
 }
 
 // Norms and codes of `count` rows.
@@ -143,16 +161,19 @@ static bool encode_by_table(const FibForm& form, const typename Format<element>:
     const int first = half * kLanes, some = count - first < kLanes ? count - first : kLanes;
     write_quads(form, quads, length[half], sums, some, codes + first * form.code_bytes(), norms + first, scratch);
   };
+  Fit fits[2];
   if (form.num_scales == 1) {
     find_cells(form, form.table->scales[0], scratch);
-    for (int half = 0; half < halves; ++half) write(half, scratch.quads[half], fit_words(form, scratch, half));
+    fit_words(form, scratch, fits);
+    for (int half = 0; half < halves; ++half) write(half, scratch.quads[half], fits[half]);
     return true;
   }
   Best best[2];
   for (int s = 0; s < form.num_scales; ++s) {
     find_cells(form, form.table->scales[s], scratch);
+    fit_words(form, scratch, fits);
     for (int half = 0; half < halves; ++half) {
-      best[half].offer(fit_words(form, scratch, half), form.blocks() / 4, scratch.quads[half], scratch.best[half]);
+      best[half].offer(fits[half], form.blocks() / 4, scratch.quads[half], scratch.best[half]);
     }
   }
   for (int half = 0; half < halves; ++half) write(half, scratch.best[half], best[half].fit);

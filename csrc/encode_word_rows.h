@@ -26,19 +26,18 @@ static void read_pairs(const uint16_t* rows, int count, int dim, vi* raw) {
   const uint16_t* row[2 * kLanes];
   for (int lane = 0; lane < 2 * kLanes; ++lane) row[lane] = rows + (int64_t)(lane < count ? lane : count - 1) * dim;
   for (int first = 0; first < dim; first += 2 * kLanes) {
-    vi even[kLanes], odd[kLanes];
+    // One after the other: both together do not fit in registers.
+#pragma GCC unroll 2
+    for (int odd = 0; odd < 2; ++odd) {
+      vi tile[kLanes];
 #pragma GCC unroll 16
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const vu a = load<vu>(row[lane] + first), b = load<vu>(row[lane + kLanes] + first);
-      even[lane] = (vi)((a & 0xFFFF) | b << 16);
-      odd[lane] = (vi)(a >> 16 | (b & 0xFFFF0000));
-    }
-    transpose(even);
-    transpose(odd);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const vi a = load<vi>(row[lane] + first), b = load<vi>(row[lane + kLanes] + first);
+        tile[lane] = odd ? pair_upper(a, b) : pair_lower(a, b);
+      }
+      transpose(tile);
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      raw[first + 2 * i] = even[i];
-      raw[first + 2 * i + 1] = odd[i];
+      for (int i = 0; i < kLanes; ++i) raw[first + 2 * i + odd] = tile[i];
     }
   }
 }
@@ -84,8 +83,8 @@ static void rotate_both(const WordRotation& rotation, const Element* rows, const
   for (int i = 0; i < rotation.dim; ++i, next += 2 * kLanes) {
     __builtin_prefetch(next, 0, 2);
     const int negative = factors[i] < 0;
-    rotated[i] = pack_words(nearest_words(lower(i) * scale[0].by[negative]),
-                            nearest_words(upper(i) * scale[1].by[negative]));
+    rotated[i] = (vw)pair_lower(nearest_words(lower(i) * scale[0].by[negative]),
+                                nearest_words(upper(i) * scale[1].by[negative]));
   }
   rotate(factors, rotation.rounds, rotation.dim, rotated);
 }

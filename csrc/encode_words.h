@@ -19,7 +19,19 @@ static inline vw splat_word(int x) { return (vw)splat((x & 0xFFFF) | (int)((uint
 
 static inline vi lower_words(vw v) { return (vi)v << 16 >> 16; }
 static inline vi upper_words(vw v) { return (vi)v >> 16; }
-static inline vw pack_words(vi lower, vi upper) { return (vw)((lower & splat(0xFFFF)) | (upper << 16)); }
+
+// The lower words of the lanes of a and of b side by side, and the upper ones: a's in the lower halves of lanes.
+#if defined(__AVX512F__)
+static inline vi take_odd_words(vi even, vi odd) {
+  return (vi)_mm512_ternarylogic_epi32(_mm512_set1_epi32(0xFFFF), (__m512i)even, (__m512i)odd, 0xCA);
+}
+#elif defined(__AVX2__)
+static inline vi take_odd_words(vi even, vi odd) { return (vi)_mm256_blend_epi16((__m256i)even, (__m256i)odd, 0xAA); }
+#else
+static inline vi take_odd_words(vi even, vi odd) { return (even & splat(0xFFFF)) | (odd & splat((int)0xFFFF0000)); }
+#endif
+static inline vi pair_lower(vi a, vi b) { return take_odd_words(a, b << 16); }
+static inline vi pair_upper(vi a, vi b) { return take_odd_words((vi)((vu)a >> 16), b); }
 
 // (a b + 2^14) / 2^15 rounded down, a b / 2^16 rounded down, and for pairs of words a and b sum + a0 b0 + a1 b1.
 #if defined(__AVX512F__)
@@ -50,10 +62,10 @@ static inline vi add_products(vi sum, vi a, vi b) { return sum + (vi)_mm_madd_ep
 #else
 static inline vw multiply_fraction(vw a, vw b) {
   const vi half = splat(1 << 14);
-  return pack_words((lower_words(a) * lower_words(b) + half) >> 15, (upper_words(a) * upper_words(b) + half) >> 15);
+  return (vw)pair_lower((lower_words(a) * lower_words(b) + half) >> 15, (upper_words(a) * upper_words(b) + half) >> 15);
 }
 static inline vw multiply_high(vw a, vw b) {
-  return pack_words((lower_words(a) * lower_words(b)) >> 16, (upper_words(a) * upper_words(b)) >> 16);
+  return (vw)pair_lower((lower_words(a) * lower_words(b)) >> 16, (upper_words(a) * upper_words(b)) >> 16);
 }
 static inline vw minimum(vw a, vw b) { return a < b ? a : b; }
 static inline vw maximum(vw a, vw b) { return a > b ? a : b; }
