@@ -227,8 +227,9 @@ class Column:
         return cls(shared(SegmentForm(run.heads, run.tokens, run.decision, reasons, codec, space)), codes)
 
     def segments(self) -> list[Segment]:
-        """The segments. Clones: a page must not keep the memory of the whole prefill alive, nor be kept by it."""
-        return [self.segment(self.of(page).map(Tensor.clone)) for page in range(self.codes.axes[0])]
+        """The segments. Several are clones: a page must not keep the memory of the whole prefill alive."""
+        pages = [self.of(page) for page in range(self.codes.axes[0])]
+        return [self.segment(codes.map(Tensor.clone) if len(pages) > 1 else codes) for codes in pages]
 
     def segment(self, codes: Codes) -> Segment:
         """The segment of one page, with its codes ``[heads, T, ...]``, which may lie on another device."""

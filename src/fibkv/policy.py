@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import groupby, pairwise
 from typing import Literal, TypeVar
 
@@ -166,6 +166,8 @@ def carries(head_dim: int, block_dim: int) -> bool:
     return 0 < block_dim < head_dim and head_dim % block_dim == 0
 
 
+# Layers that are alike ask for the same at each length.
+@lru_cache(maxsize=64)
 def plan(policy: Policy, shape: KVShape, has_calibration: bool, block_dim: int | None = None) -> Plan:
     """The decisions for all vectors of a tensor; equal to :func:`decide` at every index.
 
