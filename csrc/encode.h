@@ -76,6 +76,8 @@ struct FibForm {
   const int32_t* back_signs; // [rounds][d]: of the inverse as rounds of signs and a transform, none in the first round
   const double* matrix;
   const float* transposed;
+  const WordRotation* words;  // or null: what trellis codes are rotated by instead, in integers
+  float word_unit;            // what 1 is worth behind it
   double forward_scale;       // of the transforms: d^(-rounds / 2)
   const float* output_scale;  // [d]: of those of the inverse, with the signs behind them
 

@@ -263,12 +263,12 @@ void make_coder(FibCoder* self, int dim, int block, int size, int bits, bool gai
 
 void make_trellis_coder(FibCoder* self, int dim, int bits, bool gain_corrected, uintptr_t codewords, uintptr_t matrix,
                         uintptr_t signs, int rounds, std::vector<float> scales, int window, int overlap,
-                        float cells_per_one, int reach, int ways, int rows, uintptr_t columns, uintptr_t costs,
+                        float cells_per_one, float word_length, float word_unit, int reach, int ways, int rows, uintptr_t columns, uintptr_t costs,
                         std::vector<int> label_columns) {
   const FibSettings settings{dim, 1, 1 << window, bits, gain_corrected, at<float>(codewords), at<float>(matrix),
                              at<int8_t>(signs), rounds, nullptr, 0, 0.0f, std::move(scales)};
-  new (self) FibCoder(settings, TrellisSettings{overlap, cells_per_one, reach, ways, rows, at<uint8_t>(columns),
-                                               at<uint8_t>(costs), std::move(label_columns)});
+  new (self) FibCoder(settings, TrellisSettings{overlap, cells_per_one, word_length, word_unit, reach, ways, rows,
+                                               at<uint8_t>(columns), at<uint8_t>(costs), std::move(label_columns)});
 }
 
 }  // namespace
@@ -284,7 +284,7 @@ void bind_encoding(nb::module_& m) {
            "farthest"_a = 1.0f)
       .def("__init__", &make_trellis_coder, nb::kw_only(), "dim"_a, "bits"_a, "gain_corrected"_a, "codewords"_a,
            "matrix"_a, "signs"_a, "rounds"_a, "scales"_a, "window"_a, "overlap"_a, "cells_per_one"_a,
-           "reach"_a, "ways"_a, "rows"_a, "columns"_a, "costs"_a, "label_columns"_a);
+           "word_length"_a, "word_unit"_a, "reach"_a, "ways"_a, "rows"_a, "columns"_a, "costs"_a, "label_columns"_a);
   nb::class_<KltCoder>(m, "KltCoder")
       .def("__init__",
            [](KltCoder* self, int dim, int heads, uintptr_t widths, uintptr_t weights, const FibCoder& two,

@@ -5,19 +5,29 @@
 #include "encode_search.h"
 #include "encode_table.h"
 #include "encode_trellis.h"
+#include "encode_word_rows.h"
 
 namespace fibkv {
 namespace FIBKV_ISA {
 
-// The first of these is working memory of all codes, the second of trellis codes.
+// The first of these is working memory of all codes, the second of trellis codes, the third of those that are rotated in
+// integers.
 struct Working {
   FibScratch scratch;
   PathScratch paths;
+  WordScratch turning;
 
   Working(const FibForm& form, void* memory)
-      : scratch(form, memory), paths(form, static_cast<vf*>(memory) + FibScratch::registers(form)) {}
+      : scratch(form, memory),
+        paths(form, static_cast<vf*>(memory) + FibScratch::registers(form)),
+        turning(form.dim, static_cast<vf*>(memory) + registers_before_turning(form)) {}
 
   static size_t registers(const FibForm& form) {
+    return registers_before_turning(form) + (form.words ? WordScratch::registers(form.dim) : 0);
+  }
+
+ private:
+  static size_t registers_before_turning(const FibForm& form) {
     return FibScratch::registers(form) + (form.trellis ? PathScratch::registers(form) : 0);
   }
 };
@@ -43,13 +53,10 @@ static Fit search_scales(const FibForm& form, const Working& working) {
   return best.fit;
 }
 
-// Up to kLanes rows.
-template <Element element>
-static bool encode_batch(const FibForm& form, const void* rows, int count, uint8_t* codes, double* norms,
+// Norms and codes of up to kLanes rotated unit vectors, `scratch.unit`, with the lengths that they had.
+static void encode_units(const FibForm& form, const Wide& length, int count, uint8_t* codes, double* norms,
                          const Working& working) {
   const FibScratch& scratch = working.scratch;
-  Wide length;
-  if (!rotate_exactly<element>(form, rows, count, scratch, length)) return false;
   const vi* index = scratch.index;
   Fit sums;
   if (form.num_scales > 1 || form.scales[0] != 1.0f) {
@@ -60,6 +67,32 @@ static bool encode_batch(const FibForm& form, const void* rows, int count, uint8
     if (form.gain_corrected) sums = fit(form, scratch.unit, index);
   }
   write_batch(form, index, length, sums, count, codes, norms, scratch.words);
+}
+
+// Up to kLanes rows. False: a row was not finite.
+template <Element element>
+static bool encode_batch(const FibForm& form, const typename Format<element>::stored* rows, int count, uint8_t* codes,
+                         double* norms, const Working& working) {
+  Wide length;
+  if (!rotate_exactly<element>(form, rows, count, working.scratch, length)) return false;
+  encode_units(form, length, count, codes, norms, working);
+  return true;
+}
+
+// Up to 2 kLanes rows, rotated in integers. False: a row was not finite.
+template <Element element>
+static bool encode_in_words(const FibForm& form, const typename Format<element>::stored* rows, int count,
+                            uint8_t* codes, double* norms, const Working& working) {
+  Wide length[2];
+  if (!rotate_rows<element>(*form.words, rows, count, working.turning, length)) return false;
+  const vw* const rotated = working.turning.rotated;
+  for (int half = 0, first = 0; first < count; ++half, first += kLanes) {
+    for (int i = 0; i < form.dim; ++i) {
+      working.scratch.unit[i] = as_numbers(half ? upper_words(rotated[i]) : lower_words(rotated[i])) * splat(form.word_unit);
+    }
+    const int some = count - first < kLanes ? count - first : kLanes;
+    encode_units(form, length[half], some, codes + first * form.code_bytes(), norms + first, working);
+  }
   return true;
 }
 
@@ -75,10 +108,11 @@ static bool encode_rows(const FibForm& form, const void* rows, int64_t count, ui
   if (form.table) return encode_rows_by_table<element>(form, rows, count, codes, norms, memory);
   const auto* from = static_cast<const typename Format<element>::stored*>(rows);
   const Working working(form, memory);
-  for (int64_t start = 0; start < count; start += kLanes) {
-    const int some = count - start < kLanes ? (int)(count - start) : kLanes;
-    if (!encode_batch<element>(form, from + start * form.dim, some, codes + start * form.code_bytes(), norms + start,
-                               working)) {
+  const auto encode = form.words ? encode_in_words<element> : encode_batch<element>;
+  const int batch = form.words ? 2 * kLanes : kLanes;
+  for (int64_t start = 0; start < count; start += batch) {
+    const int some = count - start < batch ? (int)(count - start) : batch;
+    if (!encode(form, from + start * form.dim, some, codes + start * form.code_bytes(), norms + start, working)) {
       return false;
     }
   }

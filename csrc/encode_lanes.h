@@ -81,6 +81,7 @@ static inline vd square_root(vd v) { return vd{__builtin_sqrt(v[0]), __builtin_s
 #endif
 
 static inline vi truncated(vf v) { return __builtin_convertvector(v, vi); }
+static inline vf as_numbers(vi v) { return __builtin_convertvector(v, vf); }
 
 // The nearest integer, ties to even, for |v| <= 2^22: adding 1.5 * 2^23 rounds to one.
 static inline vi nearest(vf v) {

@@ -1,4 +1,4 @@
-// Vectors in memory to rotated vectors of words, 2 kLanes at a time.
+// Vectors in memory to rotated vectors of words, 2 kLanes at a time. Meaning: src/fibkv/word_rotation.py.
 #pragma once
 
 #include "encode_fit.h"
@@ -54,7 +54,7 @@ static inline vf energy_of(int dim, X x) {
 }
 
 // Which lanes have an energy that float32 holds well, with the squares that make it.
-static inline vi is_ordinary(vf energy) { return (energy > splat(1e-20f)) & (energy < splat(1e20f)); }
+static inline vi is_ordinary(vf energy) { return (energy > splat(0x1p-66f)) & (energy < splat(0x1p66f)); }
 
 static inline Wide root(vf v) { return {square_root(widen_low(v)), square_root(widen_high(v))}; }
 

@@ -51,6 +51,11 @@ FibCoder::FibCoder(const FibSettings& settings, const TrellisSettings& trellis)
   form_.window = 2 * form_.bits + static_cast<int>(trellis.label_columns.size());
   form_.trellis = &trellis_;
   form_.search = Search::path;
+  if (trellis.word_length > 0) {
+    words_ = factors_.emplace(settings.dim, settings.rounds, settings.signs).form(trellis.word_length);
+    form_.words = &words_;
+    form_.word_unit = trellis.word_unit;
+  }
 }
 
 void FibCoder::take(const FibSettings& settings) {

@@ -29,6 +29,8 @@ struct FibSettings {
 struct TrellisSettings {
   int overlap;
   float cells_per_one;
+  float word_length;          // of vectors that are rotated in integers; 0 where they are not
+  float word_unit;
   int reach, ways, rows;      // of the search table: cells on both sides of 0, levels tried, rows of labels
   const uint8_t* columns;     // [2 reach + 1][ways][rows]
   const uint8_t* costs;       // likewise
@@ -58,6 +60,8 @@ class FibCoder {
   TrellisForm trellis_{};
   std::optional<TrellisLayout> layout_, alternating_;
   std::optional<IntegerTable> integers_;
+  std::optional<WordFactors> factors_;
+  WordRotation words_{};
   std::vector<TrellisCell> cells_;
   std::vector<int64_t> signs_;
   std::vector<int32_t> back_signs_;

@@ -1,4 +1,4 @@
-// A Hadamard rotation in 16-bit integers, made once from its signs.
+// A Hadamard rotation in 16-bit integers, made once from its signs. Meaning: src/fibkv/word_rotation.py.
 #pragma once
 
 #include <cstdint>

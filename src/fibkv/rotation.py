@@ -111,24 +111,23 @@ def hadamard_signs(dim: int, seed: int) -> Tensor:
     return torch.from_numpy(1 - 2 * (octets & 1).astype(np.int8)).reshape(HADAMARD_ROUNDS, dim)
 
 
+def walsh_hadamard(x: Tensor) -> Tensor:
+    """The transform in natural (Sylvester) order of integers ``[..., d]``, not normalized."""
+    span = 1
+    while span < x.shape[-1]:
+        low, high = x.unflatten(-1, (-1, 2, span)).unbind(-2)
+        x = torch.stack([low + high, low - high], -2).flatten(-3)
+        span *= 2
+    return x
+
+
 def _hadamard_matrix(dim: int, seed: int) -> npt.NDArray[np.float64]:
     # Exact: an orthogonal matrix has entries of at most 1, so these integers stay below d^3 <= 2^36.
-    product = np.eye(dim, dtype=np.int64)
-    for signs in hadamard_signs(dim, seed).numpy():
-        product = _walsh_hadamard(product * signs[:, None])
-    matrix: npt.NDArray[np.float64] = product / dim ** (HADAMARD_ROUNDS // 2)
+    turned = torch.eye(dim, dtype=torch.int64)
+    for signs in hadamard_signs(dim, seed):
+        turned = walsh_hadamard(turned * signs)
+    matrix: npt.NDArray[np.float64] = turned.T.contiguous().numpy() / dim ** (HADAMARD_ROUNDS // 2)
     return matrix
-
-
-def _walsh_hadamard(columns: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The unnormalized transform in natural (Sylvester) order of each column of ``[d, n]``."""
-    dim = columns.shape[0]
-    span = 1
-    while span < dim:
-        pairs = columns.reshape(dim // (2 * span), 2, span, -1)
-        columns = np.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], axis=1).reshape(dim, -1)
-        span *= 2
-    return columns
 
 
 def _haar_matrix(dim: int, seed: int) -> npt.NDArray[np.float64]:

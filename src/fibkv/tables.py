@@ -15,6 +15,7 @@ from fibkv.decision_table import DecisionTable
 from fibkv.packing import packed_nbytes
 from fibkv.rotation import Rotation
 from fibkv.trellis import Trellis
+from fibkv.word_rotation import WordRotation
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,6 +74,7 @@ class FibTables:
         decisions: what the encoder looks codewords up in, or None: it finds the nearest one.
         centered: whether the mean of a group is stored once and taken out of its vectors.
         trellis: None = an index of a block names its codeword; else windows of the indices do.
+        word_rotation: what the encoder rotates by; None = by `rotation`, in float64.
     """
 
     codewords: Tensor
@@ -85,6 +87,7 @@ class FibTables:
     decisions: DecisionTable | None = None
     centered: bool = False
     trellis: Trellis | None = None
+    word_rotation: WordRotation | None = None
 
     @property
     def num_blocks(self) -> int:

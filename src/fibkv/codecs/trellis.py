@@ -17,6 +17,7 @@ from fibkv.parameters import TrellisParameters
 from fibkv.rotation import rotation
 from fibkv.tables import FibTables
 from fibkv.trellis import Trellis
+from fibkv.word_rotation import fits, word_rotation
 
 # Of the shipped codes: new levels give old parameters another meaning.
 CODE_VERSION = 1
@@ -55,6 +56,7 @@ class TrellisCodec(FibCodec):
             scales=SCALES if parameters.scale_search else (1.0,),
             centered=parameters.centered,
             trellis=paths,
+            word_rotation=word_rotation(turn) if parameters.path_search == "fast" and fits(turn) else None,
         )
         self.codebook_digest = code.digest()
         self.rotation_digest = turn.digest

@@ -302,11 +302,14 @@ def _coder(tables: FibTables) -> Any:
         "scales": list(tables.scales),
     }
     if trellis is not None:
+        words = tables.word_rotation
         return native.FibCoder(
             **common,
             window=tables.window,
             overlap=trellis.overlap,
             cells_per_one=trellis.cells,
+            word_length=0.0 if words is None else words.length,
+            word_unit=0.0 if words is None else words.unit,
             reach=REACH,
             ways=trellis.ways,
             rows=trellis.search.columns.shape[2],

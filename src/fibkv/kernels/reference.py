@@ -274,17 +274,22 @@ def _encode_fib(rows: Tensor, tables: FibTables) -> FibCodes:
     mean = rows.new_empty((*rows.shape[:-2], 0), dtype=torch.int8)
     if tables.centered:
         mean, rows = subtract_means(rows, tables.rotation.matrix)
-    # The squares of float32 numbers neither overflow nor vanish in float64.
-    wide = rows.to(torch.float64)
-    length = wide.square().sum(-1, keepdim=True).sqrt()
-    unit = wide / length.masked_fill(length == 0, 1.0)
-    rotated = (unit @ constant(tables.rotation.matrix, unit.device, torch.float64).T).to(torch.float32)
+    rotated, length = _rotate_units(rows, tables) if tables.word_rotation is None else tables.word_rotation.apply(rows)
     indices = _search(rotated, tables)
     norms = length.squeeze(-1)
     if tables.gain_corrected:
         norms = norms * _optimal_gain(rotated, _directions(indices, tables))
     packed_norms, norm_range = encode_norms(norms, tables.norm_format)
     return FibCodes(mean=mean, norm_range=norm_range, norms=packed_norms, indices=pack(indices, tables.bits))
+
+
+def _rotate_units(rows: Tensor, tables: FibTables) -> tuple[Tensor, Tensor]:
+    """Rotated unit vectors of ``rows [..., d]`` float32, likewise float32, and the rows' lengths ``[..., 1]`` float64."""
+    # The squares of float32 numbers neither overflow nor vanish in float64.
+    wide = rows.to(torch.float64)
+    length = wide.square().sum(-1, keepdim=True).sqrt()
+    unit = wide / length.masked_fill(length == 0, 1.0)
+    return (unit @ constant(tables.rotation.matrix, unit.device, torch.float64).T).to(torch.float32), length
 
 
 def _encode_klt(rows: Tensor, tables: KltTables) -> FibCodes:
