@@ -58,8 +58,8 @@ struct TrellisForm {
   int overlap;                 // coordinates on both sides of the seam
   float cells_per_one;         // cells of the search table in the length of a unit vector
   int reach;                   // cells on both sides of 0
-  int ways;                    // levels of a row that are tried: 2 or 3
-  const TrellisCell* cells;    // [2 reach + 1]
+  const TrellisCell<2>* two;   // [2 reach + 1]: the levels of a row that are tried, or null:
+  const TrellisCell<3>* three;  // then three of them
   const TrellisLayout *layout, *alternating;
 };
 

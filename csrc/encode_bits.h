@@ -13,16 +13,18 @@ static inline int num_words(const FibForm& form) { return num_words(form.code_by
 // Packs indices [blocks], of a trellis the newest bits of windows, into the little-endian bit stream of each lane.
 // Writes up to one word more than there are.
 static inline void pack_lanes(const FibForm& form, const vi* index, vi* words) {
+  // Held here, as words could be anything for all that a compiler knows.
+  const int blocks = form.blocks(), bits = form.bits, older = form.window - bits;
   vu open{};
   int filled = 0, word = 0;
-  for (int b = 0; b < form.blocks(); ++b) {
-    const vu value = (vu)index[b] >> (form.window - form.bits);
+  for (int b = 0; b < blocks; ++b) {
+    const vu value = (vu)index[b] >> older;
     open |= value << filled;
-    filled += form.bits;
+    filled += bits;
     if (filled >= 32) {
       words[word++] = (vi)open;
       filled -= 32;
-      open = filled ? value >> (form.bits - filled) : vu{};
+      open = filled ? value >> (bits - filled) : vu{};
     }
   }
   words[word] = (vi)open;

@@ -1,6 +1,6 @@
 // The costs of a trellis's 256 states in the registers of an instruction set, and one step of Viterbi's algorithm: what
 // trellis_layout.h describes. A step tries for each state a few ways to it and keeps the least sum; sums stay at 255. A
-// `lowered` step takes off what the best path had cost before it. What a step notes [kStates] is what its way back is
+// `lowered` step takes off what it is given: what the best path had cost a step before. What a step notes [kStates] is what its way back is
 // found by: of two ways the sums behind it, with the bit that says which way it was, else the costs before it.
 #pragma once
 
@@ -55,20 +55,24 @@ class Costs {
     return least;
   }
 
+  typedef Lane Bytes;  // one byte in all places
+
+  Bytes least_everywhere() const { return splat_byte(least()); }
+
   void write(uint8_t* to) const { std::memcpy(to, costs_, sizeof costs_); }
 
   template <int bits, int ways, bool lowered, int parity>
-  void step(const Places& places, const TrellisCell& cell, uint8_t* noted) {
+  void step(const Places& places, const TrellisCell<ways>& cell, uint8_t* noted, Bytes paid) {
     if constexpr (ways > 2) write(noted);
     Lane tried[ways][kStateLanes], reached[kStateLanes];
     for (int way = 0; way < ways; ++way) pick(cell.from[way], tried[way]);
-    const Lane least = splat_byte(lowered ? this->least() : 0), cost_bits = splat_byte(kMostCost<ways>);
+    const Lane cost_bits = splat_byte(kMostCost<ways>);
     for (int i = 0; i < kStateLanes; ++i) {
       for (int way = 0; way < ways; ++way) {
         const Lane sum = add_to_most(tried[way][i], load<Lane>(cell.cost[way]));
         reached[i] = way ? minimum(reached[i], sum) : sum;
       }
-      reached[i] -= least;
+      if (lowered) reached[i] -= paid;
       if constexpr (ways == 2) store(noted + 16 * i, reached[i]);
       reached[i] &= cost_bits;
     }

@@ -22,12 +22,15 @@ class Costs {
 
   void set(int place, int cost) { reinterpret_cast<uint8_t*>(parts_)[place] = (uint8_t)cost; }
 
+  typedef __m256i Bytes;  // one byte in all places
+
   int least() const { return _mm_extract_epi8(least_byte(), 0); }
+  Bytes least_everywhere() const { return _mm256_broadcastb_epi8(least_byte()); }
 
   void write(uint8_t* to) const { std::memcpy(to, parts_, sizeof parts_); }
 
   template <int bits, int ways, bool lowered, int parity>
-  void step(const Places& places, const TrellisCell& cell, uint8_t* noted) {
+  void step(const Places& places, const TrellisCell<ways>& cell, uint8_t* noted, Bytes paid) {
     if constexpr (ways > 2) write(noted);
     const auto everywhere = [](const uint8_t* row) {
       return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)row));
@@ -37,7 +40,6 @@ class Costs {
       from[way] = everywhere(cell.from[way]);
       cost[way] = everywhere(cell.cost[way]);
     }
-    const __m256i least = _mm256_broadcastb_epi8(lowered ? least_byte() : _mm_setzero_si128());
     const __m256i cost_bits = _mm256_set1_epi8((char)kMostCost<ways>);
     for (int i = 0; i < kParts; ++i) {
       __m256i reached;
@@ -45,7 +47,7 @@ class Costs {
         const __m256i sum = _mm256_adds_epu8(_mm256_shuffle_epi8(parts_[i], from[way]), cost[way]);
         reached = way ? _mm256_min_epu8(reached, sum) : sum;
       }
-      if (lowered) reached = _mm256_sub_epi8(reached, least);
+      if (lowered) reached = _mm256_sub_epi8(reached, paid);
       if constexpr (ways == 2) {
         _mm256_storeu_si256((__m256i*)noted + i, reached);
         reached = _mm256_and_si256(reached, cost_bits);

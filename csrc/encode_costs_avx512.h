@@ -38,14 +38,17 @@ class Costs {
     }
   }
 
+  typedef __m512i Bytes;  // one byte in all places
+
   int least() const { return _mm_extract_epi8(least_byte(), 0); }
+  Bytes least_everywhere() const { return _mm512_broadcastb_epi8(least_byte()); }
 
   void write(uint8_t* to) const {
     for (int i = 0; i < 4; ++i) _mm512_storeu_si512(to + 64 * i, costs_[i]);
   }
 
   template <int bits, int ways, bool lowered, int parity>
-  void step(const Places& places, const TrellisCell& cell, uint8_t* noted) {
+  void step(const Places& places, const TrellisCell<ways>& cell, uint8_t* noted, Bytes paid) {
     if constexpr (ways > 2) write(noted);
     const auto everywhere = [](const uint8_t* row) {
       return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)row));
@@ -55,7 +58,6 @@ class Costs {
       from[way] = everywhere(cell.from[way]);
       cost[way] = everywhere(cell.cost[way]);
     }
-    const __m512i least = _mm512_broadcastb_epi8(lowered ? least_byte() : _mm_setzero_si128());
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
 #pragma GCC unroll 3
@@ -63,7 +65,7 @@ class Costs {
         const __m512i sum = _mm512_adds_epu8(_mm512_shuffle_epi8(costs_[i], from[way]), cost[way]);
         reached[i] = way ? _mm512_min_epu8(reached[i], sum) : sum;
       }
-      if (lowered) reached[i] = _mm512_sub_epi8(reached[i], least);
+      if (lowered) reached[i] = _mm512_sub_epi8(reached[i], paid);
       if constexpr (ways == 2) _mm512_storeu_si512(noted + 64 * i, reached[i]);
     }
     const __m512i cost_bits = _mm512_set1_epi8((char)kMostCost<ways>);

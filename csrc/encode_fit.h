@@ -104,8 +104,10 @@ static Fit fit(const FibForm& form, const vf* unit, const vi* index) {
     });
     return sums;
   }
-  for (int b = 0; b < form.blocks(); ++b) {
-    for (int i = 0; i < k; ++i) add(unit[k * b + i], as_float(gather(form.codewords + i, index[b] * splat(k))));
+  const int blocks = form.blocks();
+  for (int b = 0; b < blocks; ++b) {
+    const vi word = k == 1 ? index[b] : index[b] * splat(k);
+    for (int i = 0; i < k; ++i) add(unit[k * b + i], as_float(gather(form.codewords + i, word)));
   }
   return sums;
 }

@@ -12,7 +12,7 @@ namespace FIBKV_ISA {
 constexpr int kTogether = kLanes < 8 ? kLanes : 8;
 
 struct PathScratch {
-  uint16_t* cells;  // [d][kLanes]
+  uint32_t* cells;  // [d][kLanes]: where the search table has a coordinate's, in bytes
   uint8_t* notes;   // [d][kTogether][kStates], of each step: see Costs::step
 
   // In sizes of a register.
@@ -21,56 +21,70 @@ struct PathScratch {
   }
 
   PathScratch(const FibForm& form, vf* memory)
-      : cells(reinterpret_cast<uint16_t*>(memory)), notes(reinterpret_cast<uint8_t*>(memory + form.dim)) {}
+      : cells(reinterpret_cast<uint32_t*>(memory)), notes(reinterpret_cast<uint8_t*>(memory + form.dim)) {}
 };
 
 // The search for the vectors of kTogether lanes, the first one being `first`; `bits` of a symbol.
 template <int bits, int ways>
 struct Paths {
+  using Cell = TrellisCell<ways>;
+  static constexpr int kInterval = ways == 2 ? 8 : 2;  // coordinates at which the least cost is taken off
+
   const TrellisForm& trellis;
   const PathScratch& scratch;
+  const Cell* cells;  // [2 reach + 1]
   int dim, first;
+
+  static const Cell& cell_at(const Cell* cells, uint32_t offset) {
+    return *reinterpret_cast<const Cell*>(reinterpret_cast<const char*>(cells) + offset);
+  }
 
   const TrellisLayout& layout() const { return *(Costs::kAlternates ? trellis.alternating : trellis.layout); }
 
   // Steps at an even coordinate, to which cells and notes point, and at the next one. For two vectors: a step waits for the
-  // one before it.
+  // one before it. What is taken off is known a step early, as it takes as long as a step to find.
   template <bool lowered>
-  [[gnu::always_inline]] static inline void take_two(Costs (&costs)[2], const Places& places, const TrellisCell* cells,
-                                                     const uint16_t* of_lanes, uint8_t* notes) {
+  [[gnu::always_inline]] static inline void take_two(Costs (&costs)[2], const Places& places, const Cell* cells,
+                                                     const uint32_t* of_lanes, uint8_t* notes) {
+    Costs::Bytes paid[2]{};
     for (int k = 0; k < 2; ++k) {
-      costs[k].template step<bits, ways, false, 0>(places, cells[of_lanes[k]], notes + k * kStates);
+      if (lowered) paid[k] = costs[k].least_everywhere();
+      costs[k].template step<bits, ways, false, 0>(places, cell_at(cells, of_lanes[k]), notes + k * kStates, paid[k]);
     }
     of_lanes += kLanes;
     notes += kTogether * kStates;
     for (int k = 0; k < 2; ++k) {
-      costs[k].template step<bits, ways, lowered, 1>(places, cells[of_lanes[k]], notes + k * kStates);
+      costs[k].template step<bits, ways, lowered, 1>(places, cell_at(cells, of_lanes[k]), notes + k * kStates, paid[k]);
     }
   }
 
-  // Steps at start, start + 1 .. of a number of coordinates, the vector being a ring; it and its parts before and behind
-  // the seam are divisible by four.
+  // Steps at start, start + 1 .. of a number of coordinates, which kInterval divides; the vector is a ring.
   void walk(Costs (&pair)[2], int lane, int start, int coordinates) const {
     const Places places(layout());
     // Held here, as a step could write to anything for all that a compiler knows.
-    const TrellisCell* const cells = trellis.cells;
-    const uint16_t* const all_cells = scratch.cells + first + lane;
+    const Cell* const cells = this->cells;
+    const uint32_t* const all_cells = scratch.cells + first + lane;
     uint8_t* const all_notes = scratch.notes + lane * kStates;
     const int d = dim;
     Costs costs[2] = {pair[0], pair[1]};
-    for (int i = 0; i < coordinates; i += 4) {
-      const int t = start + i < d ? start + i : start + i - d;
-      const uint16_t* const of_lanes = all_cells + t * kLanes;
-      uint8_t* const notes = all_notes + t * kTogether * kStates;
-      // The least cost is taken off at every fourth coordinate, or at every second one.
-      take_two<(ways > 2)>(costs, places, cells, of_lanes, notes);
-      take_two<true>(costs, places, cells, of_lanes + 2 * kLanes, notes + 2 * kTogether * kStates);
+    for (int i = 0; i < coordinates; i += kInterval) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kInterval; j += 2) {
+        const int t = start + i + j < d ? start + i + j : start + i + j - d;
+        const uint32_t* const of_lanes = all_cells + t * kLanes;
+        uint8_t* const notes = all_notes + t * kTogether * kStates;
+        if (j + 2 < kInterval) {
+          take_two<false>(costs, places, cells, of_lanes, notes);
+        } else {
+          take_two<true>(costs, places, cells, of_lanes, notes);
+        }
+      }
     }
     for (int k = 0; k < 2; ++k) pair[k] = costs[k];
   }
 
   // The place in a lane that a row of it was reached from, by what the step noted at the place and in its lane.
-  static size_t source(const TrellisCell& tried, size_t row, const uint8_t* place, const uint8_t* lane) {
+  static size_t source(const Cell& tried, size_t row, const uint8_t* place, const uint8_t* lane) {
     if constexpr (ways == 2) return tried.from[*place & 1][row];
     size_t from = tried.from[0][row];
     int least = lane[from] + tried.cost[0][row];
@@ -86,60 +100,66 @@ struct Paths {
     return from;
   }
 
-  // Follows the best paths back that are at `places` [kTogether] behind the step before `stop`, to the places behind the
-  // step before 0. Calls found(t, lane, state) on the way, for the states behind the steps.
+  // Follows the best paths back that are at `ends` [kTogether] behind the step before `stop`, to those behind the step
+  // before 0. Calls found(t, lane, symbol) on the way, for the newest symbols behind the steps.
   template <class Found>
-  void follow(int stop, size_t* places, Found found) const {
-    const TrellisCell* const cells = trellis.cells;
-    const uint16_t* of_lanes = scratch.cells + first + stop * kLanes;
+  void follow(int stop, size_t* ends, Found found) const {
+    const uint32_t* of_lanes = scratch.cells + first + stop * kLanes;
     const uint8_t* notes = scratch.notes + stop * kTogether * kStates;
     size_t at[kTogether];
-    for (int lane = 0; lane < kTogether; ++lane) at[lane] = places[lane];
+    for (int lane = 0; lane < kTogether; ++lane) at[lane] = ends[lane];
     for (int t = stop - 1; t >= 0; --t) {
-      const uint8_t *const states = layout().states[t & 1], *const order = layout().order[t & 1];
+      const uint16_t* const arrivals = layout().arrivals[t & 1];
       of_lanes -= kLanes;
       notes -= kTogether * kStates;
+      const uint32_t* const ahead = t < 2 ? of_lanes : of_lanes - 2 * kLanes;
 #pragma GCC unroll 8
       for (int lane = 0; lane < kTogether; ++lane) {
-        const size_t place = at[lane], row = place & 15, other = place & 0xF0;
+        // The cells of a later step, which do not depend on the path.
+        __builtin_prefetch(&cell_at(cells, ahead[lane]));
+        const size_t place = at[lane] & 0xFF, row = place & 15, other = place & 0xF0;
         const uint8_t* const noted = notes + lane * kStates;
-        found(t, lane, states[place]);
-        at[lane] = order[other | source(cells[of_lanes[lane]], row, noted + place, noted + other)];
+        found(t, lane, (int)(at[lane] >> 8));
+        at[lane] = arrivals[other | source(cell_at(cells, of_lanes[lane]), row, noted + place, noted + other)];
       }
     }
-    for (int lane = 0; lane < kTogether; ++lane) places[lane] = at[lane];
+    for (int lane = 0; lane < kTogether; ++lane) ends[lane] = at[lane];
   }
 
   // The place of a state behind an odd step.
-  size_t place_behind(int state) const { return layout().order[0][layout().held[0][state]]; }
+  size_t arrival(int state) const { return layout().arrivals[0][layout().held[0][state]]; }
 
   // For each vector a state to have at the seam: that of the best path over the coordinates around it.
   void find_seams(int* seams) const {
-    size_t places[kTogether];
+    size_t ends[kTogether];
     for (int lane = 0; lane < kTogether; lane += 2) {
       Costs pair[2];
       for (Costs& costs : pair) costs.fill(0);
       walk(pair, lane, dim - trellis.overlap, 2 * trellis.overlap);
-      for (int k = 0; k < 2; ++k) places[lane + k] = place_behind(least_state(pair[k]));
+      for (int k = 0; k < 2; ++k) ends[lane + k] = arrival(least_state(pair[k]));
     }
-    follow(trellis.overlap, places, [](int, int, int) {});
-    for (int lane = 0; lane < kTogether; ++lane) seams[lane] = layout().states[1][places[lane]];
+    follow(trellis.overlap, ends, [](int, int, int) {});
+    for (int lane = 0; lane < kTogether; ++lane) seams[lane] = layout().states[1][ends[lane] & 0xFF];
   }
 
   // The lowest state among those of the least cost.
   int least_state(const Costs& costs) const {
     alignas(64) uint8_t held[kStates];
     costs.write(held);
-    const int least = costs.least();
-    int state = 0;
-    while (held[layout().held[0][state]] != least) ++state;
-    return state;
+    const uint8_t least = (uint8_t)costs.least(), *const states = layout().waiting;
+    uint8_t lowest = 255;
+    for (int place = 0; place < kStates; ++place) {
+      // Of places with other costs the highest one: without branches, so that compilers take many places at a time.
+      const uint8_t state = (uint8_t)(states[place] | -(held[place] != least));
+      lowest = state < lowest ? state : lowest;
+    }
+    return lowest;
   }
 
   // Symbols [d][kLanes] of the best paths from their seams and back to them.
   void find_symbols(vi* symbols) const {
     int seams[kTogether];
-    size_t places[kTogether];
+    size_t ends[kTogether];
     find_seams(seams);
     for (int lane = 0; lane < kTogether; lane += 2) {
       Costs pair[2];
@@ -149,9 +169,9 @@ struct Paths {
       }
       walk(pair, lane, 0, dim);
     }
-    for (int lane = 0; lane < kTogether; ++lane) places[lane] = place_behind(seams[lane]);
+    for (int lane = 0; lane < kTogether; ++lane) ends[lane] = arrival(seams[lane]);
     int32_t* const out = reinterpret_cast<int32_t*>(symbols) + first;
-    follow(dim, places, [out](int t, int lane, int state) { out[t * kLanes + lane] = state >> (8 - bits); });
+    follow(dim, ends, [out](int t, int lane, int symbol) { out[t * kLanes + lane] = symbol; });
   }
 };
 
@@ -159,10 +179,10 @@ template <int bits>
 static void search_lanes(const FibForm& form, const PathScratch& scratch, vi* symbols) {
   const TrellisForm& trellis = *form.trellis;
   for (int first = 0; first < kLanes; first += kTogether) {
-    if (trellis.ways == 2) {
-      Paths<bits, 2>{trellis, scratch, form.dim, first}.find_symbols(symbols);
+    if (trellis.two) {
+      Paths<bits, 2>{trellis, scratch, trellis.two, form.dim, first}.find_symbols(symbols);
     } else {
-      Paths<bits, 3>{trellis, scratch, form.dim, first}.find_symbols(symbols);
+      Paths<bits, 3>{trellis, scratch, trellis.three, form.dim, first}.find_symbols(symbols);
     }
   }
 }
@@ -172,9 +192,10 @@ static void search_paths(const FibForm& form, const vf* x, const PathScratch& sc
   const TrellisForm& trellis = *form.trellis;
   const vf rounding = splat(0x1.8p23f);  // to whole numbers, ties to even
   const float reach = (float)trellis.reach;
+  const int nbytes = trellis.two ? sizeof *trellis.two : sizeof *trellis.three;
   for (int t = 0; t < form.dim; ++t) {
     const vf cell = clamp(x[t] * splat(trellis.cells_per_one), -reach, reach);
-    store(scratch.cells + t * kLanes, low_halves(as_int(cell + rounding) - as_int(rounding) + splat(trellis.reach)));
+    store(scratch.cells + t * kLanes, (as_int(cell + rounding) - as_int(rounding) + splat(trellis.reach)) * splat(nbytes));
   }
   switch (form.bits) {
     case 2: return search_lanes<2>(form, scratch, symbols);

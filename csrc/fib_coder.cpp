@@ -43,11 +43,14 @@ FibCoder::FibCoder(const FibSettings& settings) {
 
 FibCoder::FibCoder(const FibSettings& settings, const TrellisSettings& trellis)
     : layout_(TrellisLayout(settings.bits, trellis.label_columns, false)),
-      alternating_(TrellisLayout(settings.bits, trellis.label_columns, true)),
-      cells_(lay_out_cells(settings.bits, 2 * trellis.reach + 1, trellis.ways, trellis.rows, trellis.columns,
-                           trellis.costs)) {
+      alternating_(TrellisLayout(settings.bits, trellis.label_columns, true)) {
   take(settings);
-  trellis_ = {trellis.overlap, trellis.cells_per_one, trellis.reach, trellis.ways, cells_.data(), &*layout_, &*alternating_};
+  lay_out_cells(trellis);
+  trellis_.overlap = trellis.overlap;
+  trellis_.cells_per_one = trellis.cells_per_one;
+  trellis_.reach = trellis.reach;
+  trellis_.layout = &*layout_;
+  trellis_.alternating = &*alternating_;
   form_.window = 2 * form_.bits + static_cast<int>(trellis.label_columns.size());
   form_.trellis = &trellis_;
   form_.search = Search::path;
@@ -55,6 +58,17 @@ FibCoder::FibCoder(const FibSettings& settings, const TrellisSettings& trellis)
     words_ = factors_.emplace(settings.dim, settings.rounds, settings.signs).form(trellis.word_length);
     form_.words = &words_;
     form_.word_unit = trellis.word_unit;
+  }
+}
+
+void FibCoder::lay_out_cells(const TrellisSettings& trellis) {
+  const int cells = 2 * trellis.reach + 1;
+  if (trellis.ways == 2) {
+    two_ = trellis_cells<2>(form_.bits, cells, trellis.rows, trellis.columns, trellis.costs);
+    trellis_.two = two_.data();
+  } else {
+    three_ = trellis_cells<3>(form_.bits, cells, trellis.rows, trellis.columns, trellis.costs);
+    trellis_.three = three_.data();
   }
 }
 

@@ -51,6 +51,7 @@ class FibCoder {
   void rotate_by_signs(const int8_t* signs, int rounds);
   void rotate_by_matrix(const float* matrix);
   void take(const FibSettings& settings);
+  void lay_out_cells(const TrellisSettings& trellis);
   void lay_out_codewords();
   void lay_out_pairs();
   void choose_search(const FibSettings& settings);
@@ -62,7 +63,8 @@ class FibCoder {
   std::optional<IntegerTable> integers_;
   std::optional<WordFactors> factors_;
   WordRotation words_{};
-  std::vector<TrellisCell> cells_;
+  std::vector<TrellisCell<2>> two_;
+  std::vector<TrellisCell<3>> three_;
   std::vector<int64_t> signs_;
   std::vector<int32_t> back_signs_;
   std::vector<double> matrix_;

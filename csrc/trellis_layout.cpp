@@ -29,8 +29,13 @@ TrellisLayout::TrellisLayout(int bits, const std::vector<int>& columns, bool alt
     }
   }
   for (int state = 0; state < kStates; ++state) {
-    for (int parity = 0; parity < 2; ++parity) order[parity][held[parity][state]] = reached[1 - parity][state];
+    for (int parity = 0; parity < 2; ++parity) {
+      const uint8_t before = held[parity][state], behind = reached[1 - parity][state];
+      order[parity][before] = behind;
+      arrivals[parity][before] = static_cast<uint16_t>(state / groups << 8 | behind);
+    }
     places[reached[0][state]] = held[1][state];
+    waiting[held[0][state]] = static_cast<uint8_t>(state);
   }
   if (!alternates) find_exchanges(bits, places);
 }
@@ -59,21 +64,6 @@ void TrellisLayout::find_exchanges(int bits, const uint8_t* places) {
   for (int lane = 0; lane < kStateLanes; ++lane) {
     for (int i = 0; i < 16; ++i) settle[lane][lanes[lane][i] & 15] = static_cast<uint8_t>(i);
   }
-}
-
-std::vector<TrellisCell> lay_out_cells(int bits, int cells, int ways, int rows, const uint8_t* columns, const uint8_t* costs) {
-  std::vector<TrellisCell> laid(cells);
-  for (int cell = 0; cell < cells; ++cell) {
-    for (int way = 0; way < ways; ++way) {
-      const int start = (cell * ways + way) * rows;
-      for (int row = 0; row < 16; ++row) {
-        laid[cell].from[way][row] = static_cast<uint8_t>((row & -(1 << bits)) + columns[start + row % rows]);
-        const int cost = costs[start + row % rows];
-        laid[cell].cost[way][row] = static_cast<uint8_t>(ways == 2 ? 2 * cost + way : cost);
-      }
-    }
-  }
-  return laid;
 }
 
 }  // namespace fibkv

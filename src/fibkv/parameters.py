@@ -194,7 +194,8 @@ class TrellisParameters(MarkedContract):
 
     ``path_search`` and ``scale_search`` are the encoder's alone, and the decoder need not know them. ``path_search``
     says how many coordinates on both sides of the place where the vector closes to a ring are searched for what to
-    have there, and how many levels are tried for each state: ``full`` 64 (or all) and three, ``fast`` 12 and two.
+    have there, and how many levels are tried for each state: ``full`` 64 (or all) and three,
+    ``fast`` 12 (8 at 4 bits) and two, and rotates in 16-bit integers (`fibkv.word_rotation`).
     ``scale_search`` and ``centered`` are those of `FibParameters`.
 
     Raises:

@@ -22,7 +22,7 @@ MOST = {2: 127, 3: 255}
 """The largest cost, of one step and of a path, by the ways that are tried: sums stay there. Of two ways, a byte also
 has room to say which one it was."""
 
-INTERVAL = {2: 4, 3: 2}
+INTERVAL = {2: 8, 3: 2}
 """At every so many coordinates the least cost before it is taken off, by the ways: not sooner than it must."""
 
 # Squared distances in steps of the levels' grid are divided by 2^this. Costs of states differ by dozens of times the

@@ -1,8 +1,8 @@
 """Hadamard rotations in 16-bit integers, for encoders in a hurry: the fast search of trellis codes.
 
 A vector is scaled to one length, rounded to integers and rotated in them. What comes out differs from the rotation by
-some 2^-12 of a coordinate's standard deviation (d = 128), and is the same everywhere: integers add up in any order, and
-what comes before them is single IEEE 754 operations in a fixed one.
+d / 45000 of a coordinate's standard deviation (rms; .003 at d = 128), and is the same everywhere: integers add up in
+any order, and what comes before them is single IEEE 754 operations in a fixed one.
 """
 
 from __future__ import annotations
@@ -96,7 +96,6 @@ def _energy(rows: Tensor) -> Tensor:
     """Sums of squares ``[..., 1]`` float32, of every fourth coordinate in turn."""
     parts = torch.zeros_like(rows[..., :4])
     for squares in rows.square().split(4, -1):
-        parts = parts + squares
-    a, b, c, d = parts.split(1, -1)
-    return (a + b) + (c + d)
-
+        parts += squares
+    pairs = parts[..., ::2] + parts[..., 1::2]
+    return pairs[..., :1] + pairs[..., 1:]

@@ -21,8 +21,11 @@ from fibkv.word_rotation import fits, word_rotation
 
 # Of the shipped codes: new levels give old parameters another meaning.
 CODE_VERSION = 1
-# Coordinates on both sides of the seam that are searched for what to have there, and levels tried for each state.
-SEARCHES = {"full": (64, 3), "fast": (12, 2)}
+# Coordinates on both sides of the seam that are searched for what to have there; the fast search goes by bits, as a
+# window spans five coordinates at 2 bits and three at 4. Multiples of four.
+OVERLAP, FAST_OVERLAP = 64, {2: 12, 3: 12, 4: 8}
+# Levels tried for each state.
+WAYS = {"full": 3, "fast": 2}
 # Of a scale search.
 SCALES = (0.96, 1.0, 1.04)
 
@@ -44,7 +47,9 @@ class TrellisCodec(FibCodec):
                 "TrellisParameters.code_version", f"{CODE_VERSION} of the code", parameters.code_version
             )
         code = trellis.load(parameters.bits)
-        paths, codewords = _tables(parameters.bits, parameters.head_dim, *SEARCHES[parameters.path_search])
+        search = parameters.path_search
+        overlap = FAST_OVERLAP[parameters.bits] if search == "fast" else OVERLAP
+        paths, codewords = _tables(parameters.bits, parameters.head_dim, overlap, WAYS[search])
         turn = rotation(parameters.rotation, parameters.head_dim, parameters.rotation_seed)
         self.tables = FibTables(
             codewords=codewords,
@@ -56,7 +61,7 @@ class TrellisCodec(FibCodec):
             scales=SCALES if parameters.scale_search else (1.0,),
             centered=parameters.centered,
             trellis=paths,
-            word_rotation=word_rotation(turn) if parameters.path_search == "fast" and fits(turn) else None,
+            word_rotation=word_rotation(turn) if search == "fast" and fits(turn) else None,
         )
         self.codebook_digest = code.digest()
         self.rotation_digest = turn.digest

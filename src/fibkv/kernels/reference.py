@@ -284,7 +284,7 @@ def _encode_fib(rows: Tensor, tables: FibTables) -> FibCodes:
 
 
 def _rotate_units(rows: Tensor, tables: FibTables) -> tuple[Tensor, Tensor]:
-    """Rotated unit vectors of ``rows [..., d]`` float32, likewise float32, and the rows' lengths ``[..., 1]`` float64."""
+    """Rotated unit vectors ``[..., d]`` float32 of ``rows [..., d]``, and the rows' lengths ``[..., 1]`` float64."""
     # The squares of float32 numbers neither overflow nor vanish in float64.
     wide = rows.to(torch.float64)
     length = wide.square().sum(-1, keepdim=True).sqrt()

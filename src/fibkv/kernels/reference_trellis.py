@@ -82,9 +82,11 @@ def _search(cells: Tensor, cost: Tensor, trellis: Trellis) -> tuple[Tensor, list
         if tried == 2:  # in a byte: both sums too large for it are the second one
             best = best.clamp(max=2 * most + 1)
         before.append(source.gather(1, (best % tried).to(torch.int64).unsqueeze(1)).squeeze(1))
-        # Less by what the best path had cost before, which no way has lowered.
-        paid = cost.amin(1, keepdim=True) if t % interval == interval - 1 else 0
-        cost = (best // tried).clamp(max=most) - paid
+        reached = (best // tried).clamp(max=most)
+        # Less by what the best path had cost a coordinate before, which no way has lowered.
+        if t % interval == interval - 2:
+            paid = cost.amin(1, keepdim=True)
+        cost = reached - paid if t % interval == interval - 1 else reached
     return cost, before
 
 
