@@ -10,19 +10,25 @@ namespace FIBKV_ISA {
 // Up to so many queries per KV head, a sum across lanes for each is cheaper than transposing the tile.
 constexpr int kFewQueries = 8;
 
-// Rows of a tile as kernels read them, a vector at a time: decoded ones, or codes that widen as they are.
+// Rows of a tile as kernels read them, a vector at a time: decoded ones, or codes that widen as they are. What is read
+// later is fetched beside that, a few lines at a time: more than a core can wait for hold it up.
 struct Decoded {
   const float* rows;
   int width;
   vf at(int token, int i) const { return load<vf>(rows + static_cast<size_t>(token) * width + i); }
+  void fetch(int, int, int) const {}  // decoding did
 };
 
 template <typename Narrow, vf (*widen)(Narrow)>
 struct Widened {
-  const uint8_t* rows;
+  static constexpr size_t size = sizeof(Narrow) / kLanes;  // of an element
+  const uint8_t *rows, *ahead;
   size_t pitch;  // bytes
-  vf at(int token, int i) const {
-    return widen(load<Narrow>(rows + token * pitch + static_cast<size_t>(i) * (sizeof(Narrow) / kLanes)));
+  vf at(int token, int i) const { return widen(load<Narrow>(rows + token * pitch + i * size)); }
+  // What elements [i, i + count) of a token are at `ahead`.
+  void fetch(int token, int i, int count) const {
+    const uint8_t* from = ahead + token * pitch + i * size;
+    for (size_t at = 0; at < count * size; at += 64) __builtin_prefetch(from + at, 0, 2);
   }
 };
 
@@ -30,6 +36,7 @@ struct Widened {
 template <int n, int at_once, typename Rows>
 static void dots(const Rows& rows, int width, int t, const float* queries, float* logits) {
   vf sums[kLanes > n * at_once ? kLanes : n * at_once] = {};
+  for (int j = 0; j < at_once; ++j) rows.fetch(t + j, 0, width);
   for (int i = 0; i < width; i += kLanes) {
     vf keys[at_once];
     for (int j = 0; j < at_once; ++j) keys[j] = rows.at(t + j, i);
@@ -97,6 +104,7 @@ static void mix_block(const Rows& rows, int width, int tokens, const float* weig
       for (int s = 0; s < number; ++s) sums[q][s] = load<vf>(out + q * width + i + s * kLanes);
     }
     for (int t = 0; t < tokens; ++t) {
+      rows.fetch(t, i, number * kLanes);
       vf row[number];
       for (int s = 0; s < number; ++s) row[s] = rows.at(t, i + s * kLanes);
       for (int q = 0; q < n; ++q) {
@@ -127,28 +135,28 @@ static void prefetch_codes(const Side& side, int first, int tokens, const uint8_
 }
 
 // Calls visit(rows) with the codes themselves where few queries meet numbers that only have to be widened; whether it
-// did. As many bytes are prefetched at `ahead`.
+// did. What is `ahead` is fetched meanwhile.
 template <typename Visit>
-static bool in_place(const Side& side, const Span& span, int first, int tokens, int n, const uint8_t* ahead, Visit visit) {
+static bool in_place(const Side& side, const Span& span, int first, int n, const uint8_t* ahead, Visit visit) {
   if (side.order != Order::rows || side.channels || side.dim % kPad || n > kFewQueries) return false;
   const size_t pitch = side.code_bytes;
   const uint8_t* rows = span.codes + first * pitch;
-  prefetch_codes(side, first, tokens, ahead);
+  ahead += first * pitch;
   switch (side.form) {
     case Form::f32:
-      visit(Widened<vf, same>{rows, pitch});
+      visit(Widened<vf, same>{rows, ahead, pitch});
       return true;
     case Form::f16:
-      visit(Widened<vh, from_f16>{rows, pitch});
+      visit(Widened<vh, from_f16>{rows, ahead, pitch});
       return true;
     case Form::bf16:
-      visit(Widened<vh, from_bf16>{rows, pitch});
+      visit(Widened<vh, from_bf16>{rows, ahead, pitch});
       return true;
     case Form::int8:
-      visit(Widened<vsb, from_int8>{rows, pitch});
+      visit(Widened<vsb, from_int8>{rows, ahead, pitch});
       return true;
     case Form::fp8:
-      visit(Widened<vb, from_e4m3>{rows, pitch});
+      visit(Widened<vb, from_e4m3>{rows, ahead, pitch});
       return true;
     default:
       return false;

@@ -93,7 +93,7 @@ void score(const Side& key, const Span& span, int first, int tokens, const uint8
 #endif
   const int width = padded_dim(key.dim);
   const float* queries = reinterpret_cast<const float*>(prepared);
-  const bool done = in_place(key, span, first, tokens, n, ahead, [&](const auto& rows) {
+  const bool done = in_place(key, span, first, n, ahead, [&](const auto& rows) {
     score_rows(rows, width, tokens, queries, n, logits);
   });
   if (done) {
@@ -123,7 +123,7 @@ void mix(const Side& value, const Span& span, int first, int tokens, float* weig
   }
 #endif
   const int width = padded_dim(value.dim);
-  const bool done = in_place(value, span, first, tokens, n, ahead, [&](const auto& rows) {
+  const bool done = in_place(value, span, first, n, ahead, [&](const auto& rows) {
     if (value.norm_bytes) scale_tokens(value, span, first, tokens, n, weights);
     mix_rows(rows, width, tokens, weights, n, out);
   });

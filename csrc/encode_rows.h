@@ -54,18 +54,11 @@ struct Format<Element::bf16> {
 template <>
 struct Format<Element::f16> {
   typedef uint16_t stored;
-#if defined(__AVX512F__)
-  static vf widen(vh v) { return (vf)_mm512_cvtph_ps((__m256i)v); }
-#elif defined(__F16C__)
-  static vf widen(vh v) { return (vf)_mm256_cvtph_ps((__m128i)v); }
-#else
-  static vf widen(vh v) { return from_f16(v); }
-#endif
-  static vf read(const uint16_t* from) { return widen(load<vh>(from)); }
+  static vf read(const uint16_t* from) { return from_f16(load<vh>(from)); }
 
   static void write(uint16_t* to, vf v) { store(to, rounded(v)); }
-  static vf lower(vi word) { return widen(low_halves(word)); }
-  static vf upper(vi word) { return widen(low_halves((vi)((vu)word >> 16))); }
+  static vf lower(vi word) { return from_f16(low_halves(word)); }
+  static vf upper(vi word) { return from_f16(low_halves((vi)((vu)word >> 16))); }
   static vi join(vf lower, vf upper) { return FIBKV_ISA::widen(rounded(lower)) | FIBKV_ISA::widen(rounded(upper)) << 16; }
 
  private:

@@ -162,14 +162,35 @@ static inline vf from_small(vi bits) {
   return as_float(as_int(value) | sign);
 }
 
+#if defined(__AVX512F__)
+static inline vf from_f16(vh halves) { return (vf)_mm512_cvtph_ps((__m256i)halves); }
+#elif defined(__F16C__)
+static inline vf from_f16(vh halves) { return (vf)_mm256_cvtph_ps((__m128i)halves); }
+#else
 static inline vf from_f16(vh halves) {
   const vi bits = widen(halves);
   const vi special = (bits & splat(0x7C00)) == splat(0x7C00);  // infinite or NaN
   const vi wide = ((bits & splat(0x8000)) << 16) | splat(0x7F800000) | ((bits & splat(0x3FF)) << 13);
   return special ? as_float(wide) : from_small<5, 10>(bits);
 }
+#endif
 
+#if defined(__F16C__)
+// As float16, whose exponents are eight less. Denormal numbers of float16 are converted, whatever the processor does
+// with those of float32.
+static inline vf from_e4m3(vb codes) {
+#if defined(__AVX512F__)
+  const __m256i wide = _mm256_cvtepi8_epi16((__m128i)codes);
+  const vh halves = (vh)_mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(int16_t(0xBFFF)));
+#else
+  const __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)&codes));
+  const vh halves = (vh)_mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16(int16_t(0xBFFF)));
+#endif
+  return from_f16(halves) * splat(256.0f);
+}
+#else
 static inline vf from_e4m3(vb codes) { return from_small<4, 3>(widen(codes)); }
+#endif
 
 // table[index] of each lane, elements of four bytes.
 #if defined(__AVX512F__)
