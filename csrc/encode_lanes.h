@@ -160,22 +160,42 @@ static inline void gather_pairs(const float* table, vi index, vf& first, vf& sec
 }
 #endif
 
-// Transposes kLanes x kLanes elements in place: within 128 bits, then those.
+// Of each 128 bits of a and b, elements of 32 or 64 bits by turns: the lower halves of both, and the upper ones.
 #if defined(__AVX512F__)
+static inline vi interleave_low(vi a, vi b) { return (vi)_mm512_unpacklo_epi32((__m512i)a, (__m512i)b); }
+static inline vi interleave_high(vi a, vi b) { return (vi)_mm512_unpackhi_epi32((__m512i)a, (__m512i)b); }
+static inline vi interleave_low_wide(vi a, vi b) { return (vi)_mm512_unpacklo_epi64((__m512i)a, (__m512i)b); }
+static inline vi interleave_high_wide(vi a, vi b) { return (vi)_mm512_unpackhi_epi64((__m512i)a, (__m512i)b); }
+#elif defined(__AVX2__)
+static inline vi interleave_low(vi a, vi b) { return (vi)_mm256_unpacklo_epi32((__m256i)a, (__m256i)b); }
+static inline vi interleave_high(vi a, vi b) { return (vi)_mm256_unpackhi_epi32((__m256i)a, (__m256i)b); }
+static inline vi interleave_low_wide(vi a, vi b) { return (vi)_mm256_unpacklo_epi64((__m256i)a, (__m256i)b); }
+static inline vi interleave_high_wide(vi a, vi b) { return (vi)_mm256_unpackhi_epi64((__m256i)a, (__m256i)b); }
+#else
+static inline vi interleave_low(vi a, vi b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+static inline vi interleave_high(vi a, vi b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+static inline vi interleave_low_wide(vi a, vi b) { return __builtin_shufflevector(a, b, 0, 1, 4, 5); }
+static inline vi interleave_high_wide(vi a, vi b) { return __builtin_shufflevector(a, b, 2, 3, 6, 7); }
+#endif
+
+// Transposes 4 x 4 elements of neighbouring registers within each 128 bits, in place.
+static inline void transpose_quarters(vi* tile) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; i += 4) {
+    const vi low[2] = {interleave_low(tile[i], tile[i + 1]), interleave_low(tile[i + 2], tile[i + 3])};
+    const vi high[2] = {interleave_high(tile[i], tile[i + 1]), interleave_high(tile[i + 2], tile[i + 3])};
+    tile[i] = interleave_low_wide(low[0], low[1]);
+    tile[i + 1] = interleave_high_wide(low[0], low[1]);
+    tile[i + 2] = interleave_low_wide(high[0], high[1]);
+    tile[i + 3] = interleave_high_wide(high[0], high[1]);
+  }
+}
+
+// Transposes kLanes x kLanes elements in place: within 128 bits, then those.
 static inline void transpose(vi* tile) {
+  transpose_quarters(tile);
+#if defined(__AVX512F__)
   const auto at = [](vi v) { return (__m512i)v; };
-  vi turned[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    turned[i] = (vi)_mm512_unpacklo_epi32(at(tile[i]), at(tile[i + 1]));
-    turned[i + 1] = (vi)_mm512_unpackhi_epi32(at(tile[i]), at(tile[i + 1]));
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    const int low = i / 4 * 4 + i % 4 / 2;
-    tile[i] = (vi)_mm512_unpacklo_epi64(at(turned[low]), at(turned[low + 2]));
-    tile[i + 1] = (vi)_mm512_unpackhi_epi64(at(turned[low]), at(turned[low + 2]));
-  }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     const vi even_low = (vi)_mm512_shuffle_i32x4(at(tile[i]), at(tile[4 + i]), 0x88);
@@ -187,41 +207,15 @@ static inline void transpose(vi* tile) {
     tile[8 + i] = (vi)_mm512_shuffle_i32x4(at(even_low), at(even_high), 0xDD);
     tile[12 + i] = (vi)_mm512_shuffle_i32x4(at(odd_low), at(odd_high), 0xDD);
   }
-}
 #elif defined(__AVX2__)
-static inline void transpose(vi* tile) {
-  const auto at = [](vi v) { return (__m256i)v; };
-  vi turned[8];
-#pragma GCC unroll 4
-  for (int i = 0; i < 8; i += 2) {
-    turned[i] = (vi)_mm256_unpacklo_epi32(at(tile[i]), at(tile[i + 1]));
-    turned[i + 1] = (vi)_mm256_unpackhi_epi32(at(tile[i]), at(tile[i + 1]));
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 8; i += 2) {
-    const int low = i / 4 * 4 + i % 4 / 2;
-    tile[i] = (vi)_mm256_unpacklo_epi64(at(turned[low]), at(turned[low + 2]));
-    tile[i + 1] = (vi)_mm256_unpackhi_epi64(at(turned[low]), at(turned[low + 2]));
-  }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    const __m256i low = at(tile[i]), high = at(tile[4 + i]);
+    const __m256i low = (__m256i)tile[i], high = (__m256i)tile[4 + i];
     tile[i] = (vi)_mm256_permute2x128_si256(low, high, 0x20);
     tile[4 + i] = (vi)_mm256_permute2x128_si256(low, high, 0x31);
   }
-}
-#else
-static inline void transpose(vi* tile) {
-  const vi a = __builtin_shufflevector(tile[0], tile[1], 0, 4, 1, 5);
-  const vi b = __builtin_shufflevector(tile[0], tile[1], 2, 6, 3, 7);
-  const vi c = __builtin_shufflevector(tile[2], tile[3], 0, 4, 1, 5);
-  const vi d = __builtin_shufflevector(tile[2], tile[3], 2, 6, 3, 7);
-  tile[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
-  tile[1] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
-  tile[2] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
-  tile[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
-}
 #endif
+}
 
 // The first `nbytes` of a register, from and to memory; the rest of what is read is zero.
 template <class V>
