@@ -26,20 +26,15 @@ struct FibScratch {
   }
 
   FibScratch(const FibForm& form, void* memory) {
-    vf* next = static_cast<vf*>(memory);
-    const auto take = [&next](int count) {
-      vf* taken = next;
-      next += count;
-      return taken;
-    };
-    low = reinterpret_cast<vd*>(take(form.dim));
-    high = reinterpret_cast<vd*>(take(form.dim));
-    turned = reinterpret_cast<vd*>(take(form.dim));
-    unit = take(form.dim);
-    scaled = take(form.dim);
-    index = reinterpret_cast<vi*>(take(form.blocks()));
-    best = reinterpret_cast<vi*>(take(form.blocks()));
-    words = reinterpret_cast<vi*>(take(num_words(form) + 1));
+    Room room(memory);
+    room.take(form.dim, low);
+    room.take(form.dim, high);
+    room.take(form.dim, turned);
+    room.take(form.dim, unit);
+    room.take(form.dim, scaled);
+    room.take(form.blocks(), index);
+    room.take(form.blocks(), best);
+    room.take(num_words(form) + 1, words);
   }
 };
 

@@ -16,13 +16,13 @@ struct KltScratch {
   static size_t registers(const KltForm& form) { return 4 * (size_t)form.dim + num_words(form.code_bytes) + 2; }
 
   KltScratch(const KltForm& form, void* memory) {
-    vf* next = static_cast<vf*>(memory);
-    low = reinterpret_cast<vd*>(next);
-    high = reinterpret_cast<vd*>(next + form.dim);
-    unit = next + 2 * form.dim;
-    index = reinterpret_cast<vi*>(next + 3 * form.dim);
-    best = index + form.dim / 2;
-    words = best + form.dim / 2;
+    Room room(memory);
+    room.take(form.dim, low);
+    room.take(form.dim, high);
+    room.take(form.dim, unit);
+    room.take(form.dim / 2, index);
+    room.take(form.dim / 2, best);
+    room.take(num_words(form.code_bytes) + 2, words);
   }
 };
 

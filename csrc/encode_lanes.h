@@ -12,6 +12,22 @@ constexpr int kHalf = kLanes / 2;
 
 static inline vd splat_wide(double x) { return x - vd{}; }
 
+// Hands out working memory by registers.
+class Room {
+ public:
+  explicit Room(void* memory) : next_(static_cast<vf*>(memory)) {}
+
+  template <class V>
+  void take(int count, V*& taken) {
+    static_assert(sizeof(V) == sizeof(vf));
+    taken = reinterpret_cast<V*>(next_);
+    next_ += count;
+  }
+
+ private:
+  vf* next_;
+};
+
 // Float64 of each lane.
 struct Wide {
   vd low{}, high{};

@@ -20,17 +20,12 @@ struct TableScratch {
   }
 
   TableScratch(const FibForm& form, void* memory) : turning(form.dim, memory) {
-    vf* next = static_cast<vf*>(memory) + WordScratch::registers(form.dim);
-    const auto take = [&next](int count) {
-      vf* taken = next;
-      next += count;
-      return taken;
-    };
-    cells = reinterpret_cast<vw*>(take(form.blocks()));
-    for (vi*& half : quads) half = reinterpret_cast<vi*>(take(form.blocks() / 4));
-    for (vi*& half : best) half = reinterpret_cast<vi*>(take(form.blocks() / 4));
-    index = reinterpret_cast<vi*>(take(form.blocks()));
-    words = reinterpret_cast<vi*>(take(num_words(form) + 1));
+    Room room(static_cast<vf*>(memory) + WordScratch::registers(form.dim));
+    room.take(form.blocks(), cells);
+    for (vi*& half : quads) room.take(form.blocks() / 4, half);
+    for (vi*& half : best) room.take(form.blocks() / 4, half);
+    room.take(form.blocks(), index);
+    room.take(num_words(form) + 1, words);
   }
 
   const vw* rotated() const { return turning.rotated; }

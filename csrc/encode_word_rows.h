@@ -13,10 +13,9 @@ struct WordScratch {
   static size_t registers(int dim) { return 3 * (size_t)dim; }
 
   WordScratch(int dim, void* memory) {
-    vf* const start = static_cast<vf*>(memory);
-    rows[0] = start;
-    rows[1] = start + dim;
-    rotated = reinterpret_cast<vw*>(start + 2 * dim);
+    Room room(memory);
+    for (vf*& half : rows) room.take(dim, half);
+    room.take(dim, rotated);
   }
 };
 
