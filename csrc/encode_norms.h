@@ -41,7 +41,7 @@ static void find_extremes(const double* norms, int64_t tokens, double* least, do
 static inline vf log2_above(vf x, vf offset) {
   // x = 2^exponent m, with m between sqrt(1/2) and sqrt(2).
   const vi root = splat(0x3F3504F3), bits = as_int(x) - root;
-  const vf exponent = __builtin_convertvector(bits >> 23, vf);
+  const vf exponent = as_numbers(bits >> 23);
   const vf m = as_float((bits & splat(0x7FFFFF)) + root);
   // ln m = 2 artanh((m - 1) / (m + 1)), whose argument is below .172: what the series leaves out is below 5e-8.
   const vf s = (m - splat(1.0f)) / (m + splat(1.0f)), square = s * s;
@@ -65,7 +65,7 @@ static bool encode_norms(const double* norms, int64_t tokens, uint8_t* codes, ui
     vi code = clamp(step, 0, kLogSteps) + splat(1);
     // In steps of 2^-10 or more the error is below 5e-4. Where that could decide, and of numbers that are not normal,
     // the exact logarithm does.
-    const vf off = magnitude(place - __builtin_convertvector(step, vf));
+    const vf off = magnitude(place - as_numbers(step));
     const vi unsure = (off > splat(0.5f - 0x1p-10f)) | (x < splat(0x1p-126f));
     if (any(unsure)) {
       for (int lane = 0; lane < width; ++lane) {
@@ -83,7 +83,7 @@ static void decode_norms(const uint8_t* codes, const uint16_t* range, int64_t to
   for (int64_t first = 0; first < tokens; first += kLanes) {
     const int width = tokens - first < kLanes ? (int)(tokens - first) : kLanes;
     const vi code = widen(load_some<vb>(codes + first, width));
-    const vf log = low + __builtin_convertvector(code - splat(1), vf) * step;
+    const vf log = low + as_numbers(code - splat(1)) * step;
     // exp2v knows no denormal numbers.
     const vi tiny = log < splat(-64.0f);
     const vf norm = exp2v(log + choose(tiny, splat(64.0f), vf{})) * choose(tiny, splat(0x1p-64f), splat(1.0f));

@@ -21,7 +21,7 @@ static inline vf one_for_zero(vf v) { return v == splat(0.0f) ? splat(1.0f) : v;
 struct Int8 {
   static constexpr float limit = 127.0f;
   static vi encode(vf v) { return nearest(v); }
-  static vf decode(vb codes) { return __builtin_convertvector(widen((vsb)codes), vf); }
+  static vf decode(vb codes) { return as_numbers(widen((vsb)codes)); }
 };
 
 // |v| <= 448 to float8 e4m3: the nearest, ties to even.
