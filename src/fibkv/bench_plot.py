@@ -7,6 +7,9 @@ from pathlib import Path
 from fibkv.bench_result import KernelResult, PrefillResult, StepResult
 from fibkv.plot import new_figure
 
+# Of baselines: what is compressed has the colours.
+_GRAYS = ("0.2", "0.35", "0.5", "0.65")
+
 
 def plot_kernels(result: KernelResult, path: Path) -> None:
     """Time per step over cached tokens, both logarithmic; dashed: a pure read of the bytes that the row stores.
@@ -21,11 +24,12 @@ def plot_kernels(result: KernelResult, path: Path) -> None:
     figure = new_figure(8, 5)
     axes = figure.add_subplot()
     drawn: set[int] = set()
-    for index, name in enumerate(dict.fromkeys(row.name for row in result.rows)):
+    kinds = {row.name: row.kind for row in result.rows}
+    for index, (name, kind) in enumerate(sorted(kinds.items(), key=lambda item: item[1] == "baseline")):
         timed = [(row, row.figures) for row in result.rows if row.name == name and row.figures is not None]
-        color = f"C{index % 10}"
+        color, marker = (_GRAYS[index % len(_GRAYS)], "s:") if kind == "baseline" else (f"C{index % 10}", "o-")
         contexts = [row.context for row, _ in timed]
-        axes.plot(contexts, [1e3 * figures.timing.median for _, figures in timed], "o-", color=color, label=name)
+        axes.plot(contexts, [1e3 * figures.timing.median for _, figures in timed], marker, color=color, label=name)
         # Rows of one form share its read.
         if not drawn & {row.nbytes for row, _ in timed}:
             axes.plot(contexts, [1e3 * figures.read.median for _, figures in timed], "--", color=color, alpha=0.6)

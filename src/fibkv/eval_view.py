@@ -12,7 +12,7 @@ from rich.text import Text
 from fibkv.calibration_file import CalibrationInfo
 from fibkv.demo_view import verdict
 from fibkv.eval_result import EvalResult, EvalRow
-from fibkv.plot import new_figure
+from fibkv.plot import label_points, new_figure
 
 _MARKERS = {"fibkv": ("o", "tab:blue"), "transformers": ("s", "tab:orange"), "simulated": ("^", "tab:gray")}
 
@@ -142,13 +142,15 @@ def plot_eval(result: EvalResult, path: Path) -> None:
         axes.plot(*point, marker, color=color)
         # Caches that came out the same share a label.
         titles[point] = f"{titles[point]} = {row.title}" if point in titles else row.title
-    for point, title in titles.items():
-        axes.annotate(title, point, xytext=(4, 4), textcoords="offset points", fontsize=7)
+    for kind, (marker, color) in _MARKERS.items():
+        axes.plot([], [], marker, color=color, label=kind)
+    axes.legend()
     best = frontier(result.rows)
     axes.plot([row.codec_bits for row in best], [row.quality.kl_mean for row in best], color="tab:blue", alpha=0.4)
-    axes.margins(0.12)
+    axes.margins(0.16, 0.1)
     axes.set(yscale="log", xlabel="counted bits per element (codes, norms, scales, tables)")
     axes.set(ylabel="mean KL(dense || row), nats", title=f"{result.model}, read-through")
+    label_points(axes, titles, size=7)
     figure.savefig(path)
 
 
