@@ -7,6 +7,7 @@
 
 #include "attend_outputs.h"
 #include "attend_queries.h"
+#include "helpers.h"
 #include "shared_work.h"
 
 namespace fibkv {
@@ -63,19 +64,32 @@ class Step {
     w_.scratch.resize(std::max<size_t>(w_.scratch.size(), threads));
   }
 
-  void run(int threads) {
+  // Tasks are planned for so many threads, and give the same numbers whoever takes them.
+  void run(int threads, Helpers& helpers) {
     const int tasks = static_cast<int>(tasks_.size()), most_heads = tasks_[0].heads();
     SharedWork heads(queries_.heads()), splits(tasks), merges(tasks / splits_ * most_heads);
-#pragma omp parallel num_threads(threads) if (threads > 1)
+    const bool alone = threads == 1 || !helpers.are_wanted();
+    const double started = omp_get_wtime();
+    double waited = 0;  // by the thread that called
+    double done = started;
+#pragma omp parallel num_threads(threads) if (!alone)
     {
+      const bool is_caller = omp_get_thread_num() == 0;
       Scratch& scratch = w_.scratch[omp_get_thread_num()];
+      const auto wait_for = [&](const SharedWork& work) {
+        const double from = omp_get_wtime();
+        work.wait();
+        if (is_caller) waited += omp_get_wtime() - from;
+      };
       heads.work([&](int head) { queries_.prepare(head, scratch.rows); });
-      heads.wait();
+      wait_for(heads);
       // The last split has the raw tail, which takes longest: it is begun first.
       splits.work([&](int i) { attend(tasks_[tasks - 1 - i], w_.partials[tasks - 1 - i], scratch); });
-      splits.wait();
+      wait_for(splits);
       merges.work([&](int i) { finish(i / most_heads * splits_, i % most_heads, scratch); });
+      if (is_caller) done = omp_get_wtime();
     }
+    if (!alone) helpers.came(done - started - waited, waited + omp_get_wtime() - done);
   }
 
  private:
@@ -264,7 +278,8 @@ void Step::finish(int first_task, int nth_head, Scratch& scratch) const {
 void attend(const AttendKernels& kernels, const std::vector<const Run*>& runs, const Query& query, const Mask& mask,
             const Softmax& softmax, int threads, const Output& out) {
   static thread_local Workspace workspace;
-  Step(kernels, runs, query, mask, softmax, threads, out, workspace).run(threads);
+  static thread_local Helpers helpers;
+  Step(kernels, runs, query, mask, softmax, threads, out, workspace).run(threads, helpers);
   if (workspace.nbytes() > kKeptBytes) workspace = {};
 }
 

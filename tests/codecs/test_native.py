@@ -247,6 +247,19 @@ def test_the_result_does_not_depend_on_the_number_of_threads(implementation: str
         torch.testing.assert_close(lse, outs[0][1], rtol=1e-5, atol=1e-5)
 
 
+def test_the_result_does_not_depend_on_which_threads_come() -> None:
+    """More threads than cores: some come late, and calls after that go on without them."""
+    cache = filled(("fib4", "int8"), "native", tokens=3000, batch=1, tokens_per_page=64)
+    query, view = gaussian(1, 4, 1, 64, seed=2), cache.view()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(8)
+        outs = [attend(query, view, Scores(0.125)) for _ in range(30)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(out, outs[0][0]) and torch.equal(lse, outs[0][1]) for out, lse in outs)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype) -> None:
     keys, values = gaussian(1, 2, 90, 64).to(dtype), gaussian(1, 2, 90, 64, seed=1).to(dtype)
