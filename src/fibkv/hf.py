@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache as StockCache
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAttentionLayer
+from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
 
 from fibkv.budget import enforce_budget, sampled
 from fibkv.calibration_file import Calibration
 from fibkv.errors import BudgetError, ContractError, ModelError
 from fibkv.handle import outside_graphs
+from fibkv.hf_cut import cut, cut_to
 from fibkv.hf_hybrid import CompressedHybridLayer
 from fibkv.hf_identity import Origin
 from fibkv.hf_layer import CompressedLayer
@@ -33,7 +34,7 @@ from fibkv.hf_model import LayerPlan, model_digest, plan_model
 from fibkv.hf_pool import Membership
 from fibkv.hf_prefix import snapshot
 from fibkv.hf_steps import check_rows, check_step
-from fibkv.hf_stock import holds_state, nbytes_of, num_rows, report_of, why_not_cropped
+from fibkv.hf_stock import nbytes_of, num_rows, report_of
 from fibkv.hf_warm import warm_up
 from fibkv.inventory import Inventory
 from fibkv.ladder import Choice
@@ -227,7 +228,7 @@ class Cache(StockCache):
         remove = -int(tokens_to_remove)
         if remove < 0:
             raise ModelError(f"crop: expected 0 or minus the number of tokens to remove, got {-remove}")
-        self._crop([remove] * len(self.layers))
+        cut(self.layers, [remove] * len(self.layers))
 
     def crop_to(self, length: int) -> None:
         """Keeps the first ``length`` tokens of every layer, whatever each of them holds.
@@ -235,24 +236,7 @@ class Cache(StockCache):
         Raises:
             ModelError: a layer that is left to transformers cannot be cut alike. The cache is as it was before.
         """
-        for index, layer in enumerate(self.layers):
-            if holds_state(layer):
-                raise ModelError(
-                    f"crop_to: layer {index}: the state of {type(layer).__name__} cannot be cut; start with a new cache"
-                )
-        lengths = [layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else 0 for layer in self.layers]
-        self._crop([max(0, held - length) for held in lengths])
-
-    def _crop(self, removals: list[int]) -> None:
-        """Removes so many of the newest tokens of each layer: of all of them, or of none."""
-        for index, (layer, remove) in enumerate(zip(self.layers, removals, strict=True)):
-            if why := why_not_cropped(layer, remove):
-                raise ModelError(f"crop: layer {index} cannot lose {remove} tokens: {why}")
-        for layer, remove in zip(self.layers, removals, strict=True):
-            # Empty layers of transformers have nothing to cut; those that record their past shed it even at 0.
-            is_held = isinstance(layer, CompressedLayer) or num_rows(layer) > 0
-            if is_held and (remove or getattr(layer, "record_past", False)):
-                layer.crop(-remove)  # type: ignore[union-attr]  # all but abstract layers have it
+        cut_to(self.layers, length)
 
     def reset(self) -> None:
         """Empties the cache."""
