@@ -3,9 +3,6 @@
 
 #include "encode.h"
 #include "encode_lanes.h"
-#if defined(__AVX512F__)
-#include "byte_tables.h"
-#endif
 
 namespace fibkv {
 namespace FIBKV_ISA {
@@ -17,8 +14,12 @@ static inline void look_up_four(const int8_t* planes, vi bytes, vi* numbers) {
   // Within 128 bits byte i of lane j goes to 4 i + j: what is interleaved below then has its lanes in order.
   const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   const __m512i codes = _mm512_shuffle_epi8((__m512i)bytes, order);
-  const __mmask64 bit7 = bit7_of(codes);
-  const auto plane = [&](int i) { return Table(planes + 256 * i, 0)(codes, bit7); };
+  const __mmask64 upper = _mm512_movepi8_mask(codes);
+  const auto plane = [&](int i) {
+    const auto quarter = [&](int j) { return _mm512_loadu_si512(planes + 256 * i + 64 * j); };
+    const __m512i found = _mm512_permutex2var_epi8(quarter(0), codes, quarter(1));
+    return _mm512_mask_mov_epi8(found, upper, _mm512_permutex2var_epi8(quarter(2), codes, quarter(3)));
+  };
   const __m512i a = plane(0), b = plane(1), c = plane(2), d = plane(3);
   const __m512i low = _mm512_unpacklo_epi8(a, b), low_upper = _mm512_unpacklo_epi8(c, d);
   const __m512i high = _mm512_unpackhi_epi8(a, b), high_upper = _mm512_unpackhi_epi8(c, d);

@@ -67,14 +67,19 @@ static Fit search_pairs(const KltForm& form, int head, float factor, const KltSc
   const int pairs = form.dim / 2;
   const uint8_t* widths = form.widths + (int64_t)head * pairs;
   const double* weights = form.weights + (int64_t)head * pairs;
+  const auto level_of = [&](int pair) -> const FibForm& { return *form.levels[widths[pair] / 2]; };
+  const auto scaled = [&](int i) { return scratch.unit[i] * splat(factor); };
+  for (int pair = 0; pair < pairs; ++pair) {
+    const bool is_coded = widths[pair] > 0;
+    scratch.index[pair] = is_coded ? cell_of(level_of(pair).square, scaled(2 * pair), scaled(2 * pair + 1)) : vi{};
+  }
   Fit sums;
   for (int pair = 0; pair < pairs; ++pair) {
-    scratch.index[pair] = vi{};
     if (!widths[pair]) continue;
-    const FibForm& level = *form.levels[widths[pair] / 2];
+    const FibForm& level = level_of(pair);
     const vf* u = scratch.unit + 2 * pair;
-    const vf block[2] = {u[0] * splat(factor), u[1] * splat(factor)};
-    scratch.index[pair] = nearest_on_grid(level, block);
+    const vf block[2] = {scaled(2 * pair), scaled(2 * pair + 1)};
+    scratch.index[pair] = nearest_on_grid(level, block, scratch.index + pair);
     vf x, y;
     gather_pairs(level.codewords, scratch.index[pair], x, y);
     add_weighted(sums, splat_wide(weights[pair]), u[0], x);

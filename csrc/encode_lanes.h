@@ -146,6 +146,31 @@ static inline bool any(vi mask) { return !_mm256_testz_si256((__m256i)mask, (__m
 static inline bool any(vi mask) { return (mask[0] | mask[1] | mask[2] | mask[3]) != 0; }
 #endif
 
+// table[index] of each lane, of indices that lie in memory, not just written: one by one, which takes half the time of
+// the instruction that gathers on Zen 4 and no more elsewhere.
+#if defined(__AVX2__)
+static inline __m128i gather_four(const int32_t* table, const char* indices) {
+  uint64_t pair[2];
+  std::memcpy(pair, indices, sizeof pair);
+  return _mm_setr_epi32(table[(uint32_t)pair[0]], table[pair[0] >> 32], table[(uint32_t)pair[1]], table[pair[1] >> 32]);
+}
+static inline __m256i gather_eight(const int32_t* table, const char* indices) {
+  return _mm256_setr_m128i(gather_four(table, indices), gather_four(table, indices + 16));
+}
+static inline vi gather_each(const void* table, const vi* indices) {
+  const auto* numbers = static_cast<const int32_t*>(table);
+  const auto* from = reinterpret_cast<const char*>(indices);
+#if defined(__AVX512F__)
+  const __m512i low = _mm512_castsi256_si512(gather_eight(numbers, from));
+  return (vi)_mm512_inserti64x4(low, gather_eight(numbers, from + 32), 1);
+#else
+  return (vi)gather_eight(numbers, from);
+#endif
+}
+#else
+static inline vi gather_each(const void* table, const vi* indices) { return gather(table, *indices); }
+#endif
+
 // Pairs of neighbours, table[2 index] and table[2 index + 1] of each lane.
 #if defined(__AVX512F__)
 static inline void gather_pairs(const float* table, vi index, vf& first, vf& second) {

@@ -48,7 +48,7 @@ static int nearest_of_all(const FibForm& form, const vf* block, int lane) {
   return index[winner];
 }
 
-static inline void search_again(const FibForm& form, const vf* block, vi lanes, vi& index) {
+[[gnu::noinline]] static void search_again(const FibForm& form, const vf* block, vi lanes, vi& index) {
   for (int lane = 0; lane < kLanes; ++lane) {
     if (lanes[lane]) index[lane] = nearest_of_all(form, block, lane);
   }
@@ -109,8 +109,8 @@ static inline vi nearest_of_four(const FibForm& form, vf x, vf y, vi list) {
 #endif
 
 // k = 2: the nearest of the candidates of the point's cell, or of the book where its list is longer.
-static inline vi nearest_on_grid(const FibForm& form, const vf* block) {
-  const vi list = gather(form.candidates, cell_of(form.square, block[0], block[1]));
+static inline vi nearest_on_grid(const FibForm& form, const vf* block, const vi* cell) {
+  const vi list = gather_each(form.candidates, cell);
   vi index = nearest_of_four(form, block[0], block[1], list);
   if (form.long_lists) {
     const vi is_long = byte_of(list, 0) > byte_of(list, 1);
@@ -175,7 +175,8 @@ static void search(const FibForm& form, const vf* x, vi* index) {
       for (int b = 0; b < blocks; ++b) index[b] = count_boundaries(form, x[b]);
       break;
     case Search::grid:
-      for (int b = 0; b < blocks; ++b) index[b] = nearest_on_grid(form, x + 2 * b);
+      for (int b = 0; b < blocks; ++b) index[b] = cell_of(form.square, x[2 * b], x[2 * b + 1]);
+      for (int b = 0; b < blocks; ++b) index[b] = nearest_on_grid(form, x + 2 * b, index + b);
       break;
     case Search::table:
       for (int b = 0; b < blocks; ++b) index[b] = decide(form, x[2 * b], x[2 * b + 1]);
