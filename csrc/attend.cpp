@@ -35,6 +35,7 @@ struct Scratch {
   std::vector<float> logits;  // [heads][queries][kTile]
   std::vector<float> tile, shrink;
   std::vector<Visibility> visible, all;
+  double worked = 0;  // seconds
 };
 
 // Memory of a call, kept for the next one of the thread: malloc would give so much of it back to the system, and every
@@ -69,17 +70,17 @@ class Step {
     const int tasks = static_cast<int>(tasks_.size()), most_heads = tasks_[0].heads();
     SharedWork heads(queries_.heads()), splits(tasks), merges(tasks / splits_ * most_heads);
     const bool alone = threads == 1 || !helpers.are_wanted();
+    for (Scratch& one : w_.scratch) one.worked = 0;
     const double started = omp_get_wtime();
-    double waited = 0;  // by the thread that called
-    double done = started;
 #pragma omp parallel num_threads(threads) if (!alone)
     {
-      const bool is_caller = omp_get_thread_num() == 0;
       Scratch& scratch = w_.scratch[omp_get_thread_num()];
+      const double came = omp_get_wtime();
+      double idle = 0;
       const auto wait_for = [&](const SharedWork& work) {
         const double from = omp_get_wtime();
         work.wait();
-        if (is_caller) waited += omp_get_wtime() - from;
+        idle += omp_get_wtime() - from;
       };
       heads.work([&](int head) { queries_.prepare(head, scratch.rows); });
       wait_for(heads);
@@ -87,9 +88,12 @@ class Step {
       splits.work([&](int i) { attend(tasks_[tasks - 1 - i], w_.partials[tasks - 1 - i], scratch); });
       wait_for(splits);
       merges.work([&](int i) { finish(i / most_heads * splits_, i % most_heads, scratch); });
-      if (is_caller) done = omp_get_wtime();
+      scratch.worked = omp_get_wtime() - came - idle;
     }
-    if (!alone) helpers.came(done - started - waited, waited + omp_get_wtime() - done);
+    if (alone) return;
+    double all = 0;
+    for (int i = 0; i < threads; ++i) all += w_.scratch[i].worked;
+    helpers.came(omp_get_wtime() - started, w_.scratch[0].worked, all);
   }
 
  private:

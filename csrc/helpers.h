@@ -5,8 +5,8 @@
 
 namespace fibkv {
 
-// What one thread knows of those that help it. Where waiting for them took longer than its own work, its next calls do
-// without: 8 of them at first, twice as many each time that it happens again, at most 128.
+// What one thread knows of those that help it. Where a call took longer than its work would have alone, the next calls
+// do without them: 8 calls at first, twice as many each time that it happens again, at most 128.
 class Helpers {
  public:
   bool are_wanted() {
@@ -15,10 +15,10 @@ class Helpers {
     return false;
   }
 
-  // After a call with them: the seconds that its own work took, and those that it waited for theirs.
-  void came(double worked, double waited) {
+  // After a call with them: the seconds that it took, those that its own thread worked, and those that all of them did.
+  void came(double took, double own, double all) {
     constexpr double most = 0.5e-3;  // waking takes less on a machine at rest
-    const bool were_late = waited > std::max(worked, most);
+    const bool were_late = took - own > most && took > all;
     pause_ = were_late ? std::clamp(2 * pause_, 8, 128) : 0;
     without_ = pause_;
   }
