@@ -67,5 +67,31 @@ static inline void each_pair(const FibForm& form, const vi* index, Take take) {
   }
 }
 
+// Calls take(i, lanes of coordinate i) for the codewords of the blocks' indices.
+template <class Take>
+static inline void each_coordinate(const FibForm& form, const vi* index, Take take) {
+  const int k = form.block, blocks = form.blocks();
+  if (k == 2) {
+    return each_pair(form, index, [&](int b, vf x, vf y) {
+      take(2 * b, x);
+      take(2 * b + 1, y);
+    });
+  }
+  for (int b = 0; b < blocks; ++b) {
+    if (k == 1) {
+      take(b, as_float(gather_each(form.codewords, index + b)));
+    } else if (k % 4 == 0) {
+      for (int i = 0; i < k; i += 4) {
+        vi found[4];
+        gather_fours(form.codewords + i, k, index + b, found);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) take(k * b + i + j, as_float(found[j]));
+      }
+    } else {
+      for (int i = 0; i < k; ++i) take(k * b + i, as_float(gather(form.codewords + i, index[b] * splat(k))));
+    }
+  }
+}
+
 }  // namespace FIBKV_ISA
 }  // namespace fibkv

@@ -121,16 +121,7 @@ static bool encode_rows(const FibForm& form, const void* rows, int64_t count, ui
 
 // The codewords of indices [blocks], coordinate by coordinate.
 static void look_up(const FibForm& form, const vi* index, vf* y) {
-  const int k = form.block;
-  if (k == 2) {
-    return each_pair(form, index, [y](int b, vf first, vf second) {
-      y[2 * b] = first;
-      y[2 * b + 1] = second;
-    });
-  }
-  for (int b = 0; b < form.blocks(); ++b) {
-    for (int i = 0; i < k; ++i) y[k * b + i] = as_float(gather(form.codewords + i, index[b] * splat(k)));
-  }
+  each_coordinate(form, index, [y](int i, vf q) { y[i] = q; });
 }
 
 // The same where bytes name the pairs of a whole book, from the words that have four of them.

@@ -84,26 +84,13 @@ struct Fit {
 
 static Fit fit(const FibForm& form, const vf* unit, const vi* index) {
   Fit sums;
-  const auto add = [&sums](vf u, vf q) {
+  each_coordinate(form, index, [&](int i, vf q) {
     const vd low = widen_low(q), high = widen_high(q);
-    sums.along.low = multiply_add(widen_low(u), low, sums.along.low);
-    sums.along.high = multiply_add(widen_high(u), high, sums.along.high);
+    sums.along.low = multiply_add(widen_low(unit[i]), low, sums.along.low);
+    sums.along.high = multiply_add(widen_high(unit[i]), high, sums.along.high);
     sums.energy.low = multiply_add(low, low, sums.energy.low);
     sums.energy.high = multiply_add(high, high, sums.energy.high);
-  };
-  const int k = form.block;
-  if (k == 2) {
-    each_pair(form, index, [&](int b, vf x, vf y) {
-      add(unit[2 * b], x);
-      add(unit[2 * b + 1], y);
-    });
-    return sums;
-  }
-  const int blocks = form.blocks();
-  for (int b = 0; b < blocks; ++b) {
-    const vi word = k == 1 ? index[b] : index[b] * splat(k);
-    for (int i = 0; i < k; ++i) add(unit[k * b + i], as_float(gather(form.codewords + i, word)));
-  }
+  });
   return sums;
 }
 
