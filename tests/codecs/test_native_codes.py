@@ -85,6 +85,7 @@ PARAMETERS: dict[str, CodecParameters] = {
     "fib1": fib(64, 8, 256),
     "fib_k16": fib(64, 16, 256),
     "fib_k2_small": fib(20, 2, 16),
+    "fib_k3": fib(24, 3, 16),
     "scalar4": fib(128, 1, 16),
     "scalar3": fib(80, 1, 8),
     "scalar4_scales": fib(64, 1, 16, scale_search=True),
