@@ -43,9 +43,20 @@ std::shared_ptr<OwnedSide> make_klt_side(bool is_key, int dim, int code_bytes, A
   return std::make_shared<OwnedSide>(settings, codewords.data(), widths.data(), static_cast<int>(widths.shape(0)));
 }
 
-OwnedSide::Canonical canonical(const Bytes& codes, const Bytes& norms, const Bytes& ranges, const Bytes& channels,
-                               const Bytes& means) {
-  return {codes.data(), norms.data(), ranges.data(), channels.data(), means.data()};
+uint8_t* bytes_at(uintptr_t address) { return reinterpret_cast<uint8_t*>(address); }
+
+// One rectangle between the parts of its codes in canonical order and the side's own order, all at addresses that the
+// caller vouches for.
+void pack(const OwnedSide& side, int heads, int tokens, uintptr_t codes, uintptr_t norms, uintptr_t ranges,
+          uintptr_t channels, uintptr_t means, uintptr_t packed) {
+  side.pack(heads, tokens, {bytes_at(codes), bytes_at(norms), bytes_at(ranges), bytes_at(channels), bytes_at(means)},
+            bytes_at(packed));
+}
+
+void unpack(const OwnedSide& side, int heads, int tokens, uintptr_t packed, uintptr_t codes, uintptr_t norms,
+            uintptr_t ranges, uintptr_t channels, uintptr_t means) {
+  side.unpack(heads, tokens, bytes_at(packed),
+              {bytes_at(codes), bytes_at(norms), bytes_at(ranges), bytes_at(channels), bytes_at(means)});
 }
 
 // Objects with Python's buffer protocol: contiguous bytes, held until this one goes.
@@ -241,17 +252,10 @@ void bind_attention(nb::module_& m) {
       .def("nbytes", &OwnedSide::nbytes, "heads"_a, "tokens"_a)
       .def("canonical_nbytes", &OwnedSide::canonical_nbytes, "heads"_a, "tokens"_a)
       .def_prop_ro("on_integers", [](const OwnedSide& self) { return self.side().planes > 0; })
-      .def("pack",
-           [](const OwnedSide& self, int heads, int tokens, Bytes codes, Bytes norms, Bytes ranges, Bytes channels,
-              Bytes means, Bytes packed) {
-             self.pack(heads, tokens, canonical(codes, norms, ranges, channels, means), packed.data());
-           })
+      .def("pack", &pack)
       .def("pack_runs", &pack_runs, "heads"_a, "tokens"_a, "runs"_a, "packed"_a)
       .def("unpack_runs", &unpack_runs, "heads"_a, "tokens"_a, "packed"_a, "runs"_a)
-      .def("unpack", [](const OwnedSide& self, int heads, int tokens, Bytes packed, Bytes codes, Bytes norms,
-                        Bytes ranges, Bytes channels, Bytes means) {
-        self.unpack(heads, tokens, packed.data(), canonical(codes, norms, ranges, channels, means));
-      });
+      .def("unpack", &unpack);
   nb::class_<Plan>(m, "Plan")
       .def(nb::init<>())
       .def("add", &add_run, nb::kw_only(), "row0"_a, "row1"_a, "head0"_a, "head1"_a, "start"_a, "tokens"_a, "spans"_a,

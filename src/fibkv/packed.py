@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from fibkv.codes import AffineChannelCodes, AffineCodes, ChannelCodes, Codes, FibCodes, RawCodes, ScaledCodes
+from fibkv.errors import KernelError
 from fibkv.packing import packed_nbytes
 from fibkv.tables import AffineTables, ChannelTables, FibTables, KltTables, RawTables, ScaledTables, Tables
+
+NOTHING = torch.empty(0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,7 +94,7 @@ class Packed:
     def canonical(self) -> Codes:
         """The codes in canonical order ``[heads, tokens, ...]``, newly allocated."""
         codes = empty_codes(self.form.tables, self.heads, self.tokens)
-        self.side.unpack(self.heads, self.tokens, self.data, *byte_parts(codes))
+        self.side.unpack(self.heads, self.tokens, self.address, *(part.data_ptr() for part in parts_of(codes)))
         return codes
 
     def to_bytes(self) -> memoryview:
@@ -101,8 +104,15 @@ class Packed:
         return out
 
     def store(self, codes: Codes) -> None:
-        """Overwrites the bytes with other codes of the same rectangle."""
-        self.side.pack(self.heads, self.tokens, *byte_parts(codes), self.data)
+        """Overwrites the bytes with other codes of the same rectangle.
+
+        Raises:
+            KernelError: codes that are not on the CPU.
+        """
+        if codes.device.type != "cpu":
+            raise KernelError(f"native kernels: expected codes on the CPU, got some on {codes.device}")
+        parts = [part.contiguous() for part in parts_of(codes)]  # which hold what is read by address
+        self.side.pack(self.heads, self.tokens, *(part.data_ptr() for part in parts), self.address)
 
     def to(self, device: torch.device) -> Codes | Packed:
         """Itself on the CPU, canonical codes on any other device."""
@@ -206,31 +216,23 @@ def empty_codes(tables: Tables, heads: int, tokens: int) -> Codes:
             return ChannelCodes(scales, empty_codes(tables.inner, heads, tokens))
 
 
-def byte_parts(codes: Codes) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The bytes ``[n]`` uint8 of (codes, norms, norm ranges, channel scales, means); absent ones are empty.
+def parts_of(codes: Codes) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(codes, norms, norm ranges, channel scales, means); absent ones are empty.
 
     Scales of vectors, and grids, stand where norms do; grids of channels where scales of channels do.
-
-    Contiguous codes are viewed, not copied.
     """
-    none = torch.empty(0, dtype=torch.uint8)
     match codes:
         case ChannelCodes():
-            payload, norms, ranges, _, means = byte_parts(codes.inner)
-            return payload, norms, ranges, _bytes(codes.channel_scales), means
+            payload, norms, ranges, _, means = parts_of(codes.inner)
+            return payload, norms, ranges, codes.channel_scales, means
         case FibCodes():
-            return _bytes(codes.indices), _bytes(codes.norms), _bytes(codes.norm_range), none, _bytes(codes.mean)
+            return codes.indices, codes.norms, codes.norm_range, NOTHING, codes.mean
         case AffineChannelCodes():
-            return _bytes(codes.values), none, none, _bytes(codes.grid), none
+            return codes.values, NOTHING, NOTHING, codes.grid, NOTHING
         case AffineCodes():
-            return _bytes(codes.values), _bytes(codes.grid), none, none, none
+            return codes.values, codes.grid, NOTHING, NOTHING, NOTHING
         case ScaledCodes():
-            return _bytes(codes.values), _bytes(codes.scales), none, none, none
+            return codes.values, codes.scales, NOTHING, NOTHING, NOTHING
         case RawCodes():
-            return _bytes(codes.values), none, none, none, none
+            return codes.values, NOTHING, NOTHING, NOTHING, NOTHING
     raise TypeError(f"unknown codes: {type(codes).__name__}")
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    flat = tensor.contiguous().view(-1)
-    return flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)
