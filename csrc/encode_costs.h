@@ -12,6 +12,8 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "trellis_layout.h"
@@ -65,7 +67,7 @@ class Costs {
   void step(const Places& places, const TrellisCell<ways>& cell, uint8_t* noted, Bytes paid) {
     if constexpr (ways > 2) write(noted);
     Lane tried[ways][kStateLanes], reached[kStateLanes];
-    for (int way = 0; way < ways; ++way) pick(cell.from[way], tried[way]);
+    for (int way = 0; way < ways; ++way) shuffle(cell.from[way], tried[way]);
     const Lane cost_bits = splat_byte(kMostCost<ways>);
     for (int i = 0; i < kStateLanes; ++i) {
       for (int way = 0; way < ways; ++way) {
@@ -83,17 +85,18 @@ class Costs {
 
  private:
   // The bytes of each lane that are at `from` [16] in it.
-  void pick(const uint8_t* from, Lane* picked) const {
-#if defined(__SSE2__)
-    // There is no shuffle of bytes. All lanes before one of them is looked at: what was written byte by byte is not ready
+  void shuffle(const uint8_t* from, Lane* shuffled) const {
+#if defined(__aarch64__)
+    const uint8x16_t places = vld1q_u8(from);
+    for (int lane = 0; lane < kStateLanes; ++lane) shuffled[lane] = (Lane)vqtbl1q_u8((uint8x16_t)costs_[lane], places);
+#else
+    // There is no such instruction. All lanes before one of them is looked at: what was written byte by byte is not ready
     // at once to be read as a register.
     const uint8_t* const bytes = reinterpret_cast<const uint8_t*>(costs_);
-    uint8_t* const to = reinterpret_cast<uint8_t*>(picked);
+    uint8_t* const to = reinterpret_cast<uint8_t*>(shuffled);
     for (int lane = 0; lane < kStates; lane += 16) {
       for (int row = 0; row < 16; ++row) to[lane + row] = bytes[lane + from[row]];
     }
-#else
-    for (int lane = 0; lane < kStateLanes; ++lane) picked[lane] = __builtin_shuffle(costs_[lane], load<Lane>(from));
 #endif
   }
 

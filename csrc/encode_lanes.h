@@ -188,10 +188,10 @@ static inline vi interleave_high(vi a, vi b) { return (vi)_mm256_unpackhi_epi32(
 static inline vi interleave_low_wide(vi a, vi b) { return (vi)_mm256_unpacklo_epi64((__m256i)a, (__m256i)b); }
 static inline vi interleave_high_wide(vi a, vi b) { return (vi)_mm256_unpackhi_epi64((__m256i)a, (__m256i)b); }
 #else
-static inline vi interleave_low(vi a, vi b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
-static inline vi interleave_high(vi a, vi b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
-static inline vi interleave_low_wide(vi a, vi b) { return __builtin_shufflevector(a, b, 0, 1, 4, 5); }
-static inline vi interleave_high_wide(vi a, vi b) { return __builtin_shufflevector(a, b, 2, 3, 6, 7); }
+static inline vi interleave_low(vi a, vi b) { return pick<0, 4, 1, 5>(a, b); }
+static inline vi interleave_high(vi a, vi b) { return pick<2, 6, 3, 7>(a, b); }
+static inline vi interleave_low_wide(vi a, vi b) { return pick<0, 1, 4, 5>(a, b); }
+static inline vi interleave_high_wide(vi a, vi b) { return pick<2, 3, 6, 7>(a, b); }
 #endif
 
 // Transposes 4 x 4 elements within each 128 bits of four registers, in place.

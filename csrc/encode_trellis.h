@@ -100,8 +100,8 @@ struct Paths {
     return from;
   }
 
-  // Follows the best paths back that are at `ends` [kTogether] behind the step before `stop`, to those behind the step
-  // before 0. Calls found(t, lane, symbol) on the way, for the newest symbols behind the steps.
+  // Follows the best paths back whose arrivals behind the step before `stop` are `ends` [kTogether], to those behind the
+  // step before 0. Calls found(t, lane, symbol) on the way, for the newest symbols behind the steps.
   template <class Found>
   void follow(int stop, size_t* ends, Found found) const {
     const uint32_t* of_lanes = scratch.cells + first + stop * kLanes;
@@ -126,7 +126,7 @@ struct Paths {
     for (int lane = 0; lane < kTogether; ++lane) ends[lane] = at[lane];
   }
 
-  // The place of a state behind an odd step.
+  // The arrival of a state behind an odd step.
   size_t arrival(int state) const { return layout().arrivals[0][layout().held[0][state]]; }
 
   // For each vector a state to have at the seam: that of the best path over the coordinates around it.

@@ -54,14 +54,10 @@ struct Hadamard {
 
   // One stage inside a vector: lane i meets lane i ^ span.
   template <int span>
-  static vf meet(vf x) {
-    vi partner;
-    vf sign;
-    for (int i = 0; i < kLanes; ++i) {
-      partner[i] = i ^ span;
-      sign[i] = i & span ? -1.0f : 1.0f;
-    }
-    return __builtin_shuffle(x, partner) + sign * x;
+  static vf meet(vf x) { return meet<span>(x, std::make_integer_sequence<int, kLanes>{}); }
+  template <int span, int... i>
+  static vf meet(vf x, std::integer_sequence<int, i...>) {
+    return pick<(i ^ span)...>(x, x) + vf{(i & span ? -1.0f : 1.0f)...} * x;
   }
 
   static void apply(vf (&v)[count]) {

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -87,20 +88,30 @@ static inline bool any_above(vf a, vf b) {
 }
 #endif
 
+// Lanes of a and b, which are counted on from a's to b's. Compilers differ in how they are told.
+template <int... at, class V>
+static inline V pick(V a, V b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, at...);
+#else
+  return __builtin_shuffle(a, b, decltype(a < b){at...});
+#endif
+}
+
+// Of two vectors, sums of lanes that are neighbours.
+template <int... i>
+static inline vf add_neighbours(vf a, vf b, std::integer_sequence<int, i...>) {
+  return pick<2 * i...>(a, b) + pick<2 * i + 1 ...>(a, b);
+}
+
 // Lane i of the result is the sum of all lanes of v[i].
 static inline vf totals(const vf* v) {
-  vi even, odd;
-  for (int i = 0; i < kLanes; ++i) {
-    even[i] = 2 * i;
-    odd[i] = 2 * i + 1;
-  }
   vf sums[kLanes];
   for (int i = 0; i < kLanes; ++i) sums[i] = v[i];
   // Each pass adds neighbours, and puts two vectors' halves into one.
   for (int count = kLanes; count > 1; count /= 2) {
     for (int i = 0; i < count / 2; ++i) {
-      const vf a = sums[2 * i], b = sums[2 * i + 1];
-      sums[i] = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+      sums[i] = add_neighbours(sums[2 * i], sums[2 * i + 1], std::make_integer_sequence<int, kLanes>{});
     }
   }
   return sums[0];

@@ -38,6 +38,7 @@ CODECS = {
     "trellis 2": TrellisParameters.of(HEAD_DIM, 2),
     "trellis 2, fast": TrellisParameters.of(HEAD_DIM, 2, path_search="fast"),
     "trellis 3": TrellisParameters.of(HEAD_DIM, 3),
+    "trellis 3, fast": TrellisParameters.of(HEAD_DIM, 3, path_search="fast"),
     "trellis 4": TrellisParameters.of(HEAD_DIM, 4),
     "trellis 4, fast": TrellisParameters.of(HEAD_DIM, 4, path_search="fast"),
     "int8": Int8Parameters(head_dim=HEAD_DIM),
