@@ -41,12 +41,21 @@ void quantize_query(const Prepared& block, const Side& side, int n, int q, const
   const float inverse = top > 0 ? kMostNumber / top : 0;
   const bool table = side.form == Form::fib;
   block.step[q] = top / kMostNumber * (table ? side.word_step : 1.0f);
-  for (int i = 0; i < pairs_of(side); ++i) {
-    // Tables: [pair][unit], coordinates of one unit. int8: of four dimensions 0 and 2, then 1 and 3.
-    const int unit = i % side.units(), pair = i / side.units();
-    const int first = table ? unit * side.planes + 2 * pair : i / 2 * 4 + i % 2;
-    const int second = table ? first + 1 : first + 2;
+  const auto put = [&](int i, int first, int second) {
     block.pairs[i * n + q] = two(rounded(row[first] * inverse), rounded(row[second] * inverse));
+  };
+  if (!table) {
+    // Of four dimensions 0 and 2, then 1 and 3.
+    for (int i = 0; i < pairs_of(side); ++i) put(i, i / 2 * 4 + i % 2, i / 2 * 4 + i % 2 + 2);
+    return;
+  }
+  // [pair][unit], coordinates of one unit.
+  const int units = side.units();
+  for (int pair = 0; pair < side.planes / 2; ++pair) {
+    for (int unit = 0; unit < units; ++unit) {
+      const int first = unit * side.planes + 2 * pair;
+      put(pair * units + unit, first, first + 1);
+    }
   }
 }
 
