@@ -62,7 +62,7 @@ static inline void each_pair(const FibForm& form, const vi* index, Take take) {
   }
   for (; b < blocks; ++b) {
     vf x, y;
-    gather_pairs(form.codewords, index[b], x, y);
+    gather_each_pair(form.codewords, index + b, x, y);
     take(b, x, y);
   }
 }

@@ -73,17 +73,18 @@ static Fit search_pairs(const KltForm& form, int head, float factor, const KltSc
     const bool is_coded = widths[pair] > 0;
     scratch.index[pair] = is_coded ? cell_of(level_of(pair).square, scaled(2 * pair), scaled(2 * pair + 1)) : vi{};
   }
+  for (int pair = 0; pair < pairs; ++pair) {
+    if (!widths[pair]) continue;
+    const vf block[2] = {scaled(2 * pair), scaled(2 * pair + 1)};
+    scratch.index[pair] = nearest_on_grid(level_of(pair), block, scratch.index + pair);
+  }
   Fit sums;
   for (int pair = 0; pair < pairs; ++pair) {
     if (!widths[pair]) continue;
-    const FibForm& level = level_of(pair);
-    const vf* u = scratch.unit + 2 * pair;
-    const vf block[2] = {scaled(2 * pair), scaled(2 * pair + 1)};
-    scratch.index[pair] = nearest_on_grid(level, block, scratch.index + pair);
     vf x, y;
-    gather_pairs(level.codewords, scratch.index[pair], x, y);
-    add_weighted(sums, splat_wide(weights[pair]), u[0], x);
-    add_weighted(sums, splat_wide(weights[pair]), u[1], y);
+    gather_each_pair(level_of(pair).codewords, scratch.index + pair, x, y);
+    add_weighted(sums, splat_wide(weights[pair]), scratch.unit[2 * pair], x);
+    add_weighted(sums, splat_wide(weights[pair]), scratch.unit[2 * pair + 1], y);
   }
   return sums;
 }
@@ -153,7 +154,7 @@ static void decode_klt_rows(const KltForm& form, int head, const uint8_t* codes,
     for (int lane = 0; lane < some; ++lane) norm[lane] = norms[start + lane];
     for (int pair = 0; pair < pairs; ++pair) {
       vf x{}, y{};
-      if (widths[pair]) gather_pairs(form.levels[widths[pair] / 2]->codewords, scratch.index[pair], x, y);
+      if (widths[pair]) gather_each_pair(form.levels[widths[pair] / 2]->codewords, scratch.index + pair, x, y);
       scratch.unit[2 * pair] = x * norm;
       scratch.unit[2 * pair + 1] = y * norm;
     }

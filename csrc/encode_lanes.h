@@ -258,6 +258,29 @@ static inline vi gather_each(const void* table, const vi* indices) {
   return join(part);
 }
 
+// Pairs of neighbours, table[2 index] and table[2 index + 1] of each lane, likewise.
+static inline void gather_each_pair(const float* table, const vi* indices, vf& first, vf& second) {
+  typedef int64_t pairs __attribute__((vector_size(16)));
+  vi4 part[2][kLanes / 4];
+#pragma GCC unroll 8
+  for (int i = 0; i < kLanes / 2; ++i) {
+    uint32_t at[2];
+    std::memcpy(at, (const char*)indices + 8 * i, sizeof at);
+    part[i % 2][i / 2] = (vi4)pairs{load<int64_t>(table + 2 * (size_t)at[0]), load<int64_t>(table + 2 * (size_t)at[1])};
+  }
+  const vi a = join(part[0]), b = join(part[1]);
+#if defined(__AVX512F__)
+  first = (vf)_mm512_shuffle_ps((__m512)a, (__m512)b, 0x88);
+  second = (vf)_mm512_shuffle_ps((__m512)a, (__m512)b, 0xDD);
+#elif defined(__AVX2__)
+  first = (vf)_mm256_shuffle_ps((__m256)a, (__m256)b, 0x88);
+  second = (vf)_mm256_shuffle_ps((__m256)a, (__m256)b, 0xDD);
+#else
+  first = (vf)__builtin_shufflevector(a, b, 0, 2, 4, 6);
+  second = (vf)__builtin_shufflevector(a, b, 1, 3, 5, 7);
+#endif
+}
+
 // Four neighbours each: found[i] has table[stride index + i] of each lane.
 static inline void gather_fours(const float* table, int stride, const vi* indices, vi* found) {
   const auto four_of = [&](int lane) {
