@@ -52,8 +52,8 @@ struct Passes {
 };
 
 // One pass, butterflies of the least reach first or last. One that turns ends a round there and begins the next one:
-// factors [d] multiply, and the same stages follow in the opposite order. Where coordinates lie is known to the compiler:
-// addresses of sixteen would not find room in general registers.
+// factors [d] multiply, and the same stages follow in the opposite order. Where coordinates lie is known to the
+// compiler: addresses of sixteen would not find room in general registers.
 template <class P, int index, bool upwards, bool turns, class V, class Factor>
 static void pass(V* x, const Factor* factors) {
   constexpr int stages = P::before(index + 1) - P::before(index), radix = 1 << stages, span = 1 << P::before(index);

@@ -59,7 +59,9 @@ struct Format<Element::f16> {
   static void write(uint16_t* to, vf v) { store(to, rounded(v)); }
   static vf lower(vi word) { return from_f16(low_halves(word)); }
   static vf upper(vi word) { return from_f16(low_halves((vi)((vu)word >> 16))); }
-  static vi join(vf lower, vf upper) { return FIBKV_ISA::widen(rounded(lower)) | FIBKV_ISA::widen(rounded(upper)) << 16; }
+  static vi join(vf lower, vf upper) {
+    return FIBKV_ISA::widen(rounded(lower)) | FIBKV_ISA::widen(rounded(upper)) << 16;
+  }
 
  private:
   // What is decoded may lie a little above the largest float16: it becomes that, not infinity.
