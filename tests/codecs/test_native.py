@@ -405,6 +405,14 @@ class TestRefusals:
         with pytest.raises(KernelError, match="expected tensors on the CPU, got one on meta"):
             attend(torch.zeros(1, 1, 1, 16), elsewhere, Scores(1.0), implementation="native")
 
+    def test_codes_elsewhere(self) -> None:
+        codec = codec_for(named_parameters("int8", 64, "f32"))
+        codes = codec.encode(gaussian(2, 16, 64))
+        ((packed,),) = kernels.resolve("native").pack([(codec.tables, "key")], [[codes]], Slabs())
+        with pytest.raises(KernelError, match="expected codes on the CPU, got some on meta"):
+            packed.store(codes.to(torch.device("meta")))
+        assert equal(packed.canonical(), codes)
+
     @pytest.mark.parametrize("shape", [(1, 4, 1, 32), (1, 3, 1, 64), (2, 4, 1, 64), (4, 1, 64)])
     def test_queries_of_another_shape(self, shape: tuple[int, ...]) -> None:
         """Nothing may be read by a query that does not fit."""
