@@ -1,13 +1,12 @@
 // Tasks, threads and tiles; what happens inside a tile is the instruction set's (attend_kernels.h).
 #include "attend.h"
 
-#include <omp.h>
-
 #include <algorithm>
 
 #include "attend_outputs.h"
 #include "attend_queries.h"
 #include "helpers.h"
+#include "openmp.h"
 #include "shared_work.h"
 
 namespace fibkv {

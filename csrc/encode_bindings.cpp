@@ -2,7 +2,6 @@
 // checked there; what is shared out here among threads are vectors, or groups of them.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/vector.h>
-#include <omp.h>
 
 #include <algorithm>
 #include <atomic>
@@ -13,6 +12,7 @@
 #include "encode.h"
 #include "fib_coder.h"
 #include "klt_coder.h"
+#include "openmp.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;

@@ -21,6 +21,11 @@ NB_MODULE(_native, m) {
       .value("avx512", Isa::avx512);
   m.def("best_isa", &fibkv::best_isa);
   m.def("has_isa", &fibkv::has_isa);
+#if defined(_OPENMP)
+  m.attr("HAS_THREADS") = true;
+#else
+  m.attr("HAS_THREADS") = false;
+#endif
   fibkv::bind_attention(m);
   fibkv::bind_encoding(m);
 }

@@ -15,6 +15,7 @@ import torch
 
 from fibkv import kernels
 from fibkv.contract import Contract, Count, Total
+from fibkv.kernels.native_sides import extension
 
 PACKAGES = ("fibkv", "torch", "transformers", "optimum-quanto", "hqq")
 """Packages whose versions decide figures."""
@@ -59,12 +60,19 @@ class Conditions(Contract):
             available_memory=available_memory(),
             threads=num_threads,
             instruction_set=torch.backends.cpu.get_cpu_capability(),
-            kernels=tuple(kernels.available().items()),
+            kernels=tuple(_kernel_states().items()),
             packages=tuple((name, found) for name in PACKAGES if (found := _version(name)) is not None),
             started=datetime.now(UTC).isoformat(timespec="seconds"),
             load_average=os.getloadavg() if hasattr(os, "getloadavg") else None,
             command=shlex.join(["fibkv", *sys.argv[1:]]),
         )
+
+
+def _kernel_states() -> dict[str, str]:
+    states = kernels.available()
+    # Compilers without OpenMP make kernels that do not share their work.
+    alone = extension is not None and not extension.HAS_THREADS
+    return {name: f"{state}, on one thread" if alone and "native" in name else state for name, state in states.items()}
 
 
 def last_level_cache(caches: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int | None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fibkv import kernels
+from fibkv.kernels.native_sides import extension
 from fibkv.machine import Conditions, available_memory, last_level_cache
 from fibkv.threads import torch_threads
 
@@ -55,3 +56,13 @@ def test_threads_are_set_while_the_context_lasts() -> None:
     with pytest.raises(RuntimeError, match=f"^{before + 1}$"):
         fail_with(before + 1)
     assert torch.get_num_threads() == before
+
+
+def test_conditions_say_where_kernels_have_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    if extension is None:
+        pytest.skip("native kernels were not built")
+    for threads, said in ((True, "yes"), (False, "yes, on one thread")):
+        monkeypatch.setattr(extension, "HAS_THREADS", threads)
+        states = dict(Conditions.now(2).kernels)
+        assert states["native"] == said
+        assert states["reference"] == "yes"
