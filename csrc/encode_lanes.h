@@ -276,8 +276,8 @@ static inline void gather_each_pair(const float* table, const vi* indices, vf& f
   first = (vf)_mm256_shuffle_ps((__m256)a, (__m256)b, 0x88);
   second = (vf)_mm256_shuffle_ps((__m256)a, (__m256)b, 0xDD);
 #else
-  first = (vf)__builtin_shufflevector(a, b, 0, 2, 4, 6);
-  second = (vf)__builtin_shufflevector(a, b, 1, 3, 5, 7);
+  first = (vf)pick<0, 2, 4, 6>(a, b);
+  second = (vf)pick<1, 3, 5, 7>(a, b);
 #endif
 }
 
