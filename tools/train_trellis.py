@@ -5,8 +5,9 @@
 A code is drawn at random: the columns that middle bits add to labels, and normal quantiles for levels, in the order of
 a random linear map of labels. It is trained by Lloyd's iteration (encode, then every level becomes the mean of the
 coordinates that it stands for), a few rounds on few vectors. The three best draws are trained on more and compared on
-vectors of their own. Then the labels are counted that the code gives to other vectors. With the default arguments the
-files are those that fibkv ships. ``--count`` trains nothing: it counts the labels of the codes that are there.
+vectors of their own. Then the labels are counted that the code gives to other vectors. The codes that fibkv ships were
+made with the default arguments and the search of their time, before its costs were bytes; the counts are of today's.
+``--count`` trains nothing: it counts the labels of the codes that are there.
 """
 
 from __future__ import annotations
