@@ -190,12 +190,11 @@ static void search_lanes(const FibForm& form, const PathScratch& scratch, vi* sy
 // Symbols [d] of the best paths to x [d].
 static void search_paths(const FibForm& form, const vf* x, const PathScratch& scratch, vi* symbols) {
   const TrellisForm& trellis = *form.trellis;
-  const vf rounding = splat(0x1.8p23f);  // to whole numbers, ties to even
   const float reach = (float)trellis.reach;
   const int nbytes = trellis.two ? sizeof *trellis.two : sizeof *trellis.three;
   for (int t = 0; t < form.dim; ++t) {
     const vf cell = clamp(x[t] * splat(trellis.cells_per_one), -reach, reach);
-    store(scratch.cells + t * kLanes, (as_int(cell + rounding) - as_int(rounding) + splat(trellis.reach)) * splat(nbytes));
+    store(scratch.cells + t * kLanes, (nearest(cell) + splat(trellis.reach)) * splat(nbytes));
   }
   switch (form.bits) {
     case 2: return search_lanes<2>(form, scratch, symbols);
