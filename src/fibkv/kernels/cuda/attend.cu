@@ -2,7 +2,7 @@
 // triton_attend.py, whose arguments and meaning it has.
 //
 // Why not Triton: a look-up needs a table in shared memory that stays there while a program runs, with a copy for each
-// bank, so that no lane waits for another; see docs/PERFORMANCE.md.
+// bank, so that no lane waits for another; see docs/performance/gpu.md.
 //
 // A warp takes units of 64 tokens, in tiles of 16, as rows of matrices: S^T = K Q^T and O^T = V^T P^T by m16n8k16. Two
 // coordinates of a key are one operand register as they come out of the table. Operands of V are pairs along tokens: two
