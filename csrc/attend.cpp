@@ -286,12 +286,12 @@ void attend(const AttendKernels& kernels, const std::vector<const Run*>& runs, c
   if (workspace.nbytes() > kKeptBytes) workspace = {};
 }
 
-const AttendKernels& attend_kernels(Isa isa) {
+const AttendKernels& attend_kernels(Isa isa, Form form) {
 #ifdef FIBKV_X86
-  if (isa == Isa::avx512) return avx512::attend_kernels;
+  if (isa == Isa::avx512) return form == Form::bf16 && has_bf16() ? avx512::bf16_attend_kernels : avx512::attend_kernels;
   if (isa == Isa::avx2) return avx2::attend_kernels;
 #endif
-  (void)isa;
+  (void)isa, (void)form;
   return portable::attend_kernels;
 }
 

@@ -51,6 +51,7 @@ struct Output {
 void attend(const AttendKernels& kernels, const std::vector<const Run*>& runs, const Query& query, const Mask& mask,
             const Softmax& softmax, int threads, const Output& out);
 
-const AttendKernels& attend_kernels(Isa isa);
+// The kernels of an instruction set for queries of a form.
+const AttendKernels& attend_kernels(Isa isa, Form form);
 
 }  // namespace fibkv

@@ -217,7 +217,7 @@ void run_attend(const Plan& plan, const TailForm& tail, uintptr_t keys, uintptr_
                mask.batch_stride, mask.head_stride, mask.query_stride, mask.causal};
   const Output to{reinterpret_cast<void*>(out), form, reinterpret_cast<float*>(lse), value.dim};
   nb::gil_scoped_release unlocked;
-  attend(attend_kernels(isa), runs, q, m, Softmax{scale, softcap}, threads, to);
+  attend(attend_kernels(isa, form), runs, q, m, Softmax{scale, softcap}, threads, to);
 }
 
 }  // namespace

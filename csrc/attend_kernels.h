@@ -76,6 +76,7 @@ extern const AttendKernels attend_kernels;
 }
 namespace avx512 {
 extern const AttendKernels attend_kernels;
+extern const AttendKernels bf16_attend_kernels;
 }
 
 }  // namespace fibkv

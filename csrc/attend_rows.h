@@ -7,9 +7,6 @@
 namespace fibkv {
 namespace FIBKV_ISA {
 
-// Up to so many queries per KV head, a sum across lanes for each is cheaper than transposing the tile.
-constexpr int kFewQueries = 8;
-
 // Rows of a tile as kernels read them, a vector at a time: decoded ones, or codes that widen as they are. What is read
 // later is fetched beside that, a few lines at a time: more than a core can wait for hold it up.
 struct Decoded {
@@ -62,36 +59,6 @@ static void score_rows(const Rows& rows, int width, int tokens, const float* que
   int q = 0;
   for (; q + 4 <= n; q += 4) score_block<4>(rows, width, tokens, queries + q * width, logits + q * kTile);
   for (; q < n; ++q) score_block<1>(rows, width, tokens, queries + q * width, logits + q * kTile);
-}
-
-// Many queries: the tile is transposed to [width][kTile], so that a broadcast element of a query meets a vector of
-// tokens and no sum runs across lanes.
-template <int n>
-static void score_columns(const float* columns, int width, const float* queries, float* logits) {
-  constexpr int strip = 4 * kLanes > kTile ? kTile : 4 * kLanes;
-  for (int t = 0; t < kTile; t += strip) {
-    vf sums[n][strip / kLanes] = {};
-    for (int i = 0; i < width; ++i) {
-      vf keys[strip / kLanes];
-      for (int s = 0; s < strip / kLanes; ++s) keys[s] = load<vf>(columns + i * kTile + t + s * kLanes);
-      for (int q = 0; q < n; ++q) {
-        const vf element = splat(queries[q * width + i]);
-        for (int s = 0; s < strip / kLanes; ++s) sums[q][s] += element * keys[s];
-      }
-    }
-    for (int q = 0; q < n; ++q) {
-      for (int s = 0; s < strip / kLanes; ++s) store(logits + q * kTile + t + s * kLanes, sums[q][s]);
-    }
-  }
-}
-
-static void score_many(const float* rows, int width, int tokens, const float* queries, int n, float* logits, float* columns) {
-  for (int t = 0; t < kTile; ++t) {
-    for (int i = 0; i < width; ++i) columns[i * kTile + t] = t < tokens ? rows[static_cast<size_t>(t) * width + i] : 0;
-  }
-  int q = 0;
-  for (; q + 4 <= n; q += 4) score_columns<4>(columns, width, queries + q * width, logits + q * kTile);
-  for (; q < n; ++q) score_columns<1>(columns, width, queries + q * width, logits + q * kTile);
 }
 
 template <int n, typename Rows>

@@ -1,6 +1,7 @@
 // Attention on one tile: what each codec is read by, integer kernels where the instruction set has them, else float
 // kernels.
 #include "attend_decode.h"
+#include "attend_many.h"
 #include "attend_rows.h"
 #include "attend_softmax.h"
 #ifdef FIBKV_INTEGER
@@ -11,6 +12,13 @@ namespace fibkv {
 namespace FIBKV_ISA {
 namespace {
 
+struct Float32 {
+  static constexpr int numbers = 1;
+  static vi part(const float* from, int /*count*/) { return load<vi>(from); }
+  static vi across(const float* from, int /*pitch*/, int /*rows*/) { return load<vi>(from); }
+  static vf plus_products(vf sums, vi a, vi b) { return sums + as_float(a) * as_float(b); }
+};
+
 #ifdef FIBKV_INTEGER
 bool on_integers(const Side& side, int n) {
   return side.planes > 0 && side.order != Order::rows && n <= kIntegerQueries;
@@ -19,14 +27,16 @@ bool on_integers(const Side& side, int n) {
 
 size_t query_bytes(const Side& key, int n) { return static_cast<size_t>(n) * padded_dim(key.dim) * sizeof(float); }
 
+template <const ManyKernels& many>
 size_t prepared_bytes(const Side& key, int n) {
 #ifdef FIBKV_INTEGER
   // Means are met by the queries as they are.
   if (on_integers(key, n)) return integer_prepared_bytes(key, n) + (key.centered ? query_bytes(key, n) : 0);
 #endif
-  return query_bytes(key, n);
+  return n > kFewQueries ? many.prepared_bytes(padded_dim(key.dim), n) : query_bytes(key, n);
 }
 
+template <const ManyKernels& many>
 void prepare(const Side& key, const float* queries, int n, uint8_t* prepared) {
 #ifdef FIBKV_INTEGER
   if (on_integers(key, n)) {
@@ -35,12 +45,15 @@ void prepare(const Side& key, const float* queries, int n, uint8_t* prepared) {
     prepared += integer_prepared_bytes(key, n);
   }
 #endif
+  if (n > kFewQueries) return many.prepare(queries, n, padded_dim(key.dim), prepared);
   std::memcpy(prepared, queries, query_bytes(key, n));
 }
 
+size_t tile_floats(const Side& side) { return static_cast<size_t>(kTile) * padded_dim(side.dim); }
+
+template <const ManyKernels& many>
 size_t scratch_floats(const Side& side, int n) {
-  const size_t tile = static_cast<size_t>(kTile) * padded_dim(side.dim);
-  return n > kFewQueries ? 2 * tile : tile;
+  return tile_floats(side) + (n > kFewQueries ? many.room_floats(padded_dim(side.dim), n) : 0);
 }
 
 // numbers[q][t] *= factor of token t: logits by the keys' scales, weights by the values'.
@@ -81,6 +94,7 @@ void meet_means(const Side& key, const Span& span, const uint8_t* prepared, int 
 }
 #endif
 
+template <const ManyKernels& many>
 void score(const Side& key, const Span& span, int first, int tokens, const uint8_t* prepared, int n, float* logits,
            float* scratch, const uint8_t* ahead) {
 #ifdef FIBKV_INTEGER
@@ -106,13 +120,11 @@ void score(const Side& key, const Span& span, int first, int tokens, const uint8
     return scale_tokens(key, span, first, tokens, n, logits);
   }
   decode(key, span, first, tokens, scratch);
-  if (n > kFewQueries) {
-    score_many(scratch, width, tokens, queries, n, logits, scratch + static_cast<size_t>(kTile) * width);
-  } else {
-    score_rows(Decoded{scratch, width}, width, tokens, queries, n, logits);
-  }
+  if (n > kFewQueries) return many.score(scratch, tokens, width, prepared, n, logits, scratch + tile_floats(key));
+  score_rows(Decoded{scratch, width}, width, tokens, queries, n, logits);
 }
 
+template <const ManyKernels& many>
 void mix(const Side& value, const Span& span, int first, int tokens, float* weights, int n, float* out, float* scratch,
          const uint8_t* ahead) {
 #ifdef FIBKV_INTEGER
@@ -129,6 +141,7 @@ void mix(const Side& value, const Span& span, int first, int tokens, float* weig
   });
   if (done) return;
   decode(value, span, first, tokens, scratch);
+  if (n > kFewQueries) return many.mix(scratch, tokens, width, weights, n, out, scratch + tile_floats(value));
   mix_rows(Decoded{scratch, width}, width, tokens, weights, n, out);
 }
 
@@ -149,10 +162,18 @@ void finish(const Side& value, const float* rows, int n, float* out) {
   for (int i = 0; i < n * width; ++i) out[i] += rows[i];
 }
 
+template <const ManyKernels& many>
+constexpr AttendKernels kernels_with = {prepared_bytes<many>, prepare<many>, score<many>, soften, mix<many>, finish,
+                                        rotate, unrotate, scale, add_scaled, scratch_floats<many>};
+
 }  // namespace
 
-const AttendKernels attend_kernels = {prepared_bytes, prepare, score, soften, mix,
-                                      finish,         rotate, unrotate, scale, add_scaled, scratch_floats};
+const ManyKernels many_float32 = many_kernels<Float32>;
+
+const AttendKernels attend_kernels = kernels_with<many_float32>;
+#ifdef FIBKV_BF16
+const AttendKernels bf16_attend_kernels = kernels_with<many_bfloat16>;
+#endif
 
 }  // namespace FIBKV_ISA
 }  // namespace fibkv

@@ -21,6 +21,15 @@ bool has_isa(Isa isa) {
   }
 }
 
+bool has_bf16() {
+#ifdef FIBKV_X86
+  static const bool found = __builtin_cpu_supports("avx512bf16");
+  return found;
+#else
+  return false;
+#endif
+}
+
 Isa best_isa() {
   if (has_isa(Isa::avx512)) return Isa::avx512;
   if (has_isa(Isa::avx2)) return Isa::avx2;

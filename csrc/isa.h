@@ -15,4 +15,7 @@ Isa best_isa();
 // Whether an instruction set was compiled and this machine has it.
 bool has_isa(Isa isa);
 
+// Whether this machine has products of bfloat16 numbers beside AVX-512.
+bool has_bf16();
+
 }  // namespace fibkv
