@@ -67,7 +67,8 @@ class Step {
   // Tasks are planned for so many threads, and give the same numbers whoever takes them.
   void run(int threads, Helpers& helpers) {
     const int tasks = static_cast<int>(tasks_.size()), most_heads = tasks_[0].heads();
-    SharedWork heads(queries_.heads()), splits(tasks), merges(tasks / splits_ * most_heads);
+    const int blocks = queries_.blocks();
+    SharedWork pieces(queries_.heads() * blocks), splits(tasks), merges(tasks / splits_ * most_heads);
     const bool alone = threads == 1 || !helpers.are_wanted();
     for (Scratch& one : w_.scratch) one.worked = 0;
     const double started = omp_get_wtime();
@@ -81,8 +82,8 @@ class Step {
         work.wait();
         idle += omp_get_wtime() - from;
       };
-      heads.work([&](int head) { queries_.prepare(head, scratch.rows); });
-      wait_for(heads);
+      pieces.work([&](int i) { queries_.prepare(i / blocks, i % blocks, scratch.rows); });
+      wait_for(pieces);
       // The last split has the raw tail, which takes longest: it is begun first.
       splits.work([&](int i) { attend(tasks_[tasks - 1 - i], w_.partials[tasks - 1 - i], scratch); });
       wait_for(splits);
@@ -126,12 +127,14 @@ class Step {
   std::vector<Task> tasks_;
 };
 
-// Splits the context first, so that a task reads whole pages, and the heads only where that does not occupy all threads.
+// Splits the context first, so that a task reads whole pages, and the heads only where that does not occupy all threads,
+// or where queries are many.
 void Step::plan_tasks(int threads) {
   const int per_head = queries_.per_head(), blocks = queries_.blocks();
   const int wanted = threads == 1 ? 1 : kTasksPerThread * threads;
-  splits_ = std::clamp((wanted - 1) / (query_.batch * blocks) + 1, 1, std::max(end_ / kSplitTokens, 1));
-  const int groups = std::clamp((wanted - 1) / (query_.batch * blocks * splits_) + 1, 1, query_.kv_heads);
+  const int fewest = std::clamp(query_.kv_heads * per_head / kQueryBlock, 1, query_.kv_heads);
+  splits_ = std::clamp((wanted - 1) / (query_.batch * blocks * fewest) + 1, 1, std::max(end_ / kSplitTokens, 1));
+  const int groups = std::clamp((wanted - 1) / (query_.batch * blocks * splits_) + 1, fewest, query_.kv_heads);
   const int heads = (query_.kv_heads + groups - 1) / groups;
   for (int row = 0; row < query_.batch; ++row) {
     for (int head = 0; head < query_.kv_heads; head += heads) {
@@ -287,12 +290,13 @@ void attend(const AttendKernels& kernels, const std::vector<const Run*>& runs, c
 }
 
 const AttendKernels& attend_kernels(Isa isa, Form form) {
+  const bool narrow = form == Form::bf16;
 #ifdef FIBKV_X86
-  if (isa == Isa::avx512) return form == Form::bf16 && has_bf16() ? avx512::bf16_attend_kernels : avx512::attend_kernels;
-  if (isa == Isa::avx2) return avx2::attend_kernels;
+  if (isa == Isa::avx512) return narrow ? avx512::bf16_attend_kernels : avx512::f32_attend_kernels;
+  if (isa == Isa::avx2) return narrow ? avx2::bf16_attend_kernels : avx2::f32_attend_kernels;
 #endif
-  (void)isa, (void)form;
-  return portable::attend_kernels;
+  (void)isa;
+  return narrow ? portable::bf16_attend_kernels : portable::f32_attend_kernels;
 }
 
 }  // namespace fibkv

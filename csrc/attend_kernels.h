@@ -15,8 +15,12 @@ constexpr int kTile = 64;
 constexpr int kPad = 16;
 constexpr int padded_dim(int dim) { return (dim + kPad - 1) / kPad * kPad; }
 
-// Queries up to this many per KV head are scored on the codes themselves in integers (where the side allows that);
-// more are worth decoding the tile once.
+// Queries that meet a tile at most: enough to be worth decoding it for, few enough that what is summed up for them stays
+// in the second-level cache.
+constexpr int kQueryBlock = 512;
+
+// Up to so many float32 queries per KV head are scored on the codes themselves in integers, where the side allows that;
+// more meet decoded tiles in float32. Queries of 16 bits are always scored in integers.
 constexpr int kIntegerQueries = 32;
 
 // Which tokens of a tile a query sees: the first `limit`, and of those what the mask row (if any) allows.
@@ -68,15 +72,15 @@ struct AttendKernels {
   size_t (*scratch_floats)(const Side& side, int n);
 };
 
+// For float32 queries, and for bfloat16 ones.
 namespace portable {
-extern const AttendKernels attend_kernels;
+extern const AttendKernels f32_attend_kernels, bf16_attend_kernels;
 }
 namespace avx2 {
-extern const AttendKernels attend_kernels;
+extern const AttendKernels f32_attend_kernels, bf16_attend_kernels;
 }
 namespace avx512 {
-extern const AttendKernels attend_kernels;
-extern const AttendKernels bf16_attend_kernels;
+extern const AttendKernels f32_attend_kernels, bf16_attend_kernels;
 }
 
 }  // namespace fibkv

@@ -20,11 +20,9 @@ constexpr int kStrip = kLanes >= 16 ? 4 : 2;
 template <class Words, int rows, int strip, bool add>
 static void multiply_strip(const int32_t* words, int pitch, const int32_t* panel, int width, int steps, float* out,
                            int out_pitch) {
-  vf sums[rows][strip] = {};
-  if (add) {
-    for (int q = 0; q < rows; ++q) {
-      for (int s = 0; s < strip; ++s) sums[q][s] = load<vf>(out + q * out_pitch + s * kLanes);
-    }
+  vf sums[rows][strip];
+  for (int q = 0; q < rows; ++q) {
+    for (int s = 0; s < strip; ++s) sums[q][s] = add ? load<vf>(out + q * out_pitch + s * kLanes) : vf{};
   }
   for (int step = 0; step < steps; ++step, panel += width) {
     vi row[strip];

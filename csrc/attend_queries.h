@@ -9,9 +9,6 @@
 
 namespace fibkv {
 
-// Queries that one task takes: enough to be worth decoding a tile for, few enough for the second-level cache.
-constexpr int kQueryBlock = 128;
-
 // A space that logits are computed in: a key space, if it turns queries, then a rotation; each may be null.
 struct QuerySpace {
   const KeySpace* space;
@@ -38,16 +35,17 @@ class Queries {
 
   Queries(const AttendKernels& kernels, const std::vector<const Run*>& runs, const Query& query, Memory& memory);
 
-  // KV heads of all rows: pieces of the work of `prepare`.
+  // KV heads of all rows.
   int heads() const { return query_.batch * query_.kv_heads; }
   // Queries that share a KV head of a row: query i is position i % length of query head i / length of its group.
   int per_head() const { return groups_ * query_.length; }
-  // Blocks of at most kQueryBlock of them.
+  // Blocks of at most kQueryBlock of them, each of one task.
   int blocks() const { return (per_head() + kQueryBlock - 1) / kQueryBlock; }
   size_t rows() const { return static_cast<size_t>(heads()) * per_head(); }
 
-  // Prepares the queries of KV head `head`, counted through the rows, for every reader; `scratch` is a thread's own.
-  void prepare(int head, std::vector<float>& scratch);
+  // Prepares a block of queries of KV head `head`, counted through the rows, for every reader; `scratch` is a thread's
+  // own.
+  void prepare(int head, int block, std::vector<float>& scratch);
 
   // What reads the keys of a run.
   int reader_of(const Run& run) const;
@@ -59,8 +57,8 @@ class Queries {
   uint8_t* place(int reader, int head, int block) const {
     return memory_.prepared[reader].data() + (static_cast<size_t>(head) * blocks() + block) * prepared_bytes_[reader];
   }
-  void read(int head, float* rows) const;
-  const float* turned(const QuerySpace& where, int head, const float* rows, float* first, float* second) const;
+  void read(int head, int first, int n, float* rows) const;
+  const float* turned(const QuerySpace& where, int head, const float* rows, int n, float* once, float* twice) const;
 
   const AttendKernels& k_;
   const Query& query_;

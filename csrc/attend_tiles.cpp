@@ -4,6 +4,7 @@
 #include "attend_many.h"
 #include "attend_rows.h"
 #include "attend_softmax.h"
+#include "isa.h"
 #ifdef FIBKV_INTEGER
 #include "integer_kernels.h"
 #endif
@@ -20,40 +21,50 @@ struct Float32 {
 };
 
 #ifdef FIBKV_INTEGER
+template <Form queries>
 bool on_integers(const Side& side, int n) {
-  return side.planes > 0 && side.order != Order::rows && n <= kIntegerQueries;
+  return side.planes > 0 && side.order != Order::rows && (queries == Form::bf16 || n <= kIntegerQueries);
 }
 #endif
+
+// How many queries of a form meet decoded tiles.
+template <Form queries>
+const ManyKernels& many() {
+#ifdef FIBKV_BF16
+  if (queries == Form::bf16 && has_bf16()) return many_bfloat16;
+#endif
+  return many_float32;
+}
 
 size_t query_bytes(const Side& key, int n) { return static_cast<size_t>(n) * padded_dim(key.dim) * sizeof(float); }
 
-template <const ManyKernels& many>
+template <Form queries>
 size_t prepared_bytes(const Side& key, int n) {
 #ifdef FIBKV_INTEGER
   // Means are met by the queries as they are.
-  if (on_integers(key, n)) return integer_prepared_bytes(key, n) + (key.centered ? query_bytes(key, n) : 0);
+  if (on_integers<queries>(key, n)) return integer_prepared_bytes(key, n) + (key.centered ? query_bytes(key, n) : 0);
 #endif
-  return n > kFewQueries ? many.prepared_bytes(padded_dim(key.dim), n) : query_bytes(key, n);
+  return n > kFewQueries ? many<queries>().prepared_bytes(padded_dim(key.dim), n) : query_bytes(key, n);
 }
 
-template <const ManyKernels& many>
-void prepare(const Side& key, const float* queries, int n, uint8_t* prepared) {
+template <Form queries>
+void prepare(const Side& key, const float* rows, int n, uint8_t* prepared) {
 #ifdef FIBKV_INTEGER
-  if (on_integers(key, n)) {
-    integer_prepare(key, queries, n, prepared);
+  if (on_integers<queries>(key, n)) {
+    integer_prepare(key, rows, n, prepared);
     if (!key.centered) return;
     prepared += integer_prepared_bytes(key, n);
   }
 #endif
-  if (n > kFewQueries) return many.prepare(queries, n, padded_dim(key.dim), prepared);
-  std::memcpy(prepared, queries, query_bytes(key, n));
+  if (n > kFewQueries) return many<queries>().prepare(rows, n, padded_dim(key.dim), prepared);
+  std::memcpy(prepared, rows, query_bytes(key, n));
 }
 
 size_t tile_floats(const Side& side) { return static_cast<size_t>(kTile) * padded_dim(side.dim); }
 
-template <const ManyKernels& many>
+template <Form queries>
 size_t scratch_floats(const Side& side, int n) {
-  return tile_floats(side) + (n > kFewQueries ? many.room_floats(padded_dim(side.dim), n) : 0);
+  return tile_floats(side) + (n > kFewQueries ? many<queries>().room_floats(padded_dim(side.dim), n) : 0);
 }
 
 // numbers[q][t] *= factor of token t: logits by the keys' scales, weights by the values'.
@@ -94,21 +105,21 @@ void meet_means(const Side& key, const Span& span, const uint8_t* prepared, int 
 }
 #endif
 
-template <const ManyKernels& many>
+template <Form queries>
 void score(const Side& key, const Span& span, int first, int tokens, const uint8_t* prepared, int n, float* logits,
            float* scratch, const uint8_t* ahead) {
 #ifdef FIBKV_INTEGER
-  if (on_integers(key, n)) {
-    float norms[kTile], shifts[kIntegerQueries];
+  if (on_integers<queries>(key, n)) {
+    float norms[kTile], shifts[kQueryBlock];
     factors_of(key, span, first, norms);
     meet_means(key, span, prepared, n, shifts);
     return integer_score(key, span, first, tokens, prepared, n, norms, shifts, logits, ahead);
   }
 #endif
   const int width = padded_dim(key.dim);
-  const float* queries = reinterpret_cast<const float*>(prepared);
+  const float* few = reinterpret_cast<const float*>(prepared);
   const bool done = in_place(key, span, first, n, ahead, [&](const auto& rows) {
-    score_rows(rows, width, tokens, queries, n, logits);
+    score_rows(rows, width, tokens, few, n, logits);
   });
   if (done) {
     if (key.norm_bytes) scale_tokens(key, span, first, tokens, n, logits);
@@ -116,19 +127,19 @@ void score(const Side& key, const Span& span, int first, int tokens, const uint8
   }
   if (key.form == Form::klt && n <= kFewQueries) {
     prefetch_codes(key, first, tokens, ahead);
-    score_pairs(key, span, first, tokens, queries, n, width, kTile, logits);
+    score_pairs(key, span, first, tokens, few, n, width, kTile, logits);
     return scale_tokens(key, span, first, tokens, n, logits);
   }
   decode(key, span, first, tokens, scratch);
-  if (n > kFewQueries) return many.score(scratch, tokens, width, prepared, n, logits, scratch + tile_floats(key));
-  score_rows(Decoded{scratch, width}, width, tokens, queries, n, logits);
+  if (n > kFewQueries) return many<queries>().score(scratch, tokens, width, prepared, n, logits, scratch + tile_floats(key));
+  score_rows(Decoded{scratch, width}, width, tokens, few, n, logits);
 }
 
-template <const ManyKernels& many>
+template <Form queries>
 void mix(const Side& value, const Span& span, int first, int tokens, float* weights, int n, float* out, float* scratch,
          const uint8_t* ahead) {
 #ifdef FIBKV_INTEGER
-  if (on_integers(value, n)) {
+  if (on_integers<queries>(value, n)) {
     float norms[kTile];
     factors_of(value, span, first, norms);
     return integer_mix(value, span, first, tokens, weights, n, norms, out, ahead);
@@ -141,14 +152,15 @@ void mix(const Side& value, const Span& span, int first, int tokens, float* weig
   });
   if (done) return;
   decode(value, span, first, tokens, scratch);
-  if (n > kFewQueries) return many.mix(scratch, tokens, width, weights, n, out, scratch + tile_floats(value));
+  if (n > kFewQueries) return many<queries>().mix(scratch, tokens, width, weights, n, out, scratch + tile_floats(value));
   mix_rows(Decoded{scratch, width}, width, tokens, weights, n, out);
 }
 
+template <Form queries>
 void finish(const Side& value, const float* rows, int n, float* out) {
   const int width = padded_dim(value.dim);
 #ifdef FIBKV_INTEGER
-  if (on_integers(value, n)) {
+  if (on_integers<queries>(value, n)) {
     const int units = value.units();
     return with_planes(value.planes, [&](auto planes) {
       for (int q = 0; q < n; ++q, out += width, rows += width) {
@@ -162,18 +174,16 @@ void finish(const Side& value, const float* rows, int n, float* out) {
   for (int i = 0; i < n * width; ++i) out[i] += rows[i];
 }
 
-template <const ManyKernels& many>
-constexpr AttendKernels kernels_with = {prepared_bytes<many>, prepare<many>, score<many>, soften, mix<many>, finish,
-                                        rotate, unrotate, scale, add_scaled, scratch_floats<many>};
+template <Form queries>
+constexpr AttendKernels kernels_for = {prepared_bytes<queries>, prepare<queries>, score<queries>, soften, mix<queries>,
+                                       finish<queries>, rotate, unrotate, scale, add_scaled, scratch_floats<queries>};
 
 }  // namespace
 
 const ManyKernels many_float32 = many_kernels<Float32>;
 
-const AttendKernels attend_kernels = kernels_with<many_float32>;
-#ifdef FIBKV_BF16
-const AttendKernels bf16_attend_kernels = kernels_with<many_bfloat16>;
-#endif
+const AttendKernels f32_attend_kernels = kernels_for<Form::f32>;
+const AttendKernels bf16_attend_kernels = kernels_for<Form::bf16>;
 
 }  // namespace FIBKV_ISA
 }  // namespace fibkv
