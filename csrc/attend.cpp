@@ -34,6 +34,7 @@ struct Scratch {
   std::vector<float> logits;  // [heads][queries][kTile]
   std::vector<float> tile, shrink;
   std::vector<Visibility> visible, all;
+  Partial partial;    // of a task that has the whole context
   double worked = 0;  // seconds
 };
 
@@ -47,7 +48,9 @@ struct Workspace {
   size_t nbytes() const {
     size_t total = queries.nbytes();
     for (const Partial& partial : partials) total += partial.outs.capacity() * sizeof(float);
-    for (const Scratch& one : scratch) total += (one.rows.capacity() + one.logits.capacity()) * sizeof(float);
+    for (const Scratch& one : scratch) {
+      total += (one.rows.capacity() + one.logits.capacity() + one.partial.outs.capacity()) * sizeof(float);
+    }
     return total;
   }
 };
@@ -60,15 +63,14 @@ class Step {
         queries_(kernels, runs, query, workspace.queries), outputs_(kernels, runs, out) {
     for (const Run* run : runs_) end_ = std::max(end_, run->start + run->spans * run->tokens);
     plan_tasks(threads);
-    w_.partials.resize(std::max(w_.partials.size(), tasks_.size()));
+    if (splits_ > 1) w_.partials.resize(std::max(w_.partials.size(), tasks_.size()));
     w_.scratch.resize(std::max<size_t>(w_.scratch.size(), threads));
   }
 
   // Tasks are planned for so many threads, and give the same numbers whoever takes them.
   void run(int threads, Helpers& helpers) {
-    const int tasks = static_cast<int>(tasks_.size()), most_heads = tasks_[0].heads();
-    const int blocks = queries_.blocks();
-    SharedWork pieces(queries_.heads() * blocks), splits(tasks), merges(tasks / splits_ * most_heads);
+    const int tasks = static_cast<int>(tasks_.size()), most_heads = tasks_[0].heads(), blocks = queries_.blocks();
+    SharedWork pieces(queries_.heads() * blocks), splits(tasks), merges(splits_ > 1 ? tasks / splits_ * most_heads : 0);
     const bool alone = threads == 1 || !helpers.are_wanted();
     for (Scratch& one : w_.scratch) one.worked = 0;
     const double started = omp_get_wtime();
@@ -85,9 +87,18 @@ class Step {
       pieces.work([&](int i) { queries_.prepare(i / blocks, i % blocks, scratch.rows); });
       wait_for(pieces);
       // The last split has the raw tail, which takes longest: it is begun first.
-      splits.work([&](int i) { attend(tasks_[tasks - 1 - i], w_.partials[tasks - 1 - i], scratch); });
-      wait_for(splits);
-      merges.work([&](int i) { finish(i / most_heads * splits_, i % most_heads, scratch); });
+      splits.work([&](int i) {
+        const int at = tasks - 1 - i;
+        if (splits_ > 1) return attend(tasks_[at], w_.partials[at], scratch);
+        attend(tasks_[at], scratch.partial, scratch);
+        for (int head = 0; head < tasks_[at].heads(); ++head) finish(tasks_[at], &scratch.partial, head, scratch);
+      });
+      if (splits_ > 1) wait_for(splits);
+      merges.work([&](int i) {
+        const int first = i / most_heads * splits_, head = i % most_heads;
+        // The last group of heads may be smaller than the first.
+        if (head < tasks_[first].heads()) finish(tasks_[first], &w_.partials[first], head, scratch);
+      });
       scratch.worked = omp_get_wtime() - came - idle;
     }
     if (alone) return;
@@ -113,7 +124,7 @@ class Step {
   void soften(const Task& task, int head, int start, int tokens, const KeySpace* space, float* logits, Partial& partial,
               Scratch& scratch);
   Visibility visible(const Task& task, int head, int i, int start, int tokens) const;
-  void finish(int first_task, int nth_head, Scratch& scratch) const;
+  void finish(const Task& task, const Partial* partials, int nth_head, Scratch& scratch) const;
 
   const AttendKernels& k_;
   const std::vector<const Run*>& runs_;
@@ -270,13 +281,10 @@ void Step::attend_tile(const Task& task, const Run& run, int span, int first, Pa
   }
 }
 
-// Merges the splits of one block of queries of one head.
-void Step::finish(int first_task, int nth_head, Scratch& scratch) const {
-  const Task& task = tasks_[first_task];
-  const int head = task.head0 + nth_head;
-  if (head >= task.head1) return;  // the last group of heads may be smaller than the first
-  const Found found{w_.partials.data() + first_task, splits_, task.heads(), nth_head, task.queries};
-  outputs_.write(found, row_of(task, head, 0), scratch.rows);
+// Merges what all splits of the context found for the queries of one head of a task, and writes it.
+void Step::finish(const Task& task, const Partial* partials, int nth_head, Scratch& scratch) const {
+  const Found found{partials, splits_, task.heads(), nth_head, task.queries};
+  outputs_.write(found, row_of(task, task.head0 + nth_head, 0), scratch.rows);
 }
 
 }  // namespace

@@ -271,6 +271,8 @@ void mix_block(const Side& side, const uint8_t* codes, size_t pitch, int quads, 
 
 }  // namespace
 
+bool integer_always(const Side& side) { return side.form == Form::int8; }
+
 size_t integer_prepared_bytes(const Side& key, int n) { return num_blocks(n) * block_bytes(key); }
 
 void integer_prepare(const Side& key, const float* queries, int n, uint8_t* prepared) {

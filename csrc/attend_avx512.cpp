@@ -355,6 +355,8 @@ void mix_block(const Side& side, const uint8_t* codes, size_t pitch, int tokens,
 
 }  // namespace
 
+bool integer_always(const Side&) { return true; }
+
 size_t integer_prepared_bytes(const Side& key, int n) { return num_blocks(n) * block_bytes(key); }
 
 void integer_prepare(const Side& key, const float* queries, int n, uint8_t* prepared) {

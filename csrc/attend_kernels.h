@@ -19,8 +19,8 @@ constexpr int padded_dim(int dim) { return (dim + kPad - 1) / kPad * kPad; }
 // in the second-level cache.
 constexpr int kQueryBlock = 512;
 
-// Up to so many float32 queries per KV head are scored on the codes themselves in integers, where the side allows that;
-// more meet decoded tiles in float32. Queries of 16 bits are always scored in integers.
+// Up to so many queries per KV head are scored on the codes themselves in integers, where the side allows that; and more
+// if they are bfloat16, where that is faster. Float32 ones meet decoded tiles in float32.
 constexpr int kIntegerQueries = 32;
 
 // Which tokens of a tile a query sees: the first `limit`, and of those what the mask row (if any) allows.

@@ -23,7 +23,8 @@ struct Float32 {
 #ifdef FIBKV_INTEGER
 template <Form queries>
 bool on_integers(const Side& side, int n) {
-  return side.planes > 0 && side.order != Order::rows && (queries == Form::bf16 || n <= kIntegerQueries);
+  if (side.planes == 0 || side.order == Order::rows) return false;
+  return n <= kIntegerQueries || (queries == Form::bf16 && integer_always(side));
 }
 #endif
 
@@ -52,8 +53,8 @@ void prepare(const Side& key, const float* rows, int n, uint8_t* prepared) {
 #ifdef FIBKV_INTEGER
   if (on_integers<queries>(key, n)) {
     integer_prepare(key, rows, n, prepared);
-    if (!key.centered) return;
-    prepared += integer_prepared_bytes(key, n);
+    if (key.centered) std::memcpy(prepared + integer_prepared_bytes(key, n), rows, query_bytes(key, n));
+    return;
   }
 #endif
   if (n > kFewQueries) return many<queries>().prepare(rows, n, padded_dim(key.dim), prepared);

@@ -9,6 +9,9 @@
 namespace fibkv {
 namespace FIBKV_ISA {
 
+// Whether that pays for any number of queries: where it does not, many are worth decoding a tile once.
+bool integer_always(const Side& side);
+
 // As the functions of AttendKernels of the same names, for sides with integer tables (`planes` > 0) in tile order.
 size_t integer_prepared_bytes(const Side& key, int n);
 void integer_prepare(const Side& key, const float* queries, int n, uint8_t* prepared);

@@ -32,6 +32,8 @@ from tests.codecs.conformance import BYTES, CodecConformance, attend_error, equa
 from tests.pages.helpers import layer_settings_of
 
 AVAILABLE = native_implementations()
+# Of bfloat16 numbers, in and out.
+SHORT = 5e-3
 pytestmark = pytest.mark.skipif(native.why_not() != "yes", reason=f"native kernels: {native.why_not()}")
 
 PAIRS = [
@@ -154,9 +156,11 @@ class TestPairs:
     def test_several_and_many_queries(self, pair: tuple[str, str], implementation: str) -> None:
         """Speculative verification and chunked prefill: causal among themselves."""
         cache = filled(pair, implementation)
+        error = attend_error(implementation, *pair)
         for queries in (3, 9, 70):
-            error = attend_error(implementation, *pair)
-            check(cache, gaussian(2, 4, queries, 64, seed=2), Scores(0.125), error)
+            query = gaussian(2, 4, queries, 64, seed=2)
+            check(cache, query, Scores(0.125), error)
+            check(cache, query.bfloat16(), Scores(0.125), max(error, SHORT))
 
     def test_left_padding_and_softcap(self, pair: tuple[str, str], implementation: str) -> None:
         cache = filled(pair, implementation)
@@ -193,11 +197,31 @@ def test_units_of_three_bytes_and_rings(implementation: str, pair: tuple[str, st
 
 
 @pytest.mark.parametrize("implementation", AVAILABLE)
-@pytest.mark.parametrize("dim", [20, 80, 96, 192])
+@pytest.mark.parametrize("dim", [20, 48, 80, 96, 192])
 def test_odd_head_dims(implementation: str, dim: int) -> None:
     for name in ("fib4", "fib3"):
         cache = filled((name, name), implementation, dim=dim)
-        check(cache, gaussian(2, 4, 1, dim, seed=2), Scores(0.1), attend_error(implementation, name))
+        error = attend_error(implementation, name)
+        for queries in (1, 21):
+            query = gaussian(2, 4, queries, dim, seed=2)
+            check(cache, query, Scores(0.1), error)
+            check(cache, query.bfloat16(), Scores(0.1), max(error, SHORT))
+
+
+@pytest.mark.parametrize("implementation", AVAILABLE)
+@pytest.mark.parametrize("pair", [("fib4", "fib4"), ("key4", "value4"), ("int8", "fp8"), ("raw", "raw")])
+def test_more_queries_than_a_task_takes(implementation: str, pair: tuple[str, str]) -> None:
+    """Blocks of queries, the last one of a few; one split of the context, and two."""
+    cache = filled(pair, implementation, tokens=1300, batch=1, heads=1, groups=4, tokens_per_page=64)
+    error = attend_error(implementation, *pair)
+    query, before = gaussian(1, 4, 257, 64, seed=2), torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            check(cache, query, Scores(0.125), error)
+            check(cache, query.bfloat16(), Scores(0.125), max(error, SHORT))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("implementation", AVAILABLE)
