@@ -138,8 +138,8 @@ class Step {
   std::vector<Task> tasks_;
 };
 
-// Splits the context first, so that a task reads whole pages, and the heads only where that does not occupy all threads,
-// or where queries are many.
+// Splits the context first, so that a task reads whole pages, and the heads only where that does not occupy all
+// threads, or where queries are many.
 void Step::plan_tasks(int threads) {
   const int per_head = queries_.per_head(), blocks = queries_.blocks();
   const int wanted = threads == 1 ? 1 : kTasksPerThread * threads;

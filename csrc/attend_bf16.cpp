@@ -18,8 +18,8 @@ struct Pairs {
 
   // Numbers of two rows in one place; of the first one alone, if there is no other.
   static vi across(const float* from, int pitch, int rows) {
-    const __m512i by_turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                              21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i by_turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+                                              23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const vi pair = narrow(load<vf>(from), rows > 1 ? load<vf>(from + pitch) : vf{});
     return (vi)_mm512_permutexvar_epi16(by_turns, (__m512i)pair);
   }

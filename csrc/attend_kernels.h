@@ -15,12 +15,12 @@ constexpr int kTile = 64;
 constexpr int kPad = 16;
 constexpr int padded_dim(int dim) { return (dim + kPad - 1) / kPad * kPad; }
 
-// Queries that meet a tile at most: enough to be worth decoding it for, few enough that what is summed up for them stays
-// in the second-level cache.
+// Queries that meet a tile at most: enough to be worth decoding it for, few enough that what is summed up for them
+// stays in the second-level cache.
 constexpr int kQueryBlock = 512;
 
-// Up to so many queries per KV head are scored on the codes themselves in integers, where the side allows that; and more
-// if they are bfloat16, where that is faster. Float32 ones meet decoded tiles in float32.
+// Up to so many queries per KV head are scored on the codes themselves in integers, where the side allows that; and
+// more if they are bfloat16, where that is faster. Float32 ones meet decoded tiles in float32.
 constexpr int kIntegerQueries = 32;
 
 // Which tokens of a tile a query sees: the first `limit`, and of those what the mask row (if any) allows.

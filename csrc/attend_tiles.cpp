@@ -132,7 +132,8 @@ void score(const Side& key, const Span& span, int first, int tokens, const uint8
     return scale_tokens(key, span, first, tokens, n, logits);
   }
   decode(key, span, first, tokens, scratch);
-  if (n > kFewQueries) return many<queries>().score(scratch, tokens, width, prepared, n, logits, scratch + tile_floats(key));
+  float* room = scratch + tile_floats(key);
+  if (n > kFewQueries) return many<queries>().score(scratch, tokens, width, prepared, n, logits, room);
   score_rows(Decoded{scratch, width}, width, tokens, few, n, logits);
 }
 
@@ -153,7 +154,8 @@ void mix(const Side& value, const Span& span, int first, int tokens, float* weig
   });
   if (done) return;
   decode(value, span, first, tokens, scratch);
-  if (n > kFewQueries) return many<queries>().mix(scratch, tokens, width, weights, n, out, scratch + tile_floats(value));
+  float* room = scratch + tile_floats(value);
+  if (n > kFewQueries) return many<queries>().mix(scratch, tokens, width, weights, n, out, room);
   mix_rows(Decoded{scratch, width}, width, tokens, weights, n, out);
 }
 

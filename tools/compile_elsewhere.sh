@@ -8,7 +8,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export ZIG_GLOBAL_CACHE_DIR="$work/cache" ZIG_LOCAL_CACHE_DIR="$work/cache"
 avx2="-mavx2 -mfma -mf16c -mbmi2 -DFIBKV_INTEGER"
-avx512="-march=skylake_avx512 -mavx512vnni -mavx512vbmi -mavx512vbmi2 -mgfni -DFIBKV_INTEGER"
+avx512="-march=skylake_avx512 -mavx512vnni -mavx512vbmi -mavx512vbmi2 -mgfni -DFIBKV_INTEGER -DFIBKV_BF16"
 
 units=()
 for source in encode attend_tiles; do
@@ -16,6 +16,7 @@ for source in encode attend_tiles; do
   units+=("x86_64-linux-gnu avx2 $source $avx2" "x86_64-linux-gnu avx512 $source $avx512")
 done
 units+=("x86_64-linux-gnu avx2 attend_avx2 $avx2" "x86_64-linux-gnu avx512 attend_avx512 $avx512")
+units+=("x86_64-linux-gnu avx512 attend_bf16 $avx512 -mavx512bf16")
 
 export python work
 compile() {

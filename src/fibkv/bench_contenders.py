@@ -1,6 +1,7 @@
-"""One decode step's attention in the ways that are compared: torch on dense bfloat16, fibkv on pages.
+"""Attention in the ways that are compared: torch on dense bfloat16, fibkv on pages.
 
-Queries are ``[B, Hq, 1, d]``, keys and values ``[B, H, T, d]``, outputs ``[B, Hq, 1, d]``.
+Queries are ``[B, Hq, Q, d]``, keys and values ``[B, H, T, d]``, outputs ``[B, Hq, Q, d]``.
+Each query sees all T tokens.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ class Contender(Generic[Held]):
 
 
 def matmul(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """Query heads of one KV head as rows: softmax([H, G, d] x [H, d, T]) x [H, T, d]."""
+    """Queries of one KV head as rows: softmax([H, G Q, d] x [H, d, T]) x [H, T, d]."""
     weights = torch.matmul(_grouped(query, keys) * scale, keys.transpose(2, 3)).softmax(3)
     return torch.matmul(weights, values).view(query.shape)
 
 
 def matmul_keys_first(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """As `matmul`, the first product as [H, T, d] x [H, d, G]: some BLAS libraries are faster that way."""
+    """As `matmul`, the first product as [H, T, d] x [H, d, G Q]: some BLAS libraries are faster that way."""
     logits = torch.matmul(keys, (_grouped(query, keys) * scale).transpose(2, 3))
     return torch.matmul(logits.transpose(2, 3).softmax(3), values).view(query.shape)
 
@@ -76,7 +77,7 @@ def baseline(name: str, form: DenseForm, scale: float) -> Contender[tuple[Tensor
 
 def paged(profile: str, form: PagedForm, scale: float, implementation: str) -> Contender[View]:
     """Attention on pages by one implementation of the kernels."""
-    scores = Scores(scale)
+    scores = Scores(scale, causal=False)
     return Contender(
         f"{profile} {implementation}",
         "fibkv",
@@ -97,5 +98,5 @@ def exact(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
 
 
 def _grouped(query: Tensor, keys: Tensor) -> Tensor:
-    """``[B, Hq, 1, d]`` to ``[B, H, G, d]``."""
+    """``[B, Hq, Q, d]`` to ``[B, H, G Q, d]``."""
     return query.view(query.shape[0], keys.shape[1], -1, query.shape[3])

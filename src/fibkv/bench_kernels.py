@@ -1,4 +1,4 @@
-"""`fibkv bench kernels`: one decode step's attention on compressed pages, against torch on dense bfloat16.
+"""`fibkv bench kernels`: attention of one layer on compressed pages, against torch on dense bfloat16.
 
 What keeps it honest: every output, also of the timed calls, is held to float64 attention on the dequantized values;
 damage to a page must change it; every call finds its operands in memory and not in a cache; contenders take turns;
@@ -175,7 +175,7 @@ class _Trials:
             shape = (settings.batch, heads, tokens, settings.head_dim)
             return torch.randn(shape, generator=generator).bfloat16()
 
-        query = normal(settings.query_heads, 1)
+        query = normal(settings.query_heads, settings.queries)
         keys, values = normal(settings.kv_heads, self._context), normal(settings.kv_heads, self._context)
         scale = settings.head_dim**-0.5
         dense = DenseForm(keys, values)

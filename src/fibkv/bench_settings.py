@@ -34,9 +34,10 @@ def _check_profiles(profiles: tuple[str, ...], head_dim: int) -> None:
 
 
 class KernelSettings(Contract):
-    """What `fibkv bench kernels` measures: one layer, one query token.
+    """What `fibkv bench kernels` measures: one layer's attention, of one query token or of a chunk.
 
     Attributes:
+        queries: query tokens, each of which sees all that is cached.
         query_heads: query heads, a multiple of the KV heads.
         kv_heads: KV heads.
         head_dim: d.
@@ -50,6 +51,7 @@ class KernelSettings(Contract):
         seed: of keys, values and query.
     """
 
+    queries: Count = 1
     query_heads: Count = 32
     kv_heads: Count = 8
     head_dim: Count = 128

@@ -28,12 +28,11 @@ MISSING = "-"
 
 def render_kernels(result: KernelResult) -> RenderableType:
     """A table per context, the outcomes of the checks, the notes and the conditions."""
-    tables = []
+    tables, queries = [], result.settings.queries
+    asked = "One query token" if queries == 1 else f"{queries} query tokens"
     for context in result.settings.contexts:
         rows = [row for row in result.rows if row.context == context]
-        tables.append(
-            plain_table(f"One query token, {context} cached tokens", _KERNEL_HEADINGS, map(_kernel_cells, rows))
-        )
+        tables.append(plain_table(f"{asked}, {context} cached tokens", _KERNEL_HEADINGS, map(_kernel_cells, rows)))
     checks: dict[str, list[Checks]] = {}
     for row in result.rows:
         checks.setdefault(row.name, []).append(row.checks)

@@ -52,6 +52,7 @@ def kernels(
     kv_heads: KVHeads = None,
     head_dim: HeadDim = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Rows.")] = None,
+    queries: Annotated[int | None, typer.Option(min=1, help="Query tokens: one, or those of a chunk.")] = None,
     contexts: Annotated[str | None, typer.Option(help="Cached tokens, by comma.")] = None,
     profiles: Profiles = None,
     implementations: Annotated[
@@ -65,7 +66,7 @@ def kernels(
     json: Json = None,
     plot: Plot = None,
 ) -> None:
-    """One decode step's attention on compressed pages, against torch on dense bf16 and a pure read of memory."""
+    """One layer's attention on compressed pages, against torch on dense bf16 and a pure read of memory."""
     # Here, and in the other commands, so that `fibkv --help` does not wait for them.
     from fibkv.bench_kernels import run_kernels  # noqa: PLC0415
     from fibkv.bench_plot import plot_kernels  # noqa: PLC0415
@@ -77,6 +78,7 @@ def kernels(
         kv_heads=kv_heads,
         head_dim=head_dim,
         batch=batch,
+        queries=queries,
         contexts=None if contexts is None else _numbers(contexts),
         profiles=_names(profiles),
         implementations=_names(implementations),

@@ -73,6 +73,13 @@ def test_progress_counts_every_step() -> None:
     assert steps[-1][0] == "256 tokens: round 1 of 1"
 
 
+def test_a_chunk_of_queries() -> None:
+    """Each sees all of the context: the checks hold every output to that."""
+    result = run_kernels(SMALL.model_copy(update={"profiles": ("int8", "raw"), "queries": 40}), quiet)
+    assert result.passed
+    assert all(0 < row.checks.error < ATTENTION_LIMIT for row in result.rows)
+
+
 def test_pairs_and_batches() -> None:
     result = run_kernels(SMALL.model_copy(update={"profiles": ("int8/fib4",), "batch": 2}), quiet)
     assert result.passed

@@ -50,6 +50,12 @@ def test_kernel_tables_show_the_figures(kernel_result: KernelResult) -> None:
     assert "restored exactly" in checked
 
 
+def test_kernel_tables_say_how_many_queries(kernel_result: KernelResult) -> None:
+    settings = kernel_result.settings.model_copy(update={"queries": 40})
+    lines = _shown(render_kernels(kernel_result.model_copy(update={"settings": settings})))
+    assert any(line.startswith("40 query tokens, 128 cached tokens") for line in lines)
+
+
 def test_kernel_notes_say_the_conditions(kernel_result: KernelResult) -> None:
     said = " ".join(kernel_notes(kernel_result))
     conditions = kernel_result.conditions
