@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from random import Random
 from statistics import median
 from typing import Self
 
@@ -59,7 +60,10 @@ def interleave(
     num_rounds: int,
     before_round: Callable[[int], None],
 ) -> dict[str, list[list[float]]]:
-    """Lets every contender take its turn in each round; the order is rotated by one from round to round.
+    """Lets every contender take its turn in each round.
+
+    The order of each round is drawn anew, and is the same in every run: what a turn leaves behind in caches and in the
+    states of threads falls on each of the others alike.
 
     Args:
         contenders: by name what takes a turn and returns the seconds of its calls.
@@ -69,13 +73,13 @@ def interleave(
     Returns:
         By name the seconds, round by round.
     """
-    names = list(contenders)
-    taken: dict[str, list[list[float]]] = {name: [] for name in names}
+    order, draw = list(contenders), Random(0)
+    taken: dict[str, list[list[float]]] = {name: [] for name in order}
     with _no_garbage_collection():
         for index in range(num_rounds):
             before_round(index)
-            first = index % max(1, len(names))
-            for name in (*names[first:], *names[:first]):
+            draw.shuffle(order)
+            for name in order:
                 taken[name].append(list(contenders[name]()))
     return taken
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+from itertools import pairwise
 
 import pytest
 
@@ -43,19 +44,26 @@ def test_the_strongest_is_found_by_ratios_within_rounds() -> None:
     assert strongest([]) is None
 
 
-def test_contenders_take_turns_in_rotated_order() -> None:
-    calls: list[str] = []
+def test_contenders_take_turns_in_orders_drawn_anew() -> None:
+    def orders(num_rounds: int) -> tuple[list[str], dict[str, list[list[float]]], list[int]]:
+        calls: list[str] = []
+        said: list[int] = []
 
-    def contender(name: str) -> list[float]:
-        calls.append(name)
-        return [float(len(calls))]
+        def contender(name: str) -> list[float]:
+            calls.append(name)
+            return [float(len(calls))]
 
-    turns = {name: lambda name=name: contender(name) for name in "abc"}
-    said: list[int] = []
-    taken = interleave(turns, 4, said.append)
-    assert "".join(calls) == "abcbcacababc"
-    assert said == [0, 1, 2, 3]
-    assert taken["a"] == [[1.0], [6.0], [8.0], [10.0]]
+        taken = interleave({name: lambda name=name: contender(name) for name in "abc"}, num_rounds, said.append)
+        return calls, taken, said
+
+    calls, taken, said = orders(30)
+    assert said == list(range(30))
+    assert all(sorted(calls[start : start + 3]) == ["a", "b", "c"] for start in range(0, 90, 3))
+    assert taken["a"] == [[place + 1.0] for place, name in enumerate(calls) if name == "a"]
+    # Everyone comes after everyone else; the orders of another run are the same.
+    followed = {(before, after) for before, after in pairwise(calls) if before != after}
+    assert len(followed) == 6
+    assert orders(30)[0] == calls
 
 
 def test_no_garbage_is_collected_during_the_rounds() -> None:
