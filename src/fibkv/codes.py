@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Codes(ABC):
     """Base of all codes: walks the fields, so that a new field can be neither forgotten nor miscounted."""
 

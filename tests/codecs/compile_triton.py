@@ -95,8 +95,8 @@ def main() -> None:
     _attention(90, SIDES["bf16"], SIDES["bf16"], paged=0)
     sizes = {"DIM": 128, "D": 128, "COLUMNS": 16}
     compiled(90, triton_merge._turn, "*u8 *fp32 *fp32 *fp32 i32", True, FORM="bf16", QUERIES=16, **sizes)
-    types = "*fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32 i32"
-    compiled(90, triton_merge.merge_splits, types, True, ROTATED=True, ADDED=True, SLOTS=16, **sizes)
+    types = "*fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32 i32 i32 i32"
+    compiled(90, triton_merge.merge_splits, types, True, ROTATED=True, PLAIN=True, ADDED=True, SLOTS=16, **sizes)
 
 
 def _encoding() -> None:
@@ -128,7 +128,7 @@ def _encoding() -> None:
 
 def _attention(capability: int, key: Side, value: Side, paged: int) -> None:
     pointers = "*fp32 *fp32 *i64 *u8 *u8 *fp16 *fp32 *fp16 *fp32 *u8 *fp32 *fp32"
-    types = f"{pointers} {'i32 ' * 17} fp32 fp32"
+    types = f"{pointers} {'i32 ' * 14} i64 i64 i64 fp32 fp32"
     modes = {"BIASED": True, "MASK": "causal", "SOFTCAP": True, "QUERIES": 16, "TOKENS": 64}
     compiled(capability, triton_attend.attend_splits, types, True, KEY=key, VALUE=value, PAGED=paged, **modes)
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fibkv import kernels
+from fibkv.attend import Scores, attend
 from fibkv.codecs import codec_for
-from fibkv.kernels import cuda_attend
-from fibkv.kernels.cuda_attend import Reading
+from fibkv.kernels import cuda_attend, triton
+from fibkv.kernels.cuda_attend import Program, Reading
 from fibkv.kernels.reference_trellis import windows
 from fibkv.kernels.triton_sides import Side
 from fibkv.parameters import named_parameters
 from fibkv.tables import FibTables, trellis_of
 from tests.codecs.compile_triton import usage
+from tests.codecs.conformance import gaussian
+from tests.codecs.test_native import filled
 
 READINGS = [
     ("key4", "value4", 128, "none", 1),
@@ -89,3 +96,43 @@ def test_splits_fill_a_device() -> None:
     assert count * 8 > 200
     assert each <= 20
     assert cuda_attend._cut(64, 64 * 8, 264, 8) == (1, 64)
+
+
+@pytest.mark.skipif(triton.why_not("cpu") != "yes", reason=f"triton: {triton.why_not('cpu')}")
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_a_launch_is_given(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arguments by their names in `attend.cu`, when it is decided and when it is known; nothing is launched."""
+    launches: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(cuda_attend, "why_not", lambda: "yes")
+    monkeypatch.setattr(cuda_attend, "_most_shared", lambda device: 200 << 10)
+    monkeypatch.setattr(cuda_attend, "_program", lambda found, device: Program(found, 256, found.shared))
+    monkeypatch.setattr(cuda_attend, "_launch", lambda *launch: launches.append(launch))
+    source = (cuda_attend.SOURCES / "attend.cu").read_text()
+    signature = re.search(r" attend\((.*?)\)", source, re.DOTALL)
+    assert signature is not None
+    names = [parameter.split()[-1] for parameter in signature.group(1).split(",")]
+    view = filled(("key4", "fib2"), "reference", heads=1, tokens=150, tokens_per_page=64).view()
+    group = max(view.rows.plan(kernels.resolve("triton")).groups, key=lambda group: group.start)
+    mask = torch.ones(2, 1, 3, 150, dtype=torch.bool)
+    scores = Scores(0.5, 4.0 if masked else None, mask if masked else None, causal=False)
+    for seed in range(2):
+        attend(gaussian(2, 2, 3, 64, seed=seed), view, scores, implementation="triton")
+        made = [(found, config, dict(zip(names, given, strict=True))) for found, config, _, *given in launches]
+        found, config, given = next(launch for launch in made if launch[2]["addresses"] == group.addresses.data_ptr())
+        launches.clear()
+        assert (found.mask, found.softcap) == (("bool", True) if masked else ("none", False))
+        assert config.grid == (1, 1, 2)
+        tables = [cuda_attend._table(side, torch.device("cpu")) for side in (group.key_tables, group.value_tables)]
+        expected = {
+            **{"key_codewords": tables[0].data_ptr(), "value_codewords": tables[1].data_ptr()},
+            **{"bias": 0, "mask_start": mask.data_ptr() if masked else 0},
+            **{"row0": 0, "head0": 0, "rows": 2, "heads": 1, "num_queries": 6, "length": 3},
+            **{"start": 64, "spans": 1, "tokens": 64, "capacity": 64, "units_each": 1},
+            **{"mask_row": 450 * masked, "mask_head": 0, "mask_query": 150 * masked},
+            **{"scale": 0.5, "softcap": 4.0 * masked},
+        }
+        assert expected.items() <= given.items()
+        assert given["slot"] in range(4)
+        moving = {given[name] for name in ("query", "out", "lse")}
+        assert len(moving) == 3
+        assert all(address % 16 == 0 for address in moving)

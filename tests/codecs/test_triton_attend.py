@@ -104,8 +104,8 @@ def test_pages_are_read_where_they_are() -> None:
     cache = filled(("fib4", "int8"), "reference", batch=1, tokens=40)
     view, query = cache.view(), gaussian(1, 4, 1, 64, seed=2)
     before, _ = attend(query, view, Scores(0.125), implementation="triton")
-    groups = view.rows.plan(kernels.resolve("triton"))
-    planned = {tensor.data_ptr() for group in groups for tensor in group.held}
+    groups = view.rows.plan(kernels.resolve("triton")).groups
+    planned = {tensor.data_ptr() for group in groups for placed in group.held for tensor in placed.tensors}
     assert planned >= {segment.codes.indices.data_ptr() for page in cache.pages() for segment in page.keys[-1:]}
     with cache.corrupted(0, 1):
         assert not torch.equal(attend(query, view, Scores(0.125), implementation="triton")[0], before)

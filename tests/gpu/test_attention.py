@@ -9,6 +9,7 @@ import torch
 
 from fibkv.attend import Scores
 from fibkv.kernels import cuda_attend
+from fibkv.kernels.cuda_attend import CudaPages
 from tests.codecs.conformance import attend_error, gaussian
 from tests.codecs.test_native import check, filled
 
@@ -31,15 +32,15 @@ PAIRS = [
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[cuda_attend.Reading]:
-    """What was launched in CUDA C++ so far."""
+    """What it was decided to read in CUDA C++ so far."""
     readings: list[cuda_attend.Reading] = []
-    attend = cuda_attend.attend
+    of = CudaPages.of
 
-    def counted(group: Any, found: cuda_attend.Reading, *arguments: Any) -> None:
+    def counted(group: Any, found: cuda_attend.Reading, *arguments: Any) -> CudaPages:
         readings.append(found)
-        attend(group, found, *arguments)
+        return of(group, found, *arguments)
 
-    monkeypatch.setattr(cuda_attend, "attend", counted)
+    monkeypatch.setattr(CudaPages, "of", counted)
     return readings
 
 

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from fibkv.errors import KernelError
+from fibkv.kernels.triton_moving import Kind, Moving
 from fibkv.kernels.triton_plan import Group
+from fibkv.kernels.triton_queries import Turned
 from fibkv.kernels.triton_sides import Side, on_device
 from fibkv.tables import FibTables, Tables
 
@@ -96,7 +98,6 @@ def reading(group: Group, mask: str, softcap: bool, queries: int) -> Reading | N
     return _reading(group.key_tables, group.value_tables, mask, softcap, tiles, group.device)
 
 
-# Asked for at every step of every layer.
 @lru_cache(maxsize=1 << 10)
 def _reading(
     key_tables: Tables, value_tables: Tables, mask: str, softcap: bool, tiles: int, device: torch.device
@@ -114,12 +115,6 @@ def _reading(
     return found._replace(programs=2) if many else found
 
 
-def splits(group: Group, found: Reading, queries: int, multiprocessors: int) -> tuple[int, int]:
-    """(splits, units of each) into which the context of a group is cut."""
-    units, programs = group.spans * _ceil(group.tokens, UNIT), _programs(group, found, queries)
-    return _cut(units, programs, multiprocessors * found.programs, found.warps)
-
-
 @lru_cache(maxsize=1 << 12)
 def _cut(units: int, programs: int, room: int, warps: int) -> tuple[int, int]:
     """So that `programs` of each split, of which there is room for some at a time, take as little time as can be."""
@@ -131,63 +126,75 @@ def _cut(units: int, programs: int, room: int, warps: int) -> tuple[int, int]:
     return _ceil(units, each), each
 
 
-def attend(
-    group: Group,
-    found: Reading,
-    cut: tuple[int, int],
-    slot: int,
-    query: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    strides: tuple[int, int, int],
-    length: int,
-    scale: float,
-    softcap: float,
-    outs: Tensor,
-    lses: Tensor,
-) -> None:
-    """Launches `cuda/attend.cu`; arguments have the meaning that `triton_attend.attend_splits` gives them.
+@dataclass(frozen=True, slots=True, eq=False)
+class CudaPages:
+    """Pages of one group as a step reads them.
 
-    Args:
-        group: the pages.
-        found: of `reading`.
-        cut: of `splits`.
-        slot: of outs and lses, where the first split goes.
-        query: ``[B, H, G * Q, d]`` float32, in the space of the keys' codes.
-        bias: ``[B, H, G * Q]`` float32 or None.
-        mask: bool or float32, with `strides` of rows, heads and queries; or None.
-        length: Q.
-        scale: of the logits.
-        softcap: of the logits.
-        outs: ``[S, B, H, G * Q, d]`` float32.
-        lses: ``[S, B, H, G * Q]`` float32.
-
-    Raises:
-        KernelError: NVRTC refuses, or the device does.
+    Attributes:
+        program: that reads them.
+        config: how cuda-core launches it.
+        splits: of the context.
+        tables: addresses of the group, and the codewords of its keys and values; None = there are none.
+        where: the addresses of these.
+        sizes: the numbers that the kernel is given, from the first row to the slot of the first split.
     """
-    device = query.device
-    program = _program(found, device.index or 0)
-    count, units = cut
-    rows, heads, queries, _ = query.shape
-    grid = count, _programs(group, found, queries) // (group.rows[1] - group.rows[0]), group.rows[1] - group.rows[0]
-    tables = _table(group.key_tables, device), _table(group.value_tables, device)
-    addresses = group.addresses, *tables, mask, outs, lses
-    sizes = group.rows[0], group.heads[0], rows, heads, queries, length, group.start, group.spans, group.tokens
-    _launch(
-        program,
-        grid,
-        device,
-        query.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        *(0 if tensor is None else tensor.data_ptr() for tensor in addresses),
-        *sizes,
-        group.capacity,
-        units,
-        slot,
-        *strides,
-        float(scale),
-        float(softcap),
-    )
+
+    program: Program
+    config: Any
+    splits: int
+    tables: tuple[Tensor | None, ...]
+    where: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, group: Group, found: Reading, kind: Kind, room: int, slot: int) -> Self:
+        """The pages of a group.
+
+        Args:
+            group: the pages.
+            found: of `reading`.
+            kind: of the queries.
+            room: multiprocessors of the device.
+            slot: where the first split goes.
+
+        Raises:
+            KernelError: NVRTC refuses, or the device does.
+        """
+        rows, heads, queries, _ = kind.shape
+        run_rows, run_heads = group.rows[1] - group.rows[0], group.heads[1] - group.heads[0]
+        programs = run_heads * _ceil(queries, QUERIES * found.query_tiles)
+        units = group.spans * _ceil(group.tokens, UNIT)
+        count, each = _cut(units, programs * run_rows, room * found.programs, found.warps)
+        program = _program(found, kind.device.index or 0)
+        tables = group.addresses, *(_table(side, kind.device) for side in (group.key_tables, group.value_tables))
+        place = group.rows[0], group.heads[0], rows, heads, queries, kind.length
+        return cls(
+            program,
+            _config((count, programs, run_rows), program),
+            count,
+            tables,
+            tuple(_address(table) for table in tables),
+            (*place, group.start, group.spans, group.tokens, group.tokens, each, slot),
+        )
+
+    def launch(self, turned: Turned, moving: Moving) -> None:
+        """Launches `cuda/attend.cu`; arguments have the meaning that `triton_attend.attend_splits` gives them."""
+        query, bias = turned
+        _launch(
+            self.program.kernel,
+            self.config,
+            moving.stream,
+            query.data_ptr(),
+            _address(bias),
+            *self.where,
+            _address(moving.mask),
+            moving.outs.data_ptr(),
+            moving.lses.data_ptr(),
+            *self.sizes,
+            *moving.strides,
+            moving.scale,
+            moving.softcap,
+        )
 
 
 def compiled(found: Reading, arch: str) -> Any:
@@ -237,13 +244,16 @@ def _grant(kernel: Any, shared: int, device: int) -> None:
         raise KernelError(f"cuda kernels: {shared} bytes of shared memory for a program: {status.name}")
 
 
-def _launch(program: Program, grid: tuple[int, int, int], device: torch.device, *arguments: float) -> None:
-    """Launches on torch's current stream, which a graph may be capturing."""
-    from cuda.core import LaunchConfig, launch  # noqa: PLC0415 - optional
+def _config(grid: tuple[int, int, int], program: Program) -> Any:
+    from cuda.core import LaunchConfig  # noqa: PLC0415 - optional
 
-    stream = _stream(torch.cuda.current_stream(device).cuda_stream)
-    config = LaunchConfig(grid=grid, block=program.block, shmem_size=program.shared)
-    launch(stream, config, program.kernel, *arguments)
+    return LaunchConfig(grid=grid, block=program.block, shmem_size=program.shared)
+
+
+def _launch(kernel: Any, config: Any, stream: int, *arguments: float) -> None:
+    from cuda.core import launch  # noqa: PLC0415 - optional
+
+    launch(_stream(stream), config, kernel, *arguments)
 
 
 @lru_cache(maxsize=64)
@@ -311,10 +321,8 @@ def _most_shared(device: torch.device) -> int:
     return int(Device(device.index or 0).properties.max_shared_memory_per_block_optin) - BESIDES
 
 
-def _programs(group: Group, found: Reading, queries: int) -> int:
-    """Programs of a split."""
-    blocks = _ceil(queries, QUERIES * found.query_tiles)
-    return (group.heads[1] - group.heads[0]) * (group.rows[1] - group.rows[0]) * blocks
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _ceil(number: int, by: int) -> int:

@@ -23,7 +23,7 @@ from fibkv.kernels.triton_tuning import Tunings, load_tunings
 from fibkv.tables import Tables
 
 if TYPE_CHECKING:
-    from fibkv.kernels.triton_plan import Group
+    from fibkv.kernels.triton_step import Plan
 
 # The first one that multiplies in float64.
 OLDEST = (3, 5)
@@ -106,18 +106,18 @@ class Triton(InPlace):
         with _current(codes.device):
             return self._codes.decode(codes, tables, out=out)
 
-    def plan(self, runs: Sequence[Run]) -> tuple[Group, ...]:
+    def plan(self, runs: Sequence[Run]) -> Plan:
         """Makes runs ready to be attended to; see `fibkv.kernels.runs.InPlace`.
 
         Raises:
             KernelError: pages on several devices.
         """
-        return tuple(self._plan.Group.of_run(run) for run in runs)
+        return self._step.Plan([self._plan.Group.of_run(run) for run in runs], self.tunings)
 
     def attend_plan(
         self,
         query: Tensor,
-        plan: Sequence[Group],
+        plan: Plan,
         tail: tuple[Tensor, Tensor, int],
         scores: Scores,
         *,
@@ -128,14 +128,8 @@ class Triton(InPlace):
         Raises:
             KernelError: queries and pages on several devices, or a tuning that the device has no room for.
         """
-        keys, values, tokens = tail
         batch, query_heads, queries, dim = query.shape
-        groups = [*plan]
-        if tokens:
-            groups.append(self._plan.Group.of_tail(keys.detach(), values.detach(), tokens, length))
         with _current(query.device), _float32(query.device.type):
-            grouped = query.detach().reshape(batch, keys.shape[1], -1, dim)
-            tunings = self.tunings(query.device)
-            step = self._step.Step(grouped, queries, length - queries, scores, tunings)
-            out, lse = step.attend(groups)
+            grouped = query.detach().reshape(batch, tail[0].shape[1], -1, dim)
+            out, lse = plan.attend(grouped, tail, scores, queries, length - queries)
         return out.view(batch, query_heads, queries, -1), lse.view(batch, query_heads, queries)

@@ -158,11 +158,45 @@ def _masked(logits, token, seen, newest, mask_starts, MASK: tl.constexpr):
     return tl.where(seen, logits, float("-inf"))
 
 
-# Numbers that change from step to step must not make a new kernel.
-CHANGING = ["num_queries", "length", "start", "spans", "tokens", "capacity", "tiles", "slot", "past", "mask_query"]
+@triton.jit
+def _load_queries(query, bias, queries, used, SIDE: tl.constexpr, BIASED: tl.constexpr):
+    """``[R, D]`` float32: queries, zero where they are not ``used``; and what their bias adds, ``[R]``."""
+    axis = tl.arange(0, SIDE.width)
+    inside = used[:, None] & (axis < SIDE.dim)[None, :]
+    turned = tl.load(query + queries[:, None] * SIDE.dim + axis[None, :], inside, 0.0)
+    added = tl.zeros([used.shape[0]], tl.float32)
+    if BIASED:
+        added = tl.load(bias + queries, used, other=0.0)
+    return turned, added
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit
+def _weighed(logits, peak):
+    """Weights ``[R, T]`` of logits, what sums of weights so far decay by, and the risen peak, both ``[R]``."""
+    risen = tl.maximum(peak, tl.max(logits, 1))
+    # Queries that have seen nothing yet: exp(-inf - 0) is 0, and no NaN.
+    level = tl.where(risen == float("-inf"), 0.0, risen)
+    return tl.exp(logits - level[:, None]), tl.exp(peak - level), risen
+
+
+@triton.jit
+def _store_split(out, lse, into, used, peak, total, sums, SIDE: tl.constexpr):
+    """Writes the output and log-sum-exp of queries to rows ``into``."""
+    divisor = tl.where(total > 0.0, total, 1.0)
+    # log(1) + -inf where nothing was seen.
+    tl.store(lse + into, peak + tl.log(divisor), used)
+    axis = tl.arange(0, SIDE.width)
+    wanted = used[:, None] & (axis < SIDE.dim)[None, :]
+    tl.store(out + into[:, None] * SIDE.dim + axis[None, :], sums / divisor[:, None], wanted)
+
+
+# What changes from step to step must not make a new kernel, and `triton_launch` counts on that for all numbers.
+PLACE = ["row0", "head0", "run_heads", "rows", "heads", "num_queries", "length"]
+SPANS = ["start", "spans", "tokens", "capacity", "tiles", "slot"]
+MASKING = ["past", "mask_row", "mask_head", "mask_query"]
+
+
+@triton.jit(do_not_specialize=[*PLACE, *SPANS, *MASKING])
 def attend_splits(
     query,
     bias,
@@ -190,9 +224,9 @@ def attend_splits(
     tiles,
     slot,
     past,
-    mask_row,
-    mask_head,
-    mask_query,
+    mask_row: tl.int64,
+    mask_head: tl.int64,
+    mask_query: tl.int64,
     scale,
     softcap,
     KEY: tl.constexpr,
@@ -250,9 +284,7 @@ def attend_splits(
     query_heads = (head0 + head) * (num_queries // length) + places // length
     mask_starts = mask + (row0 + row).to(tl.int64) * mask_row + query_heads * mask_head + (places % length) * mask_query
     newest = past + places % length
-    axis = tl.arange(0, KEY.width)
-    turned = tl.load(query + queries[:, None] * KEY.dim + axis[None, :], used[:, None] & (axis < KEY.dim)[None, :], 0.0)
-    added = tl.load(bias + queries, used, other=0.0) if BIASED else tl.zeros([QUERIES], tl.float32)
+    turned, added = _load_queries(query, bias, queries, used, KEY, BIASED)
 
     peak = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
@@ -275,23 +307,13 @@ def attend_splits(
         token = start + span * tokens + within
         seen = inside[None, :] & used[:, None]
         logits = _masked(logits, token, seen, newest, mask_starts, MASK)
-        risen = tl.maximum(peak, tl.max(logits, 1))
-        # Queries that have seen nothing yet: exp(-inf - 0) is 0, and no NaN.
-        level = tl.where(risen == float("-inf"), 0.0, risen)
-        weights = tl.exp(logits - level[:, None])
-        decay = tl.exp(peak - level)
+        weights, decay, peak = _weighed(logits, peak)
         total = total * decay + tl.sum(weights, 1)
         values = tail_values + tail * VALUE.nbytes
         mixed = _mix(
             weights, entry + COLUMNS, values, value_codewords, value_rotation, head, vectors, inside, VALUE, PAGED
         )
         sums = sums * decay[:, None] + mixed
-        peak = risen
 
     into = (slot + tl.program_id(0)).to(tl.int64) * rows * heads * num_queries + queries
-    divisor = tl.where(total > 0.0, total, 1.0)
-    # log(1) + -inf where nothing was seen.
-    tl.store(lse + into, peak + tl.log(divisor), used)
-    axis = tl.arange(0, VALUE.width)
-    wanted = used[:, None] & (axis < VALUE.dim)[None, :]
-    tl.store(out + into[:, None] * VALUE.dim + axis[None, :], sums / divisor[:, None], wanted)
+    _store_split(out, lse, into, used, peak, total, sums, VALUE)

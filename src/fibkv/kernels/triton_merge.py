@@ -5,13 +5,18 @@ One launch each. Rotations are float32 products with the whole matrix, by blocks
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fibkv.kernels.triton_launch import Kernel, kernel_of
 from fibkv.kernels.triton_load import load_floats
-from fibkv.kernels.triton_sides import FORMS, octets, power_of_two
+from fibkv.kernels.triton_sides import FORMS, power_of_two
 
 # What a matrix unit takes at least: queries of a program; and splits that one reads at a time.
 BLOCK = 16
@@ -47,29 +52,44 @@ def _turn(
     tl.store(plain + places, load_floats(query, places, wanted, FORM), wanted)
 
 
-def turn(query: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries ``[..., d]`` of a floating dtype: the same in float32, and rotated by ``rotation [d, d]``."""
-    query = query.contiguous()
-    plain = torch.empty(query.shape, device=query.device)
-    turned = torch.empty_like(plain)
-    dim, count = query.shape[-1], query.shape[:-1].numel()
-    _turn[(_ceil(count, BLOCK), _ceil(dim, COLUMNS))](
-        octets(query),
-        rotation,
-        plain,
-        turned,
-        count,
-        FORM=FORMS[query.dtype],
-        DIM=dim,
-        D=max(BLOCK, power_of_two(dim)),
-        QUERIES=BLOCK,
-        COLUMNS=COLUMNS,
-        enable_fp_fusion=True,
-    )
-    return plain, turned
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """Takes queries of one dtype to the space of codes.
+
+    Attributes:
+        kernel: `_turn`, with its constants.
+        rotation: ``[d, d]`` float32, on the queries' device.
+    """
+
+    kernel: Kernel
+    rotation: Tensor
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, rotation: Tensor) -> Self:
+        """For queries of a floating dtype."""
+        dim = len(rotation)
+        constants = {"FORM": FORMS[dtype], "DIM": dim, "D": _width(dim), "QUERIES": BLOCK, "COLUMNS": COLUMNS}
+        return cls(kernel_of(_turn, rotation.device, constants), rotation)
+
+    def __call__(self, query: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+        """Queries ``[..., d]``: the same in float32, and turned."""
+        query = query.contiguous()
+        plain = torch.empty(query.shape, dtype=torch.float32, device=query.device)
+        turned = torch.empty_like(plain)
+        dim, count = query.shape[-1], query.shape[:-1].numel()
+        grid = _ceil(count, BLOCK), _ceil(dim, COLUMNS), 1
+        self.kernel.launch(grid, stream, (query.view(torch.uint8), self.rotation, plain, turned), (count,))
+        return plain, turned
 
 
-@triton.jit(do_not_specialize=["count", "first", "stop", "slots"])
+@triton.jit
+def _sum(starts, shares, chosen, columns, DIM: tl.constexpr):
+    """``[COLUMNS]`` float32: columns of the chosen rows that begin at ``starts [SLOTS]``, times their shares."""
+    wanted = chosen[:, None] & (columns < DIM)[None, :]
+    return tl.sum(tl.load(starts[:, None] + columns[None, :], wanted, other=0.0) * shares[:, None], 0)
+
+
+@triton.jit(do_not_specialize=["count", "first", "stop", "plain", "end", "slots"])
 def merge_splits(
     outs,
     lses,
@@ -79,15 +99,18 @@ def merge_splits(
     count,
     first,
     stop,
+    plain,
+    end,
     slots,
     ROTATED: tl.constexpr,
+    PLAIN: tl.constexpr,
     ADDED: tl.constexpr,
     DIM: tl.constexpr,
     D: tl.constexpr,
     SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The share of splits ``first:stop`` in attention over all ``slots`` splits, by log-sum-exp.
+    """The share of splits ``first:stop`` and ``plain:end`` in attention over all ``slots`` splits, by log-sum-exp.
 
     Grid: (queries, blocks of COLUMNS coordinates).
 
@@ -98,8 +121,10 @@ def merge_splits(
         out: ``[count, DIM]`` float32, to which the share is added (if ADDED); 0 for queries that see nothing.
         lse: ``[count]`` float32, of all splits.
         count: queries.
-        first: of the splits that are added up.
+        first: of the splits that are in that space (if ROTATED).
         stop: behind the last of them.
+        plain: the first of those that are added as they are (if PLAIN).
+        end: behind the last of them.
         slots: how many there are.
     """
     query = tl.program_id(0).to(tl.int64)
@@ -109,26 +134,27 @@ def merge_splits(
         peak = tl.maximum(peak, tl.load(lses + slot * count + query, slot < slots, other=float("-inf")))
     top = tl.max(peak, 0)
     level = tl.where(top == float("-inf"), 0.0, top)
-    axis = tl.arange(0, D)
+    axis, columns = tl.arange(0, D), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([SLOTS], tl.float32)
-    sums = tl.zeros([D], tl.float32)
+    turned = tl.zeros([D], tl.float32)
+    sums = tl.zeros([COLUMNS], tl.float32)
     for begin in range(0, slots, SLOTS):
         slot = begin + tl.arange(0, SLOTS)
         shares = tl.exp(tl.load(lses + slot * count + query, slot < slots, other=float("-inf")) - level)
         total += shares
-        chosen = (slot >= first) & (slot < stop) & (shares > 0.0)
-        places = (slot * count + query)[:, None] * DIM + axis[None, :]
-        parts = tl.load(outs + places, chosen[:, None] & (axis < DIM)[None, :], other=0.0)
-        sums += tl.sum(parts * shares[:, None], 0)
+        if ROTATED:
+            chosen = (slot >= first) & (slot < stop) & (shares > 0.0)
+            turned += _sum(outs + (slot * count + query) * DIM, shares, chosen, axis, DIM)
+        if PLAIN:
+            chosen = (slot >= plain) & (slot < end) & (shares > 0.0)
+            sums += _sum(outs + (slot * count + query) * DIM, shares, chosen, columns, DIM)
     whole = tl.sum(total, 0)
     divisor = tl.where(whole > 0.0, whole, 1.0)
     share = sums / divisor
-    # Without a rotation one program has all coordinates.
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     if ROTATED:
         inside = (axis < DIM)[:, None] & (columns < DIM)[None, :]
         matrix = tl.load(rotation + axis[:, None] * DIM + columns[None, :], inside, other=0.0)
-        share = tl.sum(share[:, None] * matrix, 0)
+        share += tl.sum((turned / divisor)[:, None] * matrix, 0)
     into = out + query * DIM + columns
     if ADDED:
         share += tl.load(into, columns < DIM, other=0.0)
@@ -136,58 +162,94 @@ def merge_splits(
     tl.store(lse + query, top + tl.log(divisor))
 
 
-def merge(outs: Tensor, lses: Tensor, spaces: list[tuple[int, int, Tensor | None]]) -> tuple[Tensor, Tensor]:
-    """Merges splits space by space, and adds up what each space's are taken back to.
+class Space(NamedTuple):
+    """Splits whose outputs are behind one rotation.
 
-    Args:
-        outs: ``[S, ..., d]`` float32, undefined where lses are -inf.
-        lses: ``[S, ...]`` float32.
-        spaces: of half-open ranges of splits, the rotation ``[d, d]`` that their outputs are behind, or None.
-
-    Returns:
-        ``out [..., d]`` and ``lse [...]``, float32.
+    Attributes:
+        first: of them.
+        stop: behind the last of them.
+        rotation: ``[d, d]`` float32, on their device.
     """
-    lse = torch.empty_like(lses[0])
-    if lse.numel() <= FEW:
-        out = torch.empty_like(outs[0])
-        for index, (first, stop, rotation) in enumerate(spaces):
-            _merge(outs, lses, first, stop, rotation, out, lse, added=index > 0)
+
+    first: int
+    stop: int
+    rotation: Tensor
+
+
+class Merge:
+    """Merges splits space by space, and adds up what each space's outputs are taken back to."""
+
+    def __init__(
+        self, spaces: Sequence[Space], plain: int | None, queries: int, dim: int, device: torch.device
+    ) -> None:
+        """For splits of so many queries.
+
+        Args:
+            spaces: in which splits are.
+            plain: from here on to the last one splits are in none of them; None = no split is.
+            queries: of all rows and heads.
+            dim: d.
+            device: of the splits.
+        """
+        self._spaces, self._plain, self._queries, self._dim = spaces, plain, queries, dim
+        self._together = [
+            self._kernel(device, ROTATED=True, PLAIN=index == 0 and plain is not None, ADDED=index > 0)
+            for index in range(len(spaces))
+        ]
+        self._alone = self._kernel(device, ROTATED=False, PLAIN=True, ADDED=False)
+
+    def _kernel(self, device: torch.device, **modes: bool) -> Kernel:
+        width = _width(self._dim)
+        # Without a rotation one program has all coordinates.
+        columns = COLUMNS if modes["ROTATED"] else width
+        sizes = {"DIM": self._dim, "D": width, "SLOTS": BLOCK, "COLUMNS": columns}
+        return kernel_of(merge_splits, device, {**modes, **sizes})
+
+    def __call__(self, outs: Tensor, lses: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+        """Attention over all splits.
+
+        Args:
+            outs: ``[S, ..., d]`` float32, undefined where lses are -inf.
+            lses: ``[S, ...]`` float32.
+            stream: handle of the device's current one.
+
+        Returns:
+            ``out [..., d]`` and ``lse [...]``, float32.
+        """
+        lse = torch.empty(lses.shape[1:], dtype=torch.float32, device=lses.device)
+        if self._queries > FEW:
+            return self._of_many(outs, lses, lse, stream), lse
+        out = torch.empty(outs.shape[1:], dtype=torch.float32, device=outs.device)
+        plain, slots = self._plain or 0, len(lses)
+        for space, kernel in zip(self._spaces, self._together, strict=True):
+            tensors = outs, lses, space.rotation, out, lse
+            grid = self._queries, _ceil(self._dim, COLUMNS), 1
+            kernel.launch(grid, stream, tensors, (self._queries, space.first, space.stop, plain, slots, slots))
+        if not self._spaces:
+            self._add(outs, lses, (0, slots), out, lse, stream)
         return out, lse
-    total: Tensor | None = None
-    for first, stop, rotation in spaces:
-        # One product for all queries reads the matrix once.
-        share = torch.empty_like(outs[0])
-        _merge(outs, lses, first, stop, None, share, lse, added=False)
-        share = share if rotation is None else share @ rotation
-        total = share if total is None else total + share
-    assert total is not None
-    return total, lse
+
+    def _of_many(self, outs: Tensor, lses: Tensor, lse: Tensor, stream: int) -> Tensor:
+        """The output; one product for all queries reads a matrix once."""
+        total: Tensor | None = None
+        for first, stop, rotation in [*self._spaces, (self._plain, len(lses), None)]:
+            if first is None:
+                continue
+            share = torch.empty(outs.shape[1:], dtype=torch.float32, device=outs.device)
+            self._add(outs, lses, (first, stop), share, lse, stream)
+            share = share if rotation is None else share @ rotation
+            total = share if total is None else total.add_(share)
+        assert total is not None
+        return total
+
+    def _add(self, outs: Tensor, lses: Tensor, splits: tuple[int, int], out: Tensor, lse: Tensor, stream: int) -> None:
+        """Writes the share of a range of splits as they are."""
+        numbers = self._queries, 0, 0, *splits, len(lses)
+        self._alone.launch((self._queries, 1, 1), stream, (outs, lses, outs, out, lse), numbers)
 
 
-def _merge(
-    outs: Tensor, lses: Tensor, first: int, stop: int, rotation: Tensor | None, out: Tensor, lse: Tensor, *, added: bool
-) -> None:
-    dim, count = out.shape[-1], lse.numel()
-    width = max(BLOCK, power_of_two(dim))
-    columns = width if rotation is None else COLUMNS
-    merge_splits[(count, _ceil(dim, columns))](
-        outs,
-        lses,
-        outs if rotation is None else rotation,
-        out,
-        lse,
-        count,
-        first,
-        stop,
-        outs.shape[0],
-        ROTATED=rotation is not None,
-        ADDED=added,
-        DIM=dim,
-        D=width,
-        SLOTS=BLOCK,
-        COLUMNS=columns,
-        enable_fp_fusion=True,
-    )
+def _width(dim: int) -> int:
+    return max(BLOCK, power_of_two(dim))
 
 
 def _ceil(number: int, by: int) -> int:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from math import gcd
+from struct import Struct
+from typing import Self
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from fibkv.codes import ChannelCodes, FibCodes
+from fibkv.codes import ChannelCodes, Codes, FibCodes
 from fibkv.errors import KernelError
 from fibkv.kernels.runs import Run
 from fibkv.kernels.triton_attend import COLUMNS
@@ -18,15 +20,17 @@ from fibkv.kernels.triton_sides import Side, arrays
 from fibkv.packed import Held
 from fibkv.rotation import Rotation
 from fibkv.space import KeySpace
-from fibkv.tables import ChannelTables, RawTables, Tables
+from fibkv.tables import ChannelTables, Tables
 
 # The widest load of one thread, in bytes.
 ALIGNMENT = 16
+# Of a table of addresses.
+ROW = Struct(f"{COLUMNS.value}q")
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Spans that are read by one launch: P consecutive ones of T tokens, for some rows and KV heads.
+    """Pages that are read by one launch: P consecutive spans of T tokens, for some rows and KV heads.
 
     Attributes:
         key_tables: of the keys' codec.
@@ -35,11 +39,10 @@ class Group:
         heads: half-open range of KV heads.
         start: first token.
         spans: P.
-        tokens: T.
-        capacity: tokens that the codes of two heads are apart.
-        addresses: ``[rows, P, 2, COLUMNS]`` int64 on the device, of keys and values; None = a tail.
-        aligned: a power of two, at most ALIGNMENT, that divides every address of codes; 0 = a tail.
-        held: the tensors behind the addresses; of a tail its keys and its values.
+        tokens: T, which are also what the codes of two heads are apart.
+        addresses: ``[rows, P, 2, COLUMNS]`` int64 on the device, of keys and values.
+        aligned: a power of two, at most ALIGNMENT, that divides every address of codes.
+        held: what is behind the addresses, span by span, keys before values.
         rotated: see `fibkv.kernels.runs.Run`.
         space: of the keys.
     """
@@ -51,10 +54,9 @@ class Group:
     start: int
     spans: int
     tokens: int
-    capacity: int
-    addresses: Tensor | None
+    addresses: Tensor
     aligned: int
-    held: tuple[Tensor, ...]
+    held: tuple[Placed, ...]
     rotated: bool = True
     space: KeySpace | None = None
 
@@ -65,14 +67,13 @@ class Group:
         Raises:
             KernelError: pages on several devices.
         """
-        held: list[Tensor] = []
-        addresses: list[list[int]] = []
-        for keys, values in zip(run.keys, run.values, strict=True):
-            for key, value in zip(keys, values, strict=True):
-                for codes, tables in ((key, run.key_tables), (value, run.value_tables)):
-                    tensors = _columns(codes, tables)
-                    held += tensors
-                    addresses.append([tensor.data_ptr() for tensor in tensors])
+        sides = run.key_tables, run.value_tables
+        held = tuple(
+            _placed(codes, tables)
+            for keys, values in zip(run.keys, run.values, strict=True)
+            for span in zip(keys, values, strict=True)
+            for codes, tables in zip(span, sides, strict=True)
+        )
         return cls(
             key_tables=run.key_tables,
             value_tables=run.value_tables,
@@ -81,40 +82,27 @@ class Group:
             start=run.start,
             spans=len(run.keys[0]),
             tokens=run.tokens,
-            capacity=run.tokens,
-            addresses=_on_one_device(torch.tensor(addresses).view(len(run.keys), -1, 2, COLUMNS.value), held),
-            aligned=gcd(ALIGNMENT, *(entry[0] for entry in addresses)),
-            held=tuple(held),
+            addresses=_on_device(held).view(len(run.keys), -1, 2, COLUMNS.value),
+            aligned=gcd(*{placed.aligned for placed in held}),
+            held=held,
             rotated=run.rotated,
             space=run.space,
-        )
-
-    @classmethod
-    def of_tail(cls, keys: Tensor, values: Tensor, tokens: int, length: int) -> Group:
-        """The newest ``tokens`` of ``length`` tokens, ``keys [B, H, capacity, d]`` and values of their own width."""
-        return cls(
-            key_tables=_raw_tables(keys.dtype, keys.shape[3]),
-            value_tables=_raw_tables(values.dtype, values.shape[3]),
-            rows=(0, keys.shape[0]),
-            heads=(0, keys.shape[1]),
-            start=length - tokens,
-            spans=1,
-            tokens=tokens,
-            capacity=keys.shape[2],
-            addresses=None,
-            aligned=0,
-            held=(keys.contiguous(), values.contiguous()),
         )
 
     @property
     def device(self) -> torch.device:
         """Where the codes are."""
-        return self.held[0].device
+        return self.addresses.device
+
+    @property
+    def stop(self) -> int:
+        """Behind the last token."""
+        return self.start + self.spans * self.tokens
 
     @property
     def sides(self) -> tuple[Side, Side]:
         """What kernels are compiled for, of keys and values."""
-        return _side(self.key_tables), _side(self.value_tables)
+        return Side.of(self.key_tables), Side.of(self.value_tables)
 
     @property
     def query_rotation(self) -> Rotation | None:
@@ -127,32 +115,64 @@ class Group:
         return self.value_tables.rotation if self.rotated else None
 
 
-def _columns(codes: Held, tables: Tables) -> list[Tensor]:
+@dataclass(frozen=True, slots=True, eq=False)
+class Placed:
+    """Codes of one side of a span, and where they are.
+
+    Attributes:
+        tensors: one for each column of a table of addresses.
+        row: of the table, as bytes.
+        aligned: a power of two, at most ALIGNMENT, that divides the address of the codes.
+        device: of the tensors.
+    """
+
+    tensors: tuple[Tensor, ...]
+    row: bytes
+    aligned: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, codes: Codes, tables: Tables) -> Self:
+        """Codes in canonical order; those that are not contiguous are copied."""
+        tensors = _columns(codes, tables)
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        return cls(tensors, ROW.pack(*addresses), gcd(ALIGNMENT, addresses[0]), tensors[0].device)
+
+
+# Pages are planned anew whenever one comes behind them; each is asked once where it is.
+_known: WeakKeyDictionary[Codes, Placed] = WeakKeyDictionary()
+
+
+def _placed(codes: Held, tables: Tables) -> Placed:
+    own = codes.canonical()
+    if own is not codes:
+        return Placed.of(own, tables)
+    found = _known.get(own)
+    if found is None:
+        found = Placed.of(own, tables)
+        # A copy is made of what lies there now.
+        if all(tensor.is_contiguous() for _, tensor in own.named()):
+            _known[own] = found
+    return found
+
+
+def _columns(codes: Codes, tables: Tables) -> tuple[Tensor, ...]:
     """The tensors of a page's codes, one for each column; the codes stand in for those that a codec lacks."""
-    codes = codes.canonical()
     scales: Tensor | None = None
     if isinstance(tables, ChannelTables):
         assert isinstance(codes, ChannelCodes)
         scales, codes, tables = codes.channel_scales.contiguous(), codes.inner, tables.inner
     data, norms, ranges = arrays(codes, tables)
     means = codes.mean.contiguous() if isinstance(codes, FibCodes) and codes.mean.numel() else data
-    return [data, norms, ranges, means, data if scales is None else scales]
+    return data, norms, ranges, means, data if scales is None else scales
 
 
-def _on_one_device(addresses: Tensor, held: Sequence[Tensor]) -> Tensor:
-    devices = {tensor.device for tensor in held}
+def _on_device(held: Sequence[Placed]) -> Tensor:
+    """The table of addresses, where the codes are."""
+    devices = {placed.device for placed in held}
     if len(devices) > 1:
         raise KernelError(f"pages: expected all of them on one device, got {sorted(map(str, devices))}")
     (device,) = devices
+    table = torch.frombuffer(bytearray().join(placed.row for placed in held), dtype=torch.int64)
     # Pinned, so that the copy is not waited for.
-    return addresses.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else addresses
-
-
-@lru_cache(maxsize=256)
-def _side(tables: Tables) -> Side:
-    return Side.of(tables)
-
-
-@lru_cache(maxsize=64)
-def _raw_tables(dtype: torch.dtype, head_dim: int) -> RawTables:
-    return RawTables(dtype=dtype, head_dim=head_dim)
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table

@@ -1,259 +1,190 @@
-"""One step of attention on Triton: queries taken to the codes' spaces, splits, their merge, outputs taken back."""
+"""Attention of queries of one kind on the pages of a layer: decided once, then done at each step.
+
+A `Plan` is made when pages change. It keeps a `Step` for each kind of queries that it has met: which kernels read which
+pages, how these are split, which spaces there are. What a call fills in is what moves: the query, the tail and its
+length, the mask, and where outputs go.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, groupby
+from itertools import groupby
 
 import torch
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
 from fibkv.errors import KernelError
 from fibkv.kernels import cuda_attend
-from fibkv.kernels.cuda_attend import Reading
+from fibkv.kernels.cuda_attend import CudaPages
 from fibkv.kernels.runs import Scores
-from fibkv.kernels.triton_attend import attend_splits
+from fibkv.kernels.triton_launch import stream_of
 from fibkv.kernels.triton_load import INTERPRETED
-from fibkv.kernels.triton_merge import merge, turn
+from fibkv.kernels.triton_merge import Merge, Space
+from fibkv.kernels.triton_moving import Held, Kind, Moving
+from fibkv.kernels.triton_pages import Tail, TritonPages
 from fibkv.kernels.triton_plan import Group
-from fibkv.kernels.triton_sides import on_device, power_of_two
-from fibkv.kernels.triton_tuning import Tuning, Tunings
-from fibkv.rotation import Rotation
-from fibkv.space import KeySpace
-from fibkv.tables import Tables
+from fibkv.kernels.triton_queries import Queries
+from fibkv.kernels.triton_sides import on_device
+from fibkv.kernels.triton_tuning import Tunings
 
-# What a matrix unit takes at least, and rows of queries that a program takes at most: from 64 on Triton 3.6 takes other
-# instructions of an H100, and fails to compile operands that are loaded as they are, those of trellis codes.
-LEAST, MOST = 16, 32
+# Steps that a plan keeps: those of decoding are few, and who reads chunks of ever new lengths decides anew.
+MOST_STEPS = 16
+
+
+class Plan:
+    """Pages as kernels read them, with the steps that were decided for them.
+
+    Attributes:
+        groups: of pages; those whose outputs are in one space side by side, those in none last, where the tail is.
+    """
+
+    def __init__(self, groups: Sequence[Group], tunings: Callable[[torch.device], Tunings]) -> None:
+        self.groups = sorted(groups, key=lambda group: (group.out_rotation is None, id(group.out_rotation)))
+        self._tunings = tunings
+        self._steps: dict[Kind, Step] = {}
+
+    def attend(
+        self, query: Tensor, tail: tuple[Tensor, Tensor, int], scores: Scores, length: int, past: int
+    ) -> tuple[Tensor, Tensor]:
+        """Attention on the pages and a tail.
+
+        Args:
+            query: ``[B, H, G * Q, d]`` floating.
+            tail: see `fibkv.kernels.runs.InPlace.attend_plan`.
+            scores: how logits become weights.
+            length: Q.
+            past: tokens before the first query.
+
+        Returns:
+            ``out [B, H, G * Q, d_value]`` and ``lse [B, H, G * Q]``, float32.
+
+        Raises:
+            KernelError: queries, tail and pages on several devices, or a tuning that the device has no room for.
+        """
+        keys, values = (Held(side.shape, side.dtype, side.device) if tail[2] else None for side in tail[:2])
+        masks, bent = self._masks(scores, length, past), scores.softcap is not None
+        kind = Kind(query.device, query.dtype, query.shape, length, keys, values, masks, bent)
+        step = self._steps.get(kind)
+        if step is None:
+            if len(self._steps) == MOST_STEPS:
+                self._steps.clear()
+            step = self._steps[kind] = Step.of(self.groups, kind, self._tunings(query.device))
+        return step.attend(query, tail, scores, past)
+
+    def _masks(self, scores: Scores, length: int, past: int) -> tuple[str, ...]:
+        """See `Kind.masks`."""
+        if scores.mask is not None:
+            return ("bool" if scores.mask.dtype == torch.bool else "float",) * (len(self.groups) + 1)
+        if length == 1 or not scores.causal:
+            # One query is the newest token, from which nothing is hidden.
+            return ("none",) * (len(self.groups) + 1)
+        return *("causal" if group.stop > past + 1 else "none" for group in self.groups), "causal"
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """What all launches of a step share.
+    """How queries of one kind attend.
 
     Attributes:
-        query: ``[B, H, G * Q, d]`` floating.
         length: Q.
-        past: tokens before the first query.
-        scores: how logits become weights.
-        tunings: of the device.
+        queries: the spaces that they are taken to.
+        pages: that are read, each with the place of its queries.
+        tail: how it is read; None = it is empty.
+        merge: of the splits.
+        slots: splits of the pages; those of the tail come behind them.
+        whole: whether each split has all rows and heads.
+        width: of a value.
     """
 
-    query: Tensor
     length: int
-    past: int
-    scores: Scores
-    tunings: Tunings
+    queries: Queries
+    pages: Sequence[tuple[int, TritonPages | CudaPages]]
+    tail: Tail | None
+    merge: Merge
+    slots: int
+    whole: bool
+    width: int
 
-    def attend(self, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
-        """``out [B, H, G * Q, d_value]`` and ``lse [B, H, G * Q]``, float32.
+    @classmethod
+    def of(cls, groups: Sequence[Group], kind: Kind, tunings: Tunings) -> Step:
+        """Decides.
+
+        Args:
+            groups: in the order of `Plan.groups`.
+            kind: of the queries.
+            tunings: of their device.
 
         Raises:
-            KernelError: codes on another device than the queries.
+            KernelError: queries, tail and pages on several devices.
         """
-        for group in groups:
-            if group.device != self.query.device:
-                raise KernelError(f"query: expected {group.device} of the pages, got {self.query.device}")
-        # Parts in one space lie side by side, and are merged together.
-        groups = sorted(groups, key=lambda group: id(group.out_rotation))
-        parts = [_Part(group, self._reading(group)) for group in groups]
-        cuts = [self._cut(part) for part in parts]
-        slots = [0, *accumulate(count for count, _ in cuts)]
-        *axes, _ = self.query.shape
-        outs = torch.empty(slots[-1], *axes, groups[0].value_tables.head_dim, device=self.query.device)
-        whole = all(group.rows == (0, axes[0]) and group.heads == (0, axes[1]) for group in groups)
-        # What no part covers is not written.
-        lses = outs.new_empty(slots[-1], *axes) if whole else outs.new_full((slots[-1], *axes), -torch.inf)
-        queries = _Queries(self.query, groups)
-        for part, cut, slot in zip(parts, cuts, slots[:-1], strict=True):
-            self._launch(part, cut, slot, queries, outs, lses)
-        return merge(outs, lses, _spaces(groups, slots))
+        _check_devices(groups, kind)
+        rows, heads, queries, _ = kind.shape
+        room = _multiprocessors(kind.device)
+        parts: list[TritonPages | CudaPages] = []
+        spaces: list[Space] = []
+        slots = 0
+        for rotation, same in groupby(zip(groups, kind.masks, strict=False), key=lambda pair: pair[0].out_rotation):
+            first = slots
+            for group, mask in same:
+                parts.append(_part(group, mask, kind, tunings, room, slots))
+                slots += parts[-1].splits
+            if rotation is not None:
+                spaces.append(Space(first, slots, _matrix(group, kind.device)))
+        plain = spaces[-1].stop if spaces else 0
+        width = kind.values.shape[3] if kind.values is not None else groups[0].value_tables.head_dim
+        turned = Queries(groups, kind)
+        return cls(
+            length=kind.length,
+            queries=turned,
+            pages=[(turned.place(group), part) for group, part in zip(groups, parts, strict=True)],
+            tail=None if kind.keys is None else Tail.of(kind, tunings, room),
+            merge=Merge(
+                spaces, plain if kind.keys or plain < slots else None, rows * heads * queries, width, kind.device
+            ),
+            slots=slots,
+            whole=all(group.rows == (0, rows) and group.heads == (0, heads) for group in groups),
+            width=width,
+        )
 
-    def _reading(self, group: Group) -> Reading | None:
-        if not self.tunings.cuda:
-            return None
-        return cuda_attend.reading(group, self._kind(group), self.scores.softcap is not None, self.query.shape[2])
-
-    def _cut(self, part: _Part) -> tuple[int, int]:
-        """(splits, tiles of each) of a group."""
-        group, multiprocessors = part.group, _multiprocessors(self.query.device)
-        if part.reading is not None:
-            return cuda_attend.splits(group, part.reading, self.query.shape[2], multiprocessors)
-        tuning = self._tuning(group)
-        tiles = group.spans * _ceil(group.tokens, _tile(group, tuning))
-        programs: int = self._programs(group) * (group.rows[1] - group.rows[0])
-        wanted = max(1, tuning.programs * multiprocessors // programs)
-        each = _ceil(tiles, min(wanted, tiles))
-        return _ceil(tiles, each), each
-
-    def _programs(self, group: Group) -> int:
-        """Programs of one row and split."""
-        return (group.heads[1] - group.heads[0]) * _ceil(self.query.shape[2], self._block())
-
-    def _tuning(self, group: Group) -> Tuning:
-        key, _ = group.sides
-        return self.tunings.of(key.kind)
-
-    def _block(self) -> int:
-        return min(MOST, max(LEAST, power_of_two(self.query.shape[2])))
-
-    def _launch(
-        self, part: _Part, cut: tuple[int, int], slot: int, queries: _Queries, outs: Tensor, lses: Tensor
-    ) -> None:
-        group, found = part.group, part.reading
-        turned = queries.of(group)
-        if found is None:
-            self._launch_triton(group, cut, slot, turned, outs, lses)
-            return
-        masking, scales = self._mask(), (self.scores.scale, self.scores.softcap or 0.0)
-        cuda_attend.attend(group, found, cut, slot, *turned, *masking, self.length, *scales, outs, lses)
-
-    def _launch_triton(
-        self,
-        group: Group,
-        cut: tuple[int, int],
-        slot: int,
-        turned: tuple[Tensor, Tensor | None],
-        outs: Tensor,
-        lses: Tensor,
-    ) -> None:
-        (count, tiles), (query, bias) = cut, turned
-        mask, strides = self._mask()
-        key, value = group.sides
-        key_tables, value_tables = (on_device(t, query.device) for t in (group.key_tables, group.value_tables))
-        rows, heads = query.shape[:2]
-        nothing = lses
-        tuning = self._tuning(group)
-        try:
-            attend_splits[(count, self._programs(group), group.rows[1] - group.rows[0])](
-                query,
-                nothing if bias is None else bias,
-                nothing if group.addresses is None else group.addresses,
-                nothing if group.aligned else group.held[0].view(torch.uint8),
-                nothing if group.aligned else group.held[1].view(torch.uint8),
-                key_tables.halves,
-                nothing if key_tables.rotation is None else key_tables.rotation,
-                value_tables.halves,
-                nothing if value_tables.rotation is None else value_tables.rotation,
-                nothing if mask is None else mask,
-                outs,
-                lses,
-                group.rows[0],
-                group.heads[0],
-                group.heads[1] - group.heads[0],
-                rows,
-                heads,
-                query.shape[2],
-                self.length,
-                group.start,
-                group.spans,
-                group.tokens,
-                group.capacity,
-                tiles,
-                slot,
-                self.past,
-                *strides,
-                self.scores.scale,
-                self.scores.softcap or 0.0,
-                KEY=key,
-                VALUE=value,
-                PAGED=group.aligned,
-                BIASED=bias is not None,
-                MASK=self._kind(group),
-                SOFTCAP=self.scores.softcap is not None,
-                QUERIES=self._block(),
-                TOKENS=_tile(group, tuning),
-                num_warps=tuning.warps,
-                num_stages=tuning.stages,
-                enable_fp_fusion=True,
-            )
-        except OutOfResources as error:
-            raise KernelError(f"triton kernels: {error}, at {tuning}") from error
-
-    def _kind(self, group: Group) -> str:
-        if self.scores.mask is not None:
-            return "bool" if self.scores.mask.dtype == torch.bool else "float"
-        hidden = group.start + group.spans * group.tokens > self.past + 1
-        return "causal" if self.scores.causal and hidden else "none"
-
-    def _mask(self) -> tuple[Tensor | None, tuple[int, int, int]]:
-        """The mask as kernels read it, with the strides of its rows, heads and queries."""
-        mask = self.scores.mask
-        if mask is None:
-            return None, (0, 0, 0)
-        mask = mask.detach()
-        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask.to(torch.float32)
-        mask = mask if mask.stride(-1) == 1 else mask.contiguous()
-        row, head, query = (0 if mask.shape[axis] == 1 else mask.stride(axis) for axis in range(3))
-        return mask, (row, head, query)
+    def attend(
+        self, query: Tensor, tail: tuple[Tensor, Tensor, int], scores: Scores, past: int
+    ) -> tuple[Tensor, Tensor]:
+        """See `Plan.attend`."""
+        device, axes = query.device, query.shape[:3]
+        slots = self.slots + (0 if self.tail is None else self.tail.cut(tail[2])[0])
+        outs = torch.empty((slots, *axes, self.width), dtype=torch.float32, device=device)
+        lses = torch.empty((slots, *axes), dtype=torch.float32, device=device)
+        if not self.whole:
+            # What no part covers is not written.
+            lses.fill_(-torch.inf)
+        moving = Moving.of(scores, past, outs, lses, stream_of(device))
+        turned = self.queries(query, moving.stream)
+        for place, part in self.pages:
+            part.launch(turned[place], moving)
+        if self.tail is not None:
+            self.tail.launch(turned[0], tail, past + self.length, self.slots, moving)
+        return self.merge(outs, lses, moving.stream)
 
 
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """A group, and the CUDA kernel that reads it, if one does."""
-
-    group: Group
-    reading: Reading | None
+def _check_devices(groups: Sequence[Group], kind: Kind) -> None:
+    for device in [group.device for group in groups] + [held.device for held in (kind.keys, kind.values) if held]:
+        if device != kind.device:
+            raise KernelError(f"query: expected {device} of the pages, got {kind.device}")
 
 
-class _Queries:
-    """Queries in the spaces of the groups, each made once."""
-
-    def __init__(self, query: Tensor, groups: Sequence[Group]) -> None:
-        self._turned: dict[tuple[KeySpace | None, Rotation | None], tuple[Tensor, Tensor | None]] = {}
-        turned = [group for group in groups if group.space is None and group.query_rotation is not None]
-        if not turned:
-            self._query = query.to(torch.float32).contiguous()
-            return
-        # Widened by the launch that turns them.
-        self._query, first = turn(query, _matrix(turned[0].key_tables, query.device))
-        self._turned[None, turned[0].query_rotation] = first, None
-
-    def of(self, group: Group) -> tuple[Tensor, Tensor | None]:
-        """Queries ``[B, H, G * Q, d]`` for the group's keys, and what their mean adds, ``[B, H, G * Q]``, or None."""
-        where = (group.space, group.query_rotation)
-        if where not in self._turned:
-            query, bias = self._query, None
-            if group.space is not None:
-                space = _space_on(group.space, query.device)
-                bias = (query @ space.mean.unsqueeze(-1)).squeeze(-1).contiguous()
-                query = space.queries(query).contiguous()
-            if group.query_rotation is not None:
-                _, query = turn(query, _matrix(group.key_tables, query.device))
-            self._turned[where] = query, bias
-        return self._turned[where]
+def _part(group: Group, mask: str, kind: Kind, tunings: Tunings, room: int, slot: int) -> TritonPages | CudaPages:
+    found = cuda_attend.reading(group, mask, kind.softcap, kind.shape[2]) if tunings.cuda else None
+    if found is None:
+        return TritonPages.of(group, mask, kind, tunings, room, slot)
+    return CudaPages.of(group, found, kind, room, slot)
 
 
-def _matrix(tables: Tables, device: torch.device) -> Tensor:
-    rotation = on_device(tables, device).rotation
+def _matrix(group: Group, device: torch.device) -> Tensor:
+    rotation = on_device(group.value_tables, device).rotation
     assert rotation is not None
     return rotation
-
-
-def _spaces(groups: Sequence[Group], slots: Sequence[int]) -> list[tuple[int, int, Tensor | None]]:
-    """Half-open ranges of slots whose outputs are in one space, and the matrix that takes them there."""
-    spaces: list[tuple[int, int, Tensor | None]] = []
-    first = 0
-    for _, same in groupby(groups, key=lambda group: id(group.out_rotation)):
-        members = list(same)
-        group, stop = members[0], first + len(members)
-        matrix = None if group.out_rotation is None else _matrix(group.value_tables, group.device)
-        spaces.append((slots[first], slots[stop], matrix))
-        first = stop
-    return spaces
-
-
-def _tile(group: Group, tuning: Tuning) -> int:
-    """Tokens that a program multiplies at a time. Of the capacity, so that a growing tail makes no new kernel."""
-    return min(tuning.tokens, max(LEAST, power_of_two(group.capacity)))
-
-
-@lru_cache(maxsize=64)
-def _space_on(space: KeySpace, device: torch.device) -> KeySpace:
-    return space.to(device)
 
 
 @lru_cache(maxsize=16)
@@ -262,7 +193,3 @@ def _multiprocessors(device: torch.device) -> int:
         # Enough for more than one split.
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _ceil(number: int, by: int) -> int:
-    return -(-number // by)
