@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from fibkv.hf_argument import cache_name
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -29,7 +31,9 @@ def test_both_installs_use_the_constraints() -> None:
 def test_the_examples_run(capsys) -> None:  # type: ignore[no-untyped-def]
     scope: dict[str, object] = {}
     for block in _blocks("python"):
-        exec(compile(block, "README.md", "exec"), scope)
+        # Written for the newest release of transformers.
+        code = block.replace("cache=cache", f"{cache_name()}=cache")
+        exec(compile(code, "README.md", "exec"), scope)
     printed = capsys.readouterr().out
     assert "bits per element" in printed
     assert "0 materialized" in printed

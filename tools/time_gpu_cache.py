@@ -21,6 +21,7 @@ import torch
 import transformers as tf
 
 import fibkv
+from fibkv.hf_argument import with_cache
 
 ROUNDS, STEPS = 3, 40
 
@@ -53,13 +54,13 @@ def measured(model: tf.PreTrainedModel, cache: Any, ids: torch.Tensor, device: s
     with torch.no_grad(), fibkv.attention(model) if is_ours else nullcontext():
         wait(device)
         started = perf_counter()
-        model(ids, past_key_values=cache, logits_to_keep=1)
+        model(ids, **with_cache(cache), logits_to_keep=1)
         wait(device)
         prefill = perf_counter() - started
         times = []
         for step in range(STEPS):
             started = perf_counter()
-            model(ids[:, step : step + 1], past_key_values=cache)
+            model(ids[:, step : step + 1], **with_cache(cache))
             wait(device)
             times.append(perf_counter() - started)
     return {"prefill": 1e3 * prefill, "step": 1e3 * sorted(times[2:])[STEPS // 2], "longest_step": 1e3 * max(times[2:])}

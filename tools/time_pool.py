@@ -14,6 +14,7 @@ import torch
 
 import fibkv
 from fibkv import embedded
+from fibkv.hf_argument import with_cache
 
 ROUNDS, STEPS, PROMPT = 41, 24, 1024
 
@@ -23,7 +24,7 @@ def step_seconds(model: torch.nn.Module, ids: torch.Tensor, cache: fibkv.Cache) 
     length = cache.get_seq_length()
     started = perf_counter()
     for step in range(STEPS):
-        model(ids[:, length + step : length + step + 1], past_key_values=cache)
+        model(ids[:, length + step : length + step + 1], **with_cache(cache))
     seconds = (perf_counter() - started) / STEPS
     cache.crop_to(length)
     return seconds
@@ -39,7 +40,7 @@ def main() -> None:
     caches = [fibkv.Cache(model, profile="raw", raw_dtype="f16"), fibkv.Cache(model, pool=pool)]
     with torch.no_grad(), fibkv.attention(model):
         for index, cache in enumerate([*others, *caches]):
-            model(ids[:, index : PROMPT - 40 + index] if cache in others else ids[:, :PROMPT], past_key_values=cache)
+            model(ids[:, index : PROMPT - 40 + index] if cache in others else ids[:, :PROMPT], **with_cache(cache))
         rounds = [[step_seconds(model, ids, cache) for cache in caches] for _ in range(ROUNDS)]
         ratio = median(pooled / alone for alone, pooled in rounds)
         alone, pooled = (median(column) for column in zip(*rounds, strict=True))

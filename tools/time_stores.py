@@ -30,6 +30,7 @@ import torch
 import fibkv
 from fibkv import embedded
 from fibkv.cache import LayerCache
+from fibkv.hf_argument import with_cache
 from fibkv.inventory import Inventory
 from fibkv.machine import Conditions
 from fibkv.manifest import Binding, ModelIdentity
@@ -58,11 +59,12 @@ torch.manual_seed(len(role))
 ids = torch.cat([shared, torch.randint(49152, (1, 32))], 1)
 wall, cpu = time.perf_counter(), time.process_time()
 import fibkv
+from fibkv.hf_argument import with_cache
 from fibkv.store import DirectoryStore
 store = DirectoryStore(place)
 cache = fibkv.restore(model, ids, store)
 with fibkv.attention(model), torch.no_grad():
-    model.generate(ids, past_key_values=cache, max_new_tokens=1, do_sample=False)
+    model.generate(ids, **with_cache(cache), max_new_tokens=1, do_sample=False)
 print(time.perf_counter() - wall, time.process_time() - cpu, cache.restored.tokens)
 if role == "first":
     assert cache.save(store, ids).failure is None
@@ -150,14 +152,14 @@ def embedded_model(runs: int) -> None:
 
         def compute() -> None:
             with fibkv.attention(model), torch.no_grad():
-                model(ids, past_key_values=fibkv.Cache(model), logits_to_keep=1)
+                model(ids, **with_cache(fibkv.Cache(model)), logits_to_keep=1)
 
         def restore() -> fibkv.Cache:
             return fibkv.restore(model, ids, store, name="embedded")
 
         def first_token(start: fibkv.Cache) -> None:
             with fibkv.attention(model), torch.no_grad():
-                model.generate(ids, past_key_values=start, max_new_tokens=1, do_sample=False)
+                model.generate(ids, **with_cache(start), max_new_tokens=1, do_sample=False)
 
         first_token(cache)
         cache.save(store, ids, name="embedded")

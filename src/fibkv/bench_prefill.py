@@ -17,6 +17,7 @@ from fibkv.bench_caches import CacheContender, cache_contenders, random_llama
 from fibkv.bench_models import Trial, rounds_of, rows_of
 from fibkv.bench_result import PrefillResult
 from fibkv.bench_settings import PrefillSettings
+from fibkv.hf_argument import with_cache
 from fibkv.hf_attention import switched
 from fibkv.machine import Conditions
 from fibkv.progress import ProgressCallback, StepCounter
@@ -92,6 +93,6 @@ class PrefillTrial(Trial):
     def _prefill(self, cache: Any) -> tuple[Tensor, float]:
         with switched(self.model, self.contender.attention):
             started = perf_counter()
-            out = self.model(input_ids=self._ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = self.model(input_ids=self._ids, **with_cache(cache), use_cache=True, logits_to_keep=1)
             seconds = perf_counter() - started
         return out.logits[0, -1], seconds

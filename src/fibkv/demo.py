@@ -17,6 +17,7 @@ from torch import Tensor
 from fibkv.demo_result import DemoResult, DemoSettings, DenseRow, VariantRow
 from fibkv.errors import ContractError
 from fibkv.hf import Cache
+from fibkv.hf_argument import cache_of
 from fibkv.hf_attention import attention
 from fibkv.progress import ProgressCallback, StepCounter
 from fibkv.prompts import NeedlePrompt, bos_prefix, needle_prompts, spread_windows
@@ -169,7 +170,7 @@ class _Run:
 def _dense_row(
     model: CausalLM, ids: Tensor, scores: list[TokenScores], recalled: int, tokens_per_second: float
 ) -> DenseRow:
-    layers = model(input_ids=ids[None].to(model.device), use_cache=True).past_key_values.layers
+    layers = cache_of(model(input_ids=ids[None].to(model.device), use_cache=True)).layers
     slots = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
     held = [tensor for tensor in slots if isinstance(tensor, Tensor)]  # recurrent layers have neither
     nbytes = sum(tensor.nbytes for tensor in held)

@@ -2,7 +2,7 @@
 
     cache = fibkv.Cache(model, bits=4)
     with fibkv.attention(model):
-        model.generate(**inputs, past_key_values=cache)
+        model.generate(**inputs, cache=cache)  # past_key_values=cache before transformers 5.24
 
 Layers of full attention, and the latents of multi-head latent attention, are kept in compressed pages. Windows,
 states and everything else stay in transformers' own classes; `Cache.report` says which and why.
@@ -53,7 +53,7 @@ from fibkv.store.base import Store
 
 
 class Cache(StockCache):
-    """A cache for ``model.generate(past_key_values=...)`` or for direct calls of a model.
+    """A cache for ``model.generate(cache=...)`` or for direct calls of a model.
 
     Everything that can be done with transformers' DynamicCache can be done with it: turns, chunks, beams, crops,
     assisted decoding, `copy.deepcopy`. Shapes are not static. Under `torch.compile` of the model's forward, cache and

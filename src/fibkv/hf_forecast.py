@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache
 from fibkv.errors import ModelError
 from fibkv.forecast import forecast_layer
 from fibkv.hf import Cache
+from fibkv.hf_argument import with_cache
 from fibkv.hf_hybrid import CompressedHybridLayer
 from fibkv.hf_layer import CompressedLayer
 from fibkv.hf_model import plan_model
@@ -54,7 +55,7 @@ class ShapeProbe:
         ids = torch.zeros(1, _SHOWN_TOKENS, dtype=torch.long, device=_META)
         try:
             with torch.no_grad():
-                model(ids, past_key_values=cache, use_cache=True)
+                model(ids, **with_cache(cache), use_cache=True)
         except (RuntimeError, NotImplementedError) as error:
             raise ModelError(
                 f"{type(model).__name__}: its forward needs data, so its cache cannot be planned from the "

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fibkv.errors import ModelError
+from fibkv.hf_argument import cache_in
 from fibkv.hf_layer import CompressedLayer
 
 _ASSISTANCE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
@@ -54,7 +55,7 @@ def check_prompt(model: PreTrainedModel, inputs: Tensor | None, options: dict[st
     held = max(
         (
             layer.get_seq_length()
-            for layer in getattr(options.get("past_key_values"), "layers", ())
+            for layer in getattr(cache_in(options), "layers", ())
             if isinstance(layer, CompressedLayer)
         ),
         default=0,

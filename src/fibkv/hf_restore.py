@@ -29,7 +29,7 @@ def restore(
 ) -> Cache:
     """A cache for a prompt, filled with the longest beginning of it that a store has, less its last token.
 
-    ``model.generate(token_ids, past_key_values=cache)`` computes the rest. `Cache.restored` says what was found and
+    ``model.generate(token_ids, cache=cache)`` computes the rest. `Cache.restored` says what was found and
     what failed: a store that cannot be reached, or an object that is damaged, makes for a shorter beginning, and at
     worst for an empty cache.
 

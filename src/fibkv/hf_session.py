@@ -8,6 +8,7 @@ import torch
 
 from fibkv.errors import ContractError, ModelError
 from fibkv.hf import Cache
+from fibkv.hf_argument import with_cache
 from fibkv.hf_attention import attention
 from fibkv.hf_restore import restore
 from fibkv.hf_saver import Saver, SavesPages
@@ -94,7 +95,7 @@ class Session:
             generation["stopping_criteria"] = [*generation.get("stopping_criteria", ()), following]
         ids = torch.tensor([prompt], device=self.model.device)
         with torch.no_grad(), attention(self.model):
-            out = self.model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **generation)
+            out = self.model.generate(ids, attention_mask=torch.ones_like(ids), **with_cache(cache), **generation)
         self.cache, self._ids = cache, out[0].tolist()
         answer = str(self.tokenizer.decode(self._ids[len(prompt) :], skip_special_tokens=True))
         self.messages = [*messages, {"role": "assistant", "content": answer}]

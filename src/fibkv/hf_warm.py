@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from fibkv.hf_argument import with_cache
 from fibkv.hf_layer import CompressedLayer
 
 # Lengths of steps: kernels are made for so many queries at a time, in powers of two, and for no more.
@@ -42,7 +43,7 @@ def _run_through(model: PreTrainedModel, cache: Cache, rows: int, *, is_padded: 
         mask = torch.ones(rows, past + tokens, dtype=torch.long, device=model.device)
         mask[0, 0] = not is_padded
         masked: dict[str, Any] = {"attention_mask": mask} if is_padded else {}
-        model(input_ids=ids, past_key_values=cache, **masked)
+        model(input_ids=ids, **with_cache(cache), **masked)
         past += tokens
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)

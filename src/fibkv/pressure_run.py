@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fibkv.errors import BudgetError, ContractError
 from fibkv.hf import Cache
+from fibkv.hf_argument import with_cache
 from fibkv.hf_attention import attention
 from fibkv.ladder import Ladder
 from fibkv.machine import process_nbytes
@@ -78,7 +79,7 @@ class _Sequence:
         """
         policy = Policy.per_token(PROTECTED)
         cache = Cache(model, pool=pool, tokens_per_page=PAGE_TOKENS, policy=policy)
-        out = model(self.ids[None, :prompt_tokens], past_key_values=cache, logits_to_keep=1)
+        out = model(self.ids[None, :prompt_tokens], **with_cache(cache), logits_to_keep=1)
         self.cache, self.logits = cache, [out.logits[0, -1]]
 
     def advance(self, model: CausalLM) -> None:
@@ -89,7 +90,7 @@ class _Sequence:
         """
         self.filled.reserve(1)
         length = self.filled.get_seq_length()
-        self.logits.append(model(self.ids[None, length : length + 1], past_key_values=self.filled).logits[0, -1])
+        self.logits.append(model(self.ids[None, length : length + 1], **with_cache(self.filled)).logits[0, -1])
 
     @property
     def filled(self) -> Cache:
@@ -234,7 +235,7 @@ class _Run:
 def _sizes(model: CausalLM) -> tuple[int, int, int]:
     """At 16 bits, bytes of one token in all layers and of one page in one layer; and the number of layers."""
     cache = Cache(model, bits=16, raw_dtype="f16")
-    model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
+    model(torch.zeros(1, 1, dtype=torch.long), **with_cache(cache))
     report = cache.report()
     per_token = 2 * report.elements
     layers = sum(layer.compressed for layer in report.layers)

@@ -24,6 +24,7 @@ from torch import Tensor
 from fibkv import metrics
 from fibkv.contract import Contract
 from fibkv.errors import ModelError
+from fibkv.hf_argument import with_cache
 from fibkv.prompts import NeedlePrompt
 from fibkv.report import CacheReport
 
@@ -129,7 +130,7 @@ def cached_logits(model: CausalLM, ids: Tensor, cache: object, *, chunk_tokens: 
         [tokens, vocab], dtype of the model.
     """
     chunks = torch.split(ids[None].to(model.device), chunk_tokens, dim=1)
-    return torch.cat([model(input_ids=chunk, past_key_values=cache, use_cache=True).logits[0] for chunk in chunks])
+    return torch.cat([model(input_ids=chunk, **with_cache(cache), use_cache=True).logits[0] for chunk in chunks])
 
 
 def score_tokens(dense: Tensor, logits: Tensor, ids: Tensor) -> TokenScores:
@@ -226,7 +227,7 @@ def poison_outcome(intact: Tensor, damaged: Tensor, restored: Tensor) -> PoisonO
 def fork_logits(model: CausalLM, cache: object, token: Tensor) -> Tensor:
     """Logits [vocab], float64, after one more token [1], fed to a copy of the cache."""
     ids = token[None].to(model.device)
-    logits: Tensor = model(input_ids=ids, past_key_values=copy.deepcopy(cache), use_cache=True).logits[0, -1]
+    logits: Tensor = model(input_ids=ids, **with_cache(copy.deepcopy(cache)), use_cache=True).logits[0, -1]
     return logits.double()
 
 
@@ -272,7 +273,7 @@ def decode_times(
     model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        past_key_values=cache,
+        **with_cache(cache),
         max_new_tokens=new_tokens,
         min_new_tokens=new_tokens,
         do_sample=False,

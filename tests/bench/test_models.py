@@ -26,6 +26,7 @@ from fibkv.bench_result import CacheRow, ModelResult, PrefillResult, StepResult
 from fibkv.bench_settings import QUICK_PREFILL, QUICK_STEPS
 from fibkv.bench_steps import run_steps
 from fibkv.hf import Cache
+from fibkv.hf_argument import with_cache
 from fibkv.hf_attention import switched
 from fibkv.quality import CausalLM, fork_logits
 from tests.bench.conftest import quiet
@@ -154,7 +155,7 @@ def test_matmul_attention_honors_a_mask(model: CausalLM) -> None:
         last = [
             model(
                 input_ids=torch.tensor([[7]]),
-                past_key_values=_padded(model, junk),
+                **with_cache(_padded(model, junk)),
                 attention_mask=mask,
                 position_ids=torch.tensor([[30]]),
             ).logits

@@ -17,6 +17,7 @@ from fibkv.calibrate import CalibrateSettings, allocate_rungs, run_calibrate
 from fibkv.calibration_file import Calibration, Sensitivity, StampedInfo, tensors_digest
 from fibkv.errors import ContractError, DigestMismatch, EncodingError
 from fibkv.hf import Cache
+from fibkv.hf_argument import with_cache
 from fibkv.hf_attention import attention
 from fibkv.hf_observe import observe
 from fibkv.hf_restore import restore
@@ -124,7 +125,7 @@ def test_klt_codes_are_those_of_the_layers(loaded: tuple[Any, Any], path: Path) 
     cache = Cache(loaded[0], profile=("klt2", "fib2"), calibration=path, read_through=True)
     ids = loaded[1](embedded.heldout_text()[-4000:], return_tensors="pt")["input_ids"][:, :200]
     with attention(loaded[0]), torch.no_grad():
-        logits = loaded[0](input_ids=ids, past_key_values=cache).logits
+        logits = loaded[0](input_ids=ids, **with_cache(cache)).logits
         dense = loaded[0](input_ids=ids).logits
     divergence = (dense.softmax(-1) * (dense.log_softmax(-1) - logits.log_softmax(-1))).sum(-1).mean()
     assert 0 < float(divergence) < 0.3
@@ -146,12 +147,12 @@ def test_stored_prefixes_are_bound_to_the_allocation(loaded: tuple[Any, Any], pa
     settings = {"profile": ("klt2", "fib2"), "calibration": path}
     cache = Cache(model, **settings)
     with attention(model), torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **with_cache(cache))
         assert cache.save(store, ids, name="m").failure is None
         restored = restore(model, ids, store, name="m", **settings)
         assert restored.restored.tokens == 199
         cache.crop_to(199)
-        expected, found = (model(ids[:, -1:], past_key_values=one).logits for one in (cache, restored))
+        expected, found = (model(ids[:, -1:], **with_cache(one)).logits for one in (cache, restored))
     assert torch.equal(expected, found)
     other = restore(model, ids, store, name="m", profile=("klt2.5", "fib2"), calibration=path)
     assert other.restored.tokens == 0
@@ -206,7 +207,7 @@ def test_a_budget_keeps_raw_what_breaks_it(loaded: tuple[Any, Any], path: Path) 
     assert all(one.measured > one.allowed == bound for one in violations)
     assert re.search(r"raw for the budget: layer \d keys: head \d in key2 has max_attention_tv", str(cache.report()))
     with attention(loaded[0]), torch.no_grad():
-        loaded[0](input_ids=torch.arange(200)[None], past_key_values=cache)
+        loaded[0](input_ids=torch.arange(200)[None], **with_cache(cache))
     raw = {layer.layer for layer in cache.report().layers if "raw_strategy" in dict(layer.raw_vectors)}
     assert raw == {one.layer for one in violations}
 

@@ -10,6 +10,7 @@ import torch
 import fibkv
 from fibkv.attend import Scores, attend
 from fibkv.cache import LayerCache
+from fibkv.hf_argument import with_cache
 from fibkv.inventory import Inventory
 from fibkv.page_memory import HostPageMemory, PageMemories
 from fibkv.quarantine import Quarantine
@@ -102,14 +103,14 @@ def test_a_model_generates_the_same() -> None:
     for offloading in (False, True):
         cache = fibkv.Cache(model, bits=4, offloading=offloading)
         with fibkv.attention(model):
-            made.append(model.generate(ids, past_key_values=cache, max_new_tokens=80, do_sample=False))
+            made.append(model.generate(ids, **with_cache(cache), max_new_tokens=80, do_sample=False))
         assert cache.report().materialized == 0
         assert cache.verify() == ()
     assert torch.equal(*made)
     cache.layers[0].offload()
     cache.layers[0].prefetch()
     with fibkv.attention(model), torch.no_grad():
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], **with_cache(cache))
 
 
 def test_stores_and_copies() -> None:
@@ -118,12 +119,12 @@ def test_stores_and_copies() -> None:
     ids, store = prompt(1, 400).to(CUDA), MemoryStore()
     cache = fibkv.Cache(model, bits=4, offloading=True)
     with fibkv.attention(model), torch.no_grad():
-        model(ids[:, :390], past_key_values=cache)
-        expected = model(ids[:, 390:], past_key_values=cache.fork()).logits
+        model(ids[:, :390], **with_cache(cache))
+        expected = model(ids[:, 390:], **with_cache(cache.fork())).logits
         assert cache.save(store, ids[:, :390]).failure is None
         for offloading in (False, True):
             found = fibkv.restore(model, ids[:, :391], store, bits=4, offloading=offloading)
             assert found.get_seq_length() == 390
-            assert torch.equal(model(ids[:, 390:], past_key_values=found).logits, expected)
+            assert torch.equal(model(ids[:, 390:], **with_cache(found)).logits, expected)
         again = pickle.loads(pickle.dumps(cache))
-        assert torch.equal(model(ids[:, 390:], past_key_values=again).logits, expected)
+        assert torch.equal(model(ids[:, 390:], **with_cache(again)).logits, expected)

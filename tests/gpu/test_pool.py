@@ -10,6 +10,7 @@ import torch
 import fibkv
 from fibkv.errors import BudgetError
 from fibkv.forecast import page_nbytes
+from fibkv.hf_argument import with_cache
 from tests.hf.models import build, prompt
 
 CUDA = torch.device("cuda", 0)
@@ -22,7 +23,7 @@ def test_a_budget_holds_on_the_device(implementation: str) -> None:
     free = fibkv.Pool()
     cache = fibkv.Cache(model, pool=free, implementation=implementation)
     with fibkv.attention(model), torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **with_cache(cache))
     alone = free.stats().allocated - free.stats().tables
     # Two sequences fit at 16 bits; four come, which at 4 bits leave room for what passes while one comes.
     pool = fibkv.Pool(budget=free.stats().tables + 6 * alone)
@@ -30,9 +31,9 @@ def test_a_budget_holds_on_the_device(implementation: str) -> None:
     with fibkv.attention(model), torch.no_grad():
         for _ in range(4):
             caches.append(fibkv.Cache(model, pool=pool, implementation=implementation))
-            model(torch.randint_like(ids, 2, 199), past_key_values=caches[-1])
+            model(torch.randint_like(ids, 2, 199), **with_cache(caches[-1]))
         for cache in caches:
-            logits = model(ids[:, :1], past_key_values=cache).logits
+            logits = model(ids[:, :1], **with_cache(cache)).logits
             assert logits.isfinite().all()
             assert cache.verify() == ()
     stats = pool.stats()
@@ -43,7 +44,7 @@ def test_a_budget_holds_on_the_device(implementation: str) -> None:
         page, settings = entry.page(), caches[0].layers[entry.page().layer].store.rungs[entry.rung]
         assert entry.nbytes == page.nbytes == page_nbytes(settings, page.start, page.tokens, page.device)
     with pytest.raises(BudgetError), fibkv.attention(model), torch.no_grad():
-        model(prompt(8, 4000).to(CUDA), past_key_values=fibkv.Cache(model, pool=pool))
+        model(prompt(8, 4000).to(CUDA), **with_cache(fibkv.Cache(model, pool=pool)))
     del caches, cache, page, entry
     gc.collect()
     assert pool.stats().allocated == stats.tables
@@ -54,12 +55,12 @@ def test_what_leaves_a_pool_leaves_the_device() -> None:
     ids = prompt(1, 3000).to(CUDA)
     pool = fibkv.Pool()
     with torch.no_grad():
-        model(ids, past_key_values=fibkv.Cache(model, pool=pool))
+        model(ids, **with_cache(fibkv.Cache(model, pool=pool)))
         gc.collect()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         cache = fibkv.Cache(model, pool=pool)
-        model(ids, past_key_values=cache)
+        model(ids, **with_cache(cache))
     gc.collect()
     held = pool.stats().allocated - pool.stats().tables
     on_device = torch.cuda.memory_allocated() - before

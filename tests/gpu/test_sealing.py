@@ -15,6 +15,7 @@ from fibkv.attend import Scores, attend
 from fibkv.cache import LayerCache
 from fibkv.codecs import codec_for
 from fibkv.errors import EncodingError
+from fibkv.hf_argument import with_cache
 from fibkv.inventory import Inventory
 from fibkv.kernels.refusals import checked_later
 from fibkv.page_memory import DevicePageMemory, PageMemories
@@ -165,8 +166,8 @@ def test_a_model_reads_pages_as_the_reference_does() -> None:
     for implementation in ("triton", "reference"):
         cache = fibkv.Cache(model, bits=4, implementation=implementation)
         with fibkv.attention(model), torch.no_grad():
-            logits = [model(ids[:, :150], past_key_values=cache).logits[:, -1:]]
-            logits += [model(ids[:, at : at + 1], past_key_values=cache).logits for at in range(150, 160)]
+            logits = [model(ids[:, :150], **with_cache(cache)).logits[:, -1:]]
+            logits += [model(ids[:, at : at + 1], **with_cache(cache)).logits for at in range(150, 160)]
         logits_of[implementation] = torch.cat(logits, 1).float()
         report = cache.report()
         assert report.materialized == 0
@@ -207,7 +208,7 @@ def test_nothing_is_compiled_behind_a_warm_up(rows: int, monkeypatch: pytest.Mon
             compiled.append(about["fn"].name)
 
         monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", note)
-        model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=150, do_sample=False)
+        model.generate(ids, attention_mask=mask, **with_cache(cache), max_new_tokens=150, do_sample=False)
     assert compiled == []
     assert cache.report().layers[0].pages == 6 * rows
 
@@ -215,16 +216,16 @@ def test_nothing_is_compiled_behind_a_warm_up(rows: int, monkeypatch: pytest.Mon
 def waits_of_steps(model: torch.nn.Module, cache: object, ids: torch.Tensor, steps: int) -> int:
     """How often torch waited for the device in steps of a model behind a prompt."""
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **with_cache(cache))
         for _ in range(3):
-            model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], **with_cache(cache))
         torch.cuda.synchronize()
         detect_waits("warn")
         try:
             with warnings.catch_warnings(record=True) as found:
                 warnings.simplefilter("always")
                 for _ in range(steps):
-                    model(ids[:, :1], past_key_values=cache)
+                    model(ids[:, :1], **with_cache(cache))
         finally:
             detect_waits("default")
     return sum("called a synchronizing" in str(warning.message) for warning in found)

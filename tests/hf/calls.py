@@ -7,6 +7,7 @@ import transformers as tf
 from torch import Tensor
 
 import fibkv
+from fibkv.hf_argument import with_cache
 from fibkv.regions import ProtectedRegions
 from tests.hf.oracle import FIRST, LAST, PAGE
 
@@ -31,10 +32,10 @@ def ids(batch: int = 1, tokens: int = 60, seed: int = 0) -> Tensor:
 def generate(model: tf.PreTrainedModel, cache: object, options: Options) -> Tensor:
     """The tokens that a model generates with a cache, prompt included: greedily, or sampled with a fixed seed."""
     torch.manual_seed(5)
-    return model.generate(**{"max_new_tokens": 12, "do_sample": False, **options}, past_key_values=cache)
+    return model.generate(**{"max_new_tokens": 12, "do_sample": False, **options}, **with_cache(cache))
 
 
 def logits_along(model: tf.PreTrainedModel, chunks: list[Tensor], cache: object) -> Tensor:
     """Logits of each chunk's last token ``[chunks, vocabulary]``, the chunks fed one after the other."""
     with torch.no_grad():
-        return torch.cat([model(chunk, past_key_values=cache).logits[:, -1] for chunk in chunks])
+        return torch.cat([model(chunk, **with_cache(cache)).logits[:, -1] for chunk in chunks])

@@ -32,7 +32,9 @@ class RoundTrip:
         self.is_lazy = is_lazy
         self.coded = 0
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         if self.is_lazy:
             self._code_due()
         seen = super().update(key_states, value_states)
@@ -76,8 +78,9 @@ def dequantized_cache(model: tf.PreTrainedModel, profile: str) -> tf.DynamicCach
     cache = tf.DynamicCache(config=model.config)
     text = model.config.get_text_config(decoder=True)
     is_latent = getattr(text, "kv_lora_rank", None) is not None
-    kinds = {DynamicLayer: RoundTripLayer, LinearAttentionAndFullAttentionLayer: RoundTripHybridLayer}
-    cache.layers = [
-        kinds[type(layer)](profile, is_latent=is_latent) if type(layer) in kinds else layer for layer in cache.layers
-    ]
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[index] = RoundTripLayer(profile, is_latent=is_latent)
+        elif type(layer) is LinearAttentionAndFullAttentionLayer:
+            cache.layers[index] = RoundTripHybridLayer(profile, number_of_states=layer.number_of_states)
     return cache

@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import fibkv
 from fibkv.errors import ContractError, DecisionError, EncodingError, KernelError, ModelError, PageError
 from fibkv.handle import Handle
+from fibkv.hf_argument import with_cache
 from fibkv.hf_attention import ATTENTION_NAME, attention_forward
 from fibkv.hf_layer import CompressedLayer
 from fibkv.parameters import FibParameters, RawParameters
@@ -27,7 +28,7 @@ def filled(**fields: object) -> tuple[tf.PreTrainedModel, fibkv.Cache]:
     model = build("llama")
     cache = fibkv.Cache(model, **{"tokens_per_page": 16, "implementation": "reference", **fields})
     with torch.no_grad():
-        model(prompt(), past_key_values=cache)
+        model(prompt(), **with_cache(cache))
     return model, cache
 
 
@@ -78,7 +79,7 @@ class TestLayers:
         model = tf.AutoModelForCausalLM.from_config(config).eval()
         cache = fibkv.Cache(model)
         with fibkv.attention(model):
-            out = model.generate(prompt(), past_key_values=cache, max_new_tokens=5, do_sample=False)
+            out = model.generate(prompt(), **with_cache(cache), max_new_tokens=5, do_sample=False)
         assert out.shape[1] == 105
         kinds = [type(layer) for layer in cache.layers]
         assert kinds == [DynamicSlidingWindowLayer, DynamicSlidingWindowLayer, CompressedLayer]
@@ -154,11 +155,11 @@ class TestAttention:
         model = tf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
         expected, cache = (fibkv.Cache(model, tokens_per_page=16, implementation="reference") for _ in range(2))
         with torch.no_grad():
-            prefill = model(prompt(), past_key_values=expected).logits
-            dense = model(prompt(1, 1, seed=1), past_key_values=expected).logits
+            prefill = model(prompt(), **with_cache(expected)).logits
+            dense = model(prompt(1, 1, seed=1), **with_cache(expected)).logits
             with fibkv.attention(model):
-                torch.testing.assert_close(model(prompt(), past_key_values=cache).logits, prefill, rtol=1e-3, atol=1e-3)
-                paged = model(prompt(1, 1, seed=1), past_key_values=cache).logits
+                torch.testing.assert_close(model(prompt(), **with_cache(cache)).logits, prefill, rtol=1e-3, atol=1e-3)
+                paged = model(prompt(1, 1, seed=1), **with_cache(cache)).logits
         assert cache.report().materialized == 0
         torch.testing.assert_close(paged, dense, rtol=1e-3, atol=1e-3)
 
@@ -178,9 +179,9 @@ class TestAttention:
             layer.self_attn.sinks.data.fill_(2.0)
         expected, cache = (fibkv.Cache(model, profile="raw", tokens_per_page=16) for _ in range(2))
         with torch.no_grad():
-            dense = [model(chunk, past_key_values=expected).logits for chunk in prompt().split([80, 19, 1], 1)]
+            dense = [model(chunk, **with_cache(expected)).logits for chunk in prompt().split([80, 19, 1], 1)]
             with fibkv.attention(model):
-                paged = [model(chunk, past_key_values=cache).logits for chunk in prompt().split([80, 19, 1], 1)]
+                paged = [model(chunk, **with_cache(cache)).logits for chunk in prompt().split([80, 19, 1], 1)]
         for left, right in zip(paged, dense, strict=True):
             torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-3)
         assert cache.report().materialized == 0
@@ -206,7 +207,7 @@ class TestAttention:
         model, cache = filled()
         mask = torch.ones(1, 1, 1, 101, dtype=torch.long)
         with torch.no_grad(), fibkv.attention(model), pytest.raises(KernelError, match=r"got torch\.int64"):
-            model(prompt(1, 1), past_key_values=cache, attention_mask=mask)
+            model(prompt(1, 1), **with_cache(cache), attention_mask=mask)
 
 
 class TestSettings:
@@ -315,9 +316,9 @@ class TestSettings:
         counts = [dict(layer.raw_vectors) for layer in cache.report().layers]
         assert counts == [{"protected_region": 2 * 2 * 96}, *[{"protected_region": 2 * 96}] * 2]
         with torch.no_grad(), fibkv.attention(model):
-            paged = model(prompt(1, 1, seed=1), past_key_values=copy.deepcopy(cache)).logits
+            paged = model(prompt(1, 1, seed=1), **with_cache(copy.deepcopy(cache))).logits
         with torch.no_grad():
-            dense = model(prompt(1, 1, seed=1), past_key_values=cache).logits
+            dense = model(prompt(1, 1, seed=1), **with_cache(cache)).logits
         torch.testing.assert_close(paged, dense, rtol=1e-4, atol=1e-3)
 
 
@@ -329,22 +330,22 @@ class TestModes:
         cache, expected = fibkv.Cache(model, tokens_per_page=16), fibkv.Cache(model, tokens_per_page=16)
         with fibkv.attention(model):
             with torch.inference_mode():
-                model(prompt(), past_key_values=cache)
+                model(prompt(), **with_cache(cache))
             outs = []
             for held in (cache, expected):
                 if held is expected:
                     with torch.no_grad():
-                        model(prompt(), past_key_values=held)
-                outs.append(model(prompt(1, 1, seed=1), past_key_values=held).logits)
+                        model(prompt(), **with_cache(held))
+                outs.append(model(prompt(1, 1, seed=1), **with_cache(held)).logits)
             with torch.inference_mode():
-                model(prompt(1, 1, seed=1), past_key_values=cache)
+                model(prompt(1, 1, seed=1), **with_cache(cache))
         assert torch.equal(*outs)
         assert outs[0].requires_grad
 
     def test_the_graph_of_a_call_is_not_kept(self) -> None:
         model = build("llama")
         cache = fibkv.Cache(model, tokens_per_page=16)
-        model(prompt(), past_key_values=cache)
+        model(prompt(), **with_cache(cache))
         for layer in cache.layers:
             assert not layer.store.tail.keys.requires_grad
             assert layer.store.tail.keys.grad_fn is None
@@ -356,8 +357,8 @@ class TestModes:
         for context in (fibkv.attention(model), torch.no_grad()):
             cache = fibkv.Cache(model, profile=profile, tokens_per_page=16)
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), context:
-                model(prompt(), past_key_values=cache)
-                results.append(model(prompt(1, 1, seed=1), past_key_values=cache).logits.float())
+                model(prompt(), **with_cache(cache))
+                results.append(model(prompt(1, 1, seed=1), **with_cache(cache)).logits.float())
         paged, dense = results
         assert (paged - dense).square().mean().sqrt() < 0.05 * dense.std()
 
@@ -366,22 +367,22 @@ class TestModes:
         again = pickle.loads(pickle.dumps(cache))
         assert again.report() == cache.report()
         with torch.no_grad(), fibkv.attention(model):
-            expected = model(prompt(1, 70, seed=1), past_key_values=cache).logits
-            assert torch.equal(model(prompt(1, 70, seed=1), past_key_values=again).logits, expected)
-            assert torch.isfinite(model(prompt(1, 1), past_key_values=again).logits).all()
+            expected = model(prompt(1, 70, seed=1), **with_cache(cache)).logits
+            assert torch.equal(model(prompt(1, 70, seed=1), **with_cache(again)).logits, expected)
+            assert torch.isfinite(model(prompt(1, 1), **with_cache(again)).logits).all()
 
     def test_a_failed_step_is_noticed_and_can_be_mended(self) -> None:
         model, cache = filled()
         wrong = torch.ones(1, 1, 1, 7, dtype=torch.bool)
         with torch.no_grad(), fibkv.attention(model):
-            expected = model(prompt(1, 1), past_key_values=copy.deepcopy(cache)).logits
+            expected = model(prompt(1, 1), **with_cache(copy.deepcopy(cache))).logits
             with pytest.raises(KernelError, match="attention mask: expected shape"):
-                model(prompt(1, 1), past_key_values=cache, attention_mask=wrong)
+                model(prompt(1, 1), **with_cache(cache), attention_mask=wrong)
             with pytest.raises(ModelError, match=r"layer 1 holds 100 tokens, expected 101; cache.crop_to\(100\) mends"):
-                model(prompt(1, 1), past_key_values=cache)
+                model(prompt(1, 1), **with_cache(cache))
             assert [layer.get_seq_length() for layer in cache.layers] == [101, 100, 100]
             cache.crop_to(100)
-            assert torch.equal(model(prompt(1, 1), past_key_values=cache).logits, expected)
+            assert torch.equal(model(prompt(1, 1), **with_cache(cache)).logits, expected)
 
     def test_a_failed_first_call_is_noticed(self) -> None:
         """The second layer cannot be sealed: the first one alone holds the prompt, and a retry must not double it."""
@@ -410,7 +411,7 @@ class TestModes:
         model, cache = filled()
         cache.crop(-100)
         with torch.no_grad():
-            model(prompt(3), past_key_values=cache)
+            model(prompt(3), **with_cache(cache))
         assert cache.layers[0].store.batch == 3
 
 
@@ -422,7 +423,7 @@ class TestIntegrity:
             (record,) = cache.verify()
         assert "layer 2, tokens 16..31" in record.name
         with torch.no_grad(), pytest.raises(PageError, match="in quarantine"):
-            model(prompt(1, 1), past_key_values=cache)
+            model(prompt(1, 1), **with_cache(cache))
 
     def test_there_must_be_a_page_to_damage(self) -> None:
         _, cache = filled()

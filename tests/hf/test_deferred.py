@@ -7,6 +7,7 @@ import torch
 
 import fibkv
 from fibkv.errors import ContractError
+from fibkv.hf_argument import with_cache
 from fibkv.store import MemoryStore
 from tests.hf.models import build, prompt
 
@@ -20,7 +21,7 @@ def test_generation_ends_with_the_pages_of_what_it_was_given() -> None:
     model = build("llama")
     cache = fibkv.Cache(model, bits=4, tokens_per_page=16, sealing="deferred")
     with fibkv.attention(model):
-        ids = model.generate(prompt(1, 150), past_key_values=cache, max_new_tokens=60, do_sample=False)
+        ids = model.generate(prompt(1, 150), **with_cache(cache), max_new_tokens=60, do_sample=False)
     assert ids.shape[1] == 210
     report = cache.report()
     assert report.materialized == 0
@@ -35,7 +36,7 @@ def test_forks_crops_and_stores_see_what_sealing_at_once_makes() -> None:
     with fibkv.attention(model), torch.no_grad():
         for cache in caches:
             # One prefill: later keys depend on when pages are there.
-            model(ids[:, :190], past_key_values=cache)
+            model(ids[:, :190], **with_cache(cache))
             fork = cache.fork(2)
             fork.crop_to(130)
             saved.append((digests(cache), digests(fork), str(cache.report())))
@@ -53,7 +54,7 @@ def test_a_pool_counts_what_there_is() -> None:
     for how in ("immediate", "deferred"):
         cache = fibkv.Cache(model, bits=4, tokens_per_page=16, budget="64MiB", sealing=how)
         with fibkv.attention(model), torch.no_grad():
-            model(ids, past_key_values=cache)
+            model(ids, **with_cache(cache))
         totals.append(cache.inventory.meter.total)
     assert totals[0] == totals[1]
 

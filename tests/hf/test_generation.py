@@ -14,6 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import fibkv
 from fibkv.handle import Handle
+from fibkv.hf_argument import with_cache
 from fibkv.regions import ProtectedRegions
 from tests.hf.architectures import tiny
 from tests.hf.models import build, prompt
@@ -28,7 +29,7 @@ def cache_for(model: tf.PreTrainedModel, profile: str = "fib4", implementation: 
 
 def generate(model: tf.PreTrainedModel, ids: Tensor, cache: object, **options: object) -> Tensor:
     defaults = {"max_new_tokens": 24, "do_sample": False}
-    return model.generate(ids, past_key_values=cache, **{**defaults, **options})
+    return model.generate(ids, **with_cache(cache), **{**defaults, **options})
 
 
 def requests() -> list[tuple[Tensor, Tensor | None]]:
@@ -87,9 +88,9 @@ def test_greedy_in_bfloat16(name: str) -> None:
     chunks = expected[:1, :116].split([100] + [1] * 16, 1)
     with torch.no_grad():
         dense_cache, paged_cache = cache_for(model), cache_for(model)
-        dense = [model(chunk, past_key_values=dense_cache).logits[:, -1] for chunk in chunks]
+        dense = [model(chunk, **with_cache(dense_cache)).logits[:, -1] for chunk in chunks]
         with fibkv.attention(model):
-            pages = [model(chunk, past_key_values=paged_cache).logits[:, -1] for chunk in chunks]
+            pages = [model(chunk, **with_cache(paged_cache)).logits[:, -1] for chunk in chunks]
     difference = (torch.cat(pages) - torch.cat(dense)).float()
     assert difference.square().mean().sqrt() < 0.03 * torch.cat(dense).float().std()
 
@@ -135,9 +136,9 @@ def _largest_in_a_step(model: tf.PreTrainedModel, tokens: int, context: object) 
     cache = fibkv.Cache(model, profile="fib4")
     with torch.no_grad(), context(model):
         for chunk in prompt(1, tokens).split(2048, 1):
-            model(chunk, past_key_values=cache, logits_to_keep=1)
+            model(chunk, **with_cache(cache), logits_to_keep=1)
         with _LargestTensor() as largest:
-            model(prompt(1, 1), past_key_values=cache, logits_to_keep=1)
+            model(prompt(1, 1), **with_cache(cache), logits_to_keep=1)
     return largest.nbytes
 
 
@@ -155,15 +156,15 @@ def test_prefill_is_exact_and_later_chunks_read_the_past_as_stored() -> None:
     with torch.no_grad(), fibkv.attention(model):
         exact = model(ids).logits
         cache = cache_for(model)
-        first = model(ids[:, :80], past_key_values=cache).logits
-        second = model(ids[:, 80:], past_key_values=cache).logits
+        first = model(ids[:, :80], **with_cache(cache)).logits
+        second = model(ids[:, 80:], **with_cache(cache)).logits
     torch.testing.assert_close(first, exact[:, :80], rtol=1e-4, atol=1e-4)
     moved = (second - exact[:, 80:]).abs().max()
     assert moved > 1e-3
     with torch.no_grad():
         dense = cache_for(model)
-        model(ids[:, :80], past_key_values=dense)
-        expected = model(ids[:, 80:], past_key_values=dense).logits
+        model(ids[:, :80], **with_cache(dense))
+        expected = model(ids[:, 80:], **with_cache(dense)).logits
     torch.testing.assert_close(second, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
@@ -220,14 +221,14 @@ def test_copies_of_a_cache_diverge_and_share_pages() -> None:
     model = build("llama")
     with torch.no_grad(), fibkv.attention(model):
         cache = cache_for(model)
-        model(prompt(), past_key_values=cache)
+        model(prompt(), **with_cache(cache))
         fork = copy.deepcopy(cache)
         shared = [a is b for a, b in zip(cache.layers[0].store.pages(), fork.layers[0].store.pages(), strict=True)]
         assert all(shared)
         assert len(shared) == 5
-        model(prompt(1, 30, seed=4), past_key_values=fork)
-        expected = model(prompt(1, 1, seed=5), past_key_values=copy.deepcopy(cache)).logits
-        actual = model(prompt(1, 1, seed=5), past_key_values=cache).logits
+        model(prompt(1, 30, seed=4), **with_cache(fork))
+        expected = model(prompt(1, 1, seed=5), **with_cache(copy.deepcopy(cache))).logits
+        actual = model(prompt(1, 1, seed=5), **with_cache(cache)).logits
     assert torch.equal(actual, expected)
 
 
@@ -235,18 +236,18 @@ def test_repeat_select_and_reset() -> None:
     model = build("llama")
     with torch.no_grad(), fibkv.attention(model):
         cache = cache_for(model)
-        model(prompt(2), past_key_values=cache)
+        model(prompt(2), **with_cache(cache))
         token = prompt(2, 1, seed=5)
-        expected = model(token, past_key_values=copy.deepcopy(cache)).logits
+        expected = model(token, **with_cache(copy.deepcopy(cache))).logits
         repeated = copy.deepcopy(cache)
         repeated.batch_repeat_interleave(3)
-        actual = model(token.repeat_interleave(3, 0), past_key_values=repeated).logits
+        actual = model(token.repeat_interleave(3, 0), **with_cache(repeated)).logits
         torch.testing.assert_close(actual, expected.repeat_interleave(3, 0), rtol=1e-4, atol=1e-3)
         cache.batch_select_indices(torch.tensor([1]))
-        torch.testing.assert_close(model(token[1:], past_key_values=cache).logits, expected[1:], rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(model(token[1:], **with_cache(cache)).logits, expected[1:], rtol=1e-4, atol=1e-3)
         cache.reset()
         assert cache.get_seq_length() == 0
-        model(prompt(2), past_key_values=cache)
+        model(prompt(2), **with_cache(cache))
         assert cache.get_seq_length() == 100
 
 
@@ -256,10 +257,10 @@ def test_poison() -> None:
     for profile in ("raw", "int8", "fp8", "fib4", "fib2"):
         with torch.no_grad(), fibkv.attention(model):
             cache = cache_for(model, profile)
-            model(prompt(), past_key_values=cache)
+            model(prompt(), **with_cache(cache))
 
             def logits(held: fibkv.Cache = cache) -> Tensor:
-                return model(prompt(1, 1, seed=5), past_key_values=copy.deepcopy(held)).logits
+                return model(prompt(1, 1, seed=5), **with_cache(copy.deepcopy(held))).logits
 
             before = logits()
             with cache.corrupt_page(layer=1, row=0, page=2):

@@ -12,6 +12,7 @@ import transformers as tf
 from transformers.cache_utils import QuantizedCache
 
 import fibkv
+from fibkv.hf_argument import with_cache
 from tests.hf.architectures import tiny
 from tests.hf.calls import cache_for, generate, ids, logits_along
 from tests.hf.oracle import dequantized_cache
@@ -25,15 +26,15 @@ def test_crop_takes_back_quantized_tokens(profile: str) -> None:
     prompt, again = ids(1, 80), ids(1, 20, seed=1)
     cache = cache_for(model, profile=profile)
     with torch.no_grad(), fibkv.attention(model):
-        model(prompt, past_key_values=cache)
+        model(prompt, **with_cache(cache))
         pages = [page.digest for page in cache.layers[0].store.rows[0]]
         cache.crop(-40)
         assert cache.get_seq_length() == 40
         assert [page.digest for page in cache.layers[0].store.rows[0]] == pages[:5]
-        actual = model(again, past_key_values=cache).logits
+        actual = model(again, **with_cache(cache)).logits
         rest = cache_for(model, profile=profile)
-        model(prompt[:, :40], past_key_values=rest)
-        expected = model(again, past_key_values=rest).logits
+        model(prompt[:, :40], **with_cache(rest))
+        expected = model(again, **with_cache(rest)).logits
     # The last 8 of the 40 tokens are quantized here and raw there.
     assert (actual - expected).square().mean().sqrt() < {"fib2": 0.5, "fib4": 0.1}.get(profile, 0.05) * expected.std()
 
@@ -71,12 +72,12 @@ def test_rows_are_repeated_and_selected_with_their_quantized_part(profile: str) 
     model = tiny("Llama")
     cache = cache_for(model, profile=profile)
     with torch.no_grad(), fibkv.attention(model):
-        model(ids(2), past_key_values=cache)
+        model(ids(2), **with_cache(cache))
         step = ids(2, 1, seed=1)
-        expected = model(step, past_key_values=cache.fork()).logits
+        expected = model(step, **with_cache(cache.fork())).logits
         cache.batch_repeat_interleave(2)
         cache.batch_select_indices(torch.tensor([3, 0]))
-        actual = model(step.flip(0), past_key_values=cache).logits
+        actual = model(step.flip(0), **with_cache(cache)).logits
     torch.testing.assert_close(actual.flip(0), expected, rtol=1e-4, atol=1e-3)
 
 

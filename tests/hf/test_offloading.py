@@ -9,6 +9,7 @@ import torch
 
 import fibkv
 from fibkv.errors import ContractError
+from fibkv.hf_argument import with_cache
 from fibkv.offload import LEAST_REGION
 from fibkv.store import MemoryStore
 from tests.hf.models import build, prompt
@@ -35,7 +36,7 @@ def test_generation_is_the_same(way: str) -> None:
     for offloading in (False, True):
         cache = fibkv.Cache(model, bits=4, tokens_per_page=16, implementation="reference", offloading=offloading)
         with fibkv.attention(model):
-            made = model.generate(prompt(1, 150), past_key_values=cache, **OPTIONS, **WAYS[way])
+            made = model.generate(prompt(1, 150), **with_cache(cache), **OPTIONS, **WAYS[way])
         logits.append(torch.stack(made.logits))
         assert cache.report().materialized == 0
     assert torch.equal(*logits)
@@ -48,8 +49,8 @@ def test_the_report_says_where_bytes_are() -> None:
     plain = fibkv.Cache(model, bits=4, implementation="reference")
     for one in (cache, plain):
         with fibkv.attention(model), torch.no_grad():
-            model(prompt(1, 300), past_key_values=one)
-            model(prompt(1, 1), past_key_values=one)
+            model(prompt(1, 300), **with_cache(one))
+            model(prompt(1, 1), **with_cache(one))
     report, same = cache.report(), plain.report()
     raw = sum(layer.tail_tokens for layer in report.layers)
     assert raw
@@ -69,10 +70,10 @@ def test_forks_crops_and_stores() -> None:
     cache = fibkv.Cache(model, bits=4, tokens_per_page=16, implementation="reference", offloading=True)
     ids = prompt(1, 200)
     with fibkv.attention(model), torch.no_grad():
-        model(ids[:, :190], past_key_values=cache)
+        model(ids[:, :190], **with_cache(cache))
         fork = cache.fork()
-        expected = model(ids[:, 190:], past_key_values=cache).logits
-        assert torch.equal(model(ids[:, 190:], past_key_values=fork).logits, expected)
+        expected = model(ids[:, 190:], **with_cache(cache)).logits
+        assert torch.equal(model(ids[:, 190:], **with_cache(fork)).logits, expected)
         fork.crop_to(190)
         store = MemoryStore()
         assert fork.save(store, ids[:, :190]).failure is None
@@ -89,6 +90,6 @@ def test_forks_crops_and_stores() -> None:
 def test_offloading_needs_a_device_and_one_memory() -> None:
     model = build("llama")
     with pytest.raises(ContractError, match="offloading: expected False, or a model on a CUDA device, got 'cpu'"):
-        model(prompt(1, 10), past_key_values=fibkv.Cache(model, offloading=True))
+        model(prompt(1, 10), **with_cache(fibkv.Cache(model, offloading=True)))
     with pytest.raises(ContractError, match="offloading: expected False in a pool"):
         fibkv.Cache(model, offloading=True, budget="1GiB")

@@ -11,6 +11,7 @@ import transformers as tf
 import fibkv
 from fibkv.errors import ContractError, DecisionError, ModelError
 from fibkv.handle import Handle
+from fibkv.hf_argument import with_cache
 from fibkv.hf_attention import ATTENTION_NAME, attention_forward
 from fibkv.parameters import FibParameters
 from tests.hf.architectures import COMMON, tiny
@@ -95,8 +96,8 @@ class TestLayersThatStay:
         model = tiny("DeepseekV3")
         cache = cache_for(model)
         with torch.no_grad():
-            model(ids(), past_key_values=cache)
-            model(ids(1, 1), past_key_values=cache)
+            model(ids(), **with_cache(cache))
+            model(ids(1, 1), **with_cache(cache))
         layer = cache.layers[0].store
         assert (layer.tail.keys.shape[-1], layer.tail.values.shape[-1]) == (32, 8)
         page = layer.rows[0][-1]
@@ -180,4 +181,4 @@ class TestCompilation:
         torch.compiler.reset()
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         with torch.no_grad(), pytest.raises(torch._dynamo.exc.Unsupported, match=r"torch\.compiler\.disable"):
-            compiled(ids(1, 8), past_key_values=cache_for(model))
+            compiled(ids(1, 8), **with_cache(cache_for(model)))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fibkv
 from fibkv.errors import ModelError, PageError
+from fibkv.hf_argument import with_cache
 from fibkv.hf_layer import CompressedLayer
 from tests.hf.architectures import COMMON, WINDOWED, tiny
 from tests.hf.calls import cache_for, generate, ids
@@ -23,7 +24,7 @@ STEP = {"max_new_tokens": 10}
 def filled(model: tf.PreTrainedModel, tokens: Tensor) -> fibkv.Cache:
     cache = cache_for(model)
     with torch.no_grad():
-        model(tokens, past_key_values=cache)
+        model(tokens, **with_cache(cache))
     return cache
 
 
@@ -47,7 +48,7 @@ class TestForks:
         before = [page.digest for page in cache.layers[1].store.pages()]
         fork = cache.fork()
         with torch.no_grad(), fibkv.attention(model):
-            model(ids(1, 40, seed=1), past_key_values=fork)
+            model(ids(1, 40, seed=1), **with_cache(fork))
             fork.crop(-70)
         assert [page.digest for page in cache.layers[1].store.pages()] == before
         assert (cache.get_seq_length(), fork.get_seq_length()) == (60, 30)
@@ -68,7 +69,7 @@ class TestForks:
         prompt = ids(1, 61)
         dense = dequantized_cache(model, "fib4")
         with torch.no_grad():
-            model(prompt[:, :60].repeat(3, 1), past_key_values=dense)
+            model(prompt[:, :60].repeat(3, 1), **with_cache(dense))
         cache = filled(model, prompt[:, :60])
         request = {**STEP, **options, "inputs": prompt}
         expected = generate(model, dense, request)
@@ -103,14 +104,14 @@ class TestCrops:
         cache.crop(0)
         cache.activate_past_recording()
         with torch.no_grad():
-            model(ids(1, 5, seed=1), past_key_values=cache)
+            model(ids(1, 5, seed=1), **with_cache(cache))
         with pytest.raises(ModelError, match="its window of 16 tokens recorded only 5 tokens more"):
             cache.crop(-6)
         cache.crop(-5)
         expected = filled(model, ids())
         step = ids(1, 1, seed=2)
         with torch.no_grad():
-            left, right = (model(step, past_key_values=held).logits for held in (cache, expected))
+            left, right = (model(step, **with_cache(held)).logits for held in (cache, expected))
         torch.testing.assert_close(left, right)
 
     def test_windows_that_are_not_full_are_cropped(self) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fibkv
+from fibkv.hf_argument import with_cache
 from fibkv.kernels import triton
 from fibkv.regions import ProtectedRegions
 from tests.codecs.conformance import HALVES
@@ -31,9 +32,9 @@ def test_steps_of_a_padded_batch() -> None:
     for implementation in ("reference", "triton"):
         cache = fibkv.Cache(model, profile="fib4", tokens_per_page=16, policy=POLICY, implementation=implementation)
         with fibkv.attention(model), torch.no_grad():
-            model(ids[:, :PROMPT], attention_mask=mask[:, :PROMPT], past_key_values=cache)
+            model(ids[:, :PROMPT], attention_mask=mask[:, :PROMPT], **with_cache(cache))
             steps = [
-                model(ids[:, at : at + 1], attention_mask=mask[:, : at + 1], past_key_values=cache).logits
+                model(ids[:, at : at + 1], attention_mask=mask[:, : at + 1], **with_cache(cache)).logits
                 for at in range(PROMPT, PROMPT + STEPS)
             ]
         assert cache.report().layers[0].materialized == 0

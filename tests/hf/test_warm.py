@@ -8,6 +8,7 @@ import transformers as tf
 
 import fibkv
 from fibkv import hf_warm
+from fibkv.hf_argument import with_cache
 from fibkv.kernels import triton
 from fibkv.regions import ProtectedRegions
 from tests.hf.models import COMMON, build, prompt
@@ -46,7 +47,7 @@ def test_steps_after_it_launch_nothing_new(launched: set[tuple[object, ...]], mo
         assert {name for name, *_ in known} > {"attend_splits", "merge_splits"}
         ids, past = prompt(1, 106), 0
         for tokens in (95, 1, 1, 9):
-            model(ids[:, past : past + tokens], past_key_values=cache)
+            model(ids[:, past : past + tokens], **with_cache(cache))
             past += tokens
     assert len(cache.layers[0].store.rows[0]) == 2
     assert launched == known
@@ -63,7 +64,7 @@ def test_a_filled_cache_stays_as_it_is_and_rows_are_also_padded(monkeypatch: pyt
         return forward(*args, attention_mask=attention_mask, **kwargs)
 
     with fibkv.attention(model), torch.no_grad():
-        model(prompt(1, 100), past_key_values=cache)
+        model(prompt(1, 100), **with_cache(cache))
         before = [[page.digest for page in layer.store.rows[0]] for layer in cache.layers]
         monkeypatch.setattr(model, "forward", noted)
         cache.warm_up(model, rows=2)

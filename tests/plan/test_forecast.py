@@ -11,6 +11,7 @@ import transformers as tf
 import fibkv
 from fibkv.errors import ModelError
 from fibkv.forecast import page_nbytes
+from fibkv.hf_argument import with_cache
 from fibkv.hf_forecast import CacheForecast, ShapeProbe
 from fibkv.parameters import FibParameters
 from fibkv.policy import Policy
@@ -43,7 +44,7 @@ def check(model: object, batch: int, tokens: int, **options: object) -> None:
     cache = fibkv.Cache(model, **options)  # type: ignore[arg-type]
     prompt = torch.randint(2, 199, (batch, tokens), generator=torch.Generator().manual_seed(tokens))
     with torch.no_grad():
-        model(prompt, past_key_values=cache, use_cache=True)  # type: ignore[operator]
+        model(prompt, **with_cache(cache), use_cache=True)  # type: ignore[operator]
     assert forecast.report(batch, tokens) == cache.report()
 
 

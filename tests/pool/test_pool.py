@@ -13,6 +13,7 @@ import fibkv
 from fibkv.attend import Scores, attend
 from fibkv.errors import BudgetError, ContractError, DigestMismatch
 from fibkv.forecast import forecast_append
+from fibkv.hf_argument import with_cache
 from fibkv.hf_attention import attention
 from fibkv.ladder import Ladder
 from fibkv.page import METADATA_NBYTES
@@ -54,9 +55,9 @@ class TestBytes:
         model = build("llama")
         cache = fibkv.Cache(model, pool=pool)
         with torch.no_grad(), attention(model):
-            model(prompt(tokens=200), past_key_values=cache)
+            model(prompt(tokens=200), **with_cache(cache))
             fork = cache.fork(2)
-            model(prompt(2, 10, 1), past_key_values=fork)
+            model(prompt(2, 10, 1), **with_cache(fork))
         assert pool.stats().allocated > 0
         del cache, fork
         stats = pool.stats()
@@ -93,7 +94,7 @@ class TestSharing:
         with torch.no_grad():
             for _ in range(3):
                 caches.append(fibkv.Cache(model, pool=pool))
-                model(prompt(tokens=250), past_key_values=caches[-1])
+                model(prompt(tokens=250), **with_cache(caches[-1]))
         stats = pool.stats()
         distinct = {id(page) for cache in caches for layer in cache.layers for page in layer.store.pages()}
         assert len(distinct) == sum(row.pages for row in stats.rungs) == 3 * 2
@@ -158,7 +159,7 @@ class TestRecoding:
         pool = Pool("1GiB", ladder=LADDER)
         cache = fibkv.Cache(model, pool=pool)
         with torch.no_grad():
-            model(prompt(tokens=300), past_key_values=cache)
+            model(prompt(tokens=300), **with_cache(cache))
         store = cache.layers[0].store
         before = store.view().decode(torch.bfloat16)
         for rung in ("q8", "q4", "q2"):
@@ -191,7 +192,7 @@ class TestRecoding:
         pinned, other = fibkv.Cache(model, bits=4, pool=pool), fibkv.Cache(model, pool=pool)
         with torch.no_grad():
             for cache, seed in ((alone, 0), (pinned, 0), (other, 1)):
-                model(prompt(tokens=400, seed=seed), past_key_values=cache)
+                model(prompt(tokens=400, seed=seed), **with_cache(cache))
         pool.governor.budget = pool.stats().allocated + 1000
         pool.governor.claim(100_000)
         for one, same in zip(alone.layers, pinned.layers, strict=True):
@@ -203,15 +204,15 @@ class TestRecoding:
         pool = Pool("64MiB", ladder=LADDER, pages_per_step=2, step_down_after=200)
         cache = fibkv.Cache(model, pool=pool)
         with torch.no_grad():
-            model(prompt(2, 400), past_key_values=cache)
+            model(prompt(2, 400), **with_cache(cache))
             for step in range(20):
-                model(prompt(2, 1, step), past_key_values=cache)
+                model(prompt(2, 1, step), **with_cache(cache))
             for layer in cache.layers:
                 assert rung_of(pool, layer.store) == ["q2"] * 3 + ["fp16"] * 2
             cache.crop_to(100)
-            model(prompt(2, 300, 3), past_key_values=cache)
+            model(prompt(2, 300, 3), **with_cache(cache))
             for step in range(6):
-                model(prompt(2, 1, step), past_key_values=cache)
+                model(prompt(2, 1, step), **with_cache(cache))
         for layer in cache.layers:
             found = [
                 (page.stop, rung) for page, rung in zip(layer.store.rows[1], rung_of(pool, layer.store), strict=True)
@@ -226,7 +227,7 @@ class TestRecoding:
         pool = Pool("64MiB", pressure=config)
         cache = fibkv.Cache(model, pool=pool)
         with torch.no_grad():
-            model(prompt(tokens=200), past_key_values=cache)
+            model(prompt(tokens=200), **with_cache(cache))
         assert [row.rung for row in pool.stats().rungs] == ["q8"]
         assert "2 pages q8" in cache.report().layers[0].reason
 
@@ -237,18 +238,18 @@ class TestRefusals:
         pool = Pool("1MiB", ladder=LADDER)
         cache, other = fibkv.Cache(model, pool=pool), fibkv.Cache(model, pool=pool)
         with torch.no_grad(), attention(model):
-            model(prompt(tokens=100), past_key_values=cache)
-            model(prompt(tokens=60, seed=1), past_key_values=other)
+            model(prompt(tokens=100), **with_cache(cache))
+            model(prompt(tokens=60, seed=1), **with_cache(other))
             before, held = cache.fork(), cache.report()
             with pytest.raises(BudgetError, match=r"expected room for .* in 1 MiB, got .* held .* retry"):
-                model(prompt(tokens=3000, seed=2), past_key_values=cache)
+                model(prompt(tokens=3000, seed=2), **with_cache(cache))
             assert cache.report() == held
             assert pool.stats().refusals == 1
             assert pool.stats().claimed == 0
             del other
             step = prompt(tokens=1, seed=3)
-            expected = model(step, past_key_values=before).logits
-            assert torch.equal(model(step, past_key_values=cache).logits, expected)
+            expected = model(step, **with_cache(before)).logits
+            assert torch.equal(model(step, **with_cache(cache)).logits, expected)
 
     def test_a_refused_first_step_leaves_an_empty_cache(self) -> None:
         model = build("llama")
@@ -256,9 +257,9 @@ class TestRefusals:
         cache = fibkv.Cache(model, pool=pool)
         with torch.no_grad():
             with pytest.raises(BudgetError):
-                model(prompt(tokens=3000), past_key_values=cache)
+                model(prompt(tokens=3000), **with_cache(cache))
             assert cache.get_seq_length() == 0
-            model(prompt(tokens=10), past_key_values=cache)
+            model(prompt(tokens=10), **with_cache(cache))
         assert cache.get_seq_length() == 10
 
     def test_room_can_be_reserved_before_the_step(self) -> None:
@@ -267,14 +268,14 @@ class TestRefusals:
         cache = fibkv.Cache(model, pool=pool)
         with torch.no_grad():
             cache.reserve(100)  # the shapes are not known yet
-            model(prompt(tokens=100), past_key_values=cache)
+            model(prompt(tokens=100), **with_cache(cache))
             with pytest.raises(BudgetError):
                 cache.reserve(10_000)
             assert pool.stats().claimed == 0
             cache.reserve(50)
             assert pool.stats().claimed > 0
             samples = pool.stats().pressure.samples
-            model(prompt(tokens=50, seed=1), past_key_values=cache)
+            model(prompt(tokens=50, seed=1), **with_cache(cache))
         assert pool.stats().claimed == 0
         assert pool.stats().pressure.samples == samples, "a reserved step is one step"
 
@@ -291,7 +292,7 @@ class TestRefusals:
         pool = Pool("1MiB")
         cache = fibkv.Cache(model, pool=pool)
         with torch.no_grad():
-            model(prompt(tokens=100), past_key_values=cache)
+            model(prompt(tokens=100), **with_cache(cache))
         cache.reserve(100)
         assert pool.stats().claimed > 0
         del cache
@@ -316,7 +317,7 @@ class TestRefusals:
         pool = Pool()
         cache = fibkv.Cache(build("llama"), pool=pool)
         with torch.no_grad():
-            build("llama")(prompt(tokens=100), past_key_values=cache)
+            build("llama")(prompt(tokens=100), **with_cache(cache))
         stats = pool.stats()
         assert stats.budget is None
         assert stats.pressure is None
@@ -329,14 +330,14 @@ def test_caches_of_a_pool_can_be_copied_and_sent() -> None:
     pool = Pool("8MiB")
     cache = fibkv.Cache(model, pool=pool)
     with torch.no_grad(), attention(model):
-        model(prompt(tokens=150), past_key_values=cache)
+        model(prompt(tokens=150), **with_cache(cache))
         sent = pickle.loads(pickle.dumps(cache))
         step = prompt(tokens=1, seed=1)
         assert cache.fork().pool is pool
         assert sent.pool is not pool
         assert sent.pool.stats().budget == 8 << 20
-        expected = model(step, past_key_values=cache).logits
-        assert torch.equal(model(step, past_key_values=sent).logits, expected)
+        expected = model(step, **with_cache(cache)).logits
+        assert torch.equal(model(step, **with_cache(sent)).logits, expected)
 
 
 def test_a_stored_prefix_is_restored_into_a_pool_if_it_fits() -> None:
@@ -345,7 +346,7 @@ def test_a_stored_prefix_is_restored_into_a_pool_if_it_fits() -> None:
     saved = fibkv.Cache(model, bits=4)
     store = MemoryStore()
     with torch.no_grad():
-        model(ids[None], past_key_values=saved)
+        model(ids[None], **with_cache(saved))
         saved.save(store, ids)
         pool = Pool("4MiB")
         caches = [fibkv.restore(model, ids, store, bits=4, pool=pool) for _ in range(3)]
@@ -376,8 +377,8 @@ def test_windows_that_are_left_to_transformers_count() -> None:
     pool = Pool("4MiB")
     cache = fibkv.Cache(model, pool=pool)
     with torch.no_grad():
-        model(prompt(tokens=100), past_key_values=cache)
-        model(prompt(tokens=1), past_key_values=cache)
+        model(prompt(tokens=100), **with_cache(cache))
+        model(prompt(tokens=1), **with_cache(cache))
     report, stats = cache.report(), pool.stats()
     assert sum(layer.nbytes for layer in report.layers if not layer.compressed) > 0
     assert sum(layer.nbytes for layer in report.layers) == stats.allocated - stats.slack - stats.tables

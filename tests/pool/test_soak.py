@@ -10,6 +10,7 @@ import torch
 
 import fibkv
 from fibkv import embedded
+from fibkv.hf_argument import with_cache
 from fibkv.hf_attention import attention
 from fibkv.page import METADATA_NBYTES
 from fibkv.pool import Pool
@@ -59,7 +60,7 @@ def test_tokens_of_threads_are_those_of_one_thread() -> None:
     def generate(index: int, caches: Pool | None) -> list[int]:
         cache = fibkv.Cache(model, bits=4, pool=caches)
         with torch.no_grad():
-            out = model.generate(prompts[index], past_key_values=cache, max_new_tokens=24, do_sample=False)
+            out = model.generate(prompts[index], **with_cache(cache), max_new_tokens=24, do_sample=False)
         return out[0].tolist()
 
     with attention(model):

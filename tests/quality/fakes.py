@@ -26,9 +26,11 @@ class RoundingCache(DynamicCache):
         self._levels = levels
         self._read = read
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         rounded = (self._rounded(key_states), self._rounded(value_states))
-        return super().update(*rounded, layer_idx, *args)
+        return super().update(*rounded, layer_idx, *args, **kwargs)
 
     def _rounded(self, vectors: Tensor) -> Tensor:
         if self._levels == 0:

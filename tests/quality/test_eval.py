@@ -16,6 +16,7 @@ from fibkv.eval_result import QUICK, EvalReceipt, EvalResult
 from fibkv.eval_view import frontier, plot_eval, render_eval
 from fibkv.evaluate import run_eval
 from fibkv.hf import Cache
+from fibkv.hf_argument import cache_of
 from fibkv.hf_model import model_digest
 from fibkv.hf_observe import observe
 from fibkv.policy import Policy
@@ -163,7 +164,7 @@ def test_affine_groups(dim: int) -> None:
 def test_observed_tensors_are_those_that_the_cache_gets(model: Any) -> None:
     ids = torch.arange(20)
     with torch.no_grad():
-        dense = model(input_ids=ids[None], use_cache=True).past_key_values
+        dense = cache_of(model(input_ids=ids[None], use_cache=True))
     seen = observe(model, ids)
     assert [one.layer for one in seen] == [0, 1, 2, 3]
     for one, layer in zip(seen, dense.layers, strict=True):

@@ -20,6 +20,7 @@ from fibkv import embedded
 from fibkv.container import Container, pack
 from fibkv.digest import canonical_json
 from fibkv.errors import ContractError, ModelError
+from fibkv.hf_argument import with_cache
 from fibkv.hf_identity import identify, weights_digest
 from fibkv.policy import Policy
 from fibkv.space import KeySpace
@@ -41,13 +42,13 @@ def ids() -> Tensor:
 def filled(model: PreTrainedModel, ids: Tensor, **settings: object) -> fibkv.Cache:
     cache = fibkv.Cache(model, **settings)
     with torch.no_grad(), fibkv.attention(model):
-        model(ids, past_key_values=cache)
+        model(ids, **with_cache(cache))
     return cache
 
 
 def logits(model: PreTrainedModel, ids: Tensor, cache: fibkv.Cache) -> Tensor:
     with torch.no_grad(), fibkv.attention(model):
-        return model(ids, past_key_values=cache).logits
+        return model(ids, **with_cache(cache)).logits
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_what_is_restored_goes_on_as_what_was_saved(model: PreTrainedModel, ids:
 def test_generation_computes_only_what_is_missing(model: PreTrainedModel, ids: Tensor) -> None:
     store = MemoryStore()
     with torch.no_grad(), fibkv.attention(model):
-        first = model.generate(ids, past_key_values=(cache := fibkv.Cache(model)), max_new_tokens=6, do_sample=False)
+        first = model.generate(ids, **with_cache(cache := fibkv.Cache(model)), max_new_tokens=6, do_sample=False)
     # The last sampled token was not fed to the model: its id is one more than the cache holds.
     assert cache.save(store, first).tokens == 305
     restored = fibkv.restore(model, first, store)
@@ -80,9 +81,9 @@ def test_generation_computes_only_what_is_missing(model: PreTrainedModel, ids: T
         lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     with torch.no_grad(), fibkv.attention(model):
-        ours = model.generate(first, past_key_values=restored, max_new_tokens=6, do_sample=False)
+        ours = model.generate(first, **with_cache(restored), max_new_tokens=6, do_sample=False)
         handle.remove()
-        theirs = model.generate(first, past_key_values=cache, max_new_tokens=6, do_sample=False)
+        theirs = model.generate(first, **with_cache(cache), max_new_tokens=6, do_sample=False)
     assert seen == [1] * 6
     assert torch.equal(ours, theirs)
 
@@ -260,11 +261,12 @@ def test_another_process_goes_on(model: PreTrainedModel, ids: Tensor, tmp_path: 
     assert cache.save(DirectoryStore(tmp_path), ids).failure is None
     code = (
         "import sys, torch, fibkv; from fibkv import embedded; from fibkv.store import DirectoryStore\n"
+        "from fibkv.hf_argument import with_cache\n"
         "model = embedded.load()[0]\n"
         "ids = torch.randint(0, 500, (1, 300), generator=torch.Generator().manual_seed(0))\n"
         "cache = fibkv.restore(model, ids, DirectoryStore(sys.argv[1]))\n"
         "with torch.no_grad(), fibkv.attention(model):\n"
-        "    logits = model(ids[:, cache.get_seq_length():], past_key_values=cache).logits\n"
+        "    logits = model(ids[:, cache.get_seq_length():], **with_cache(cache)).logits\n"
         "print(cache.restored.tokens, logits.double().sum().item().hex())"
     )
     shown = subprocess.run(

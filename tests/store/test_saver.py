@@ -17,6 +17,7 @@ from transformers import StoppingCriteria
 import fibkv
 from fibkv import embedded
 from fibkv.errors import ContractError, DigestMismatch, ModelError
+from fibkv.hf_argument import with_cache
 from fibkv.prefix_save import Saved
 from fibkv.store import DirectoryStore, MemoryStore
 from tests.hf.architectures import tiny
@@ -57,7 +58,7 @@ def filled(model: Any, length: int, cache: fibkv.Cache | None = None) -> fibkv.C
     """A cache with the first tokens, or one that goes on up to there."""
     cache = cache or fibkv.Cache(model)
     with torch.no_grad(), fibkv.attention(model):
-        model(IDS[:, cache.get_seq_length() : length], past_key_values=cache)
+        model(IDS[:, cache.get_seq_length() : length], **with_cache(cache))
     return cache
 
 
@@ -107,10 +108,10 @@ def test_states_are_those_of_the_moment() -> None:
     ids = torch.randint(5, 60, (1, 100), generator=torch.Generator().manual_seed(1))
     slow, plain, cache = SlowStore(), MemoryStore(), fibkv.Cache(model, tokens_per_page=16)
     with torch.no_grad(), fibkv.attention(model), fibkv.Saver(slow) as saver:
-        model(ids[:, :60], past_key_values=cache)
+        model(ids[:, :60], **with_cache(cache))
         saver.save(cache, ids[:, :60], name=NAME)
         cache.save(plain, ids[:, :60], name=NAME)
-        model(ids[:, 60:], past_key_values=cache)
+        model(ids[:, 60:], **with_cache(cache))
         slow.goes_on.set()
     assert saver.failures == []
     assert objects(slow) == objects(plain)
@@ -165,6 +166,7 @@ def test_misuse_is_refused(model: Any) -> None:
 PROGRAM = """
 import sys, time, torch, fibkv
 from fibkv import embedded
+from fibkv.hf_argument import with_cache
 from fibkv.store import DirectoryStore
 
 class Slow(DirectoryStore):
@@ -175,7 +177,7 @@ class Slow(DirectoryStore):
 model = embedded.load()[0]
 cache, ids = fibkv.Cache(model), torch.arange(3, 203)[None]
 with torch.no_grad(), fibkv.attention(model):
-    model(ids, past_key_values=cache)
+    model(ids, **with_cache(cache))
 fibkv.Saver(Slow(sys.argv[1])).save(cache, ids, name="embedded")
 print("ends", flush=True)
 """
