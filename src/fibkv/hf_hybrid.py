@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from fibkv.hf_layer import CompressedLayer
-from fibkv.hf_stock import state_tensors
+from fibkv.hf_stock import holds_convolutions_only, state_tensors
 from fibkv.page_memory import PageMemories
 from fibkv.quarantine import Quarantine
 from fibkv.report import LayerReport
@@ -16,10 +16,10 @@ from fibkv.settings import CacheSettings
 
 
 class CompressedHybridLayer(CompressedLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]  # None first
-    """A layer of full attention and of linear attention or a state space (Falcon-H1, Zamba2).
+    """A layer of full attention and of linear attention, a state space or convolutions (Falcon-H1, Zamba2, Inkling).
 
     The attention half is a `CompressedLayer`, the other half transformers' `LinearAttentionLayer`, whose state has a
-    fixed size. A state cannot be taken back, so neither can tokens.
+    fixed size. A recurrent state cannot be taken back, so neither can tokens; convolutions can record their past.
 
     Args:
         index: of the layer.
@@ -28,8 +28,6 @@ class CompressedHybridLayer(CompressedLayer, LinearAttentionAndFullAttentionLaye
         memories: of the cache's pages.
         stock: transformers' layer, whose place it takes.
     """
-
-    is_croppable = False
 
     def __init__(
         self,
@@ -48,6 +46,11 @@ class CompressedHybridLayer(CompressedLayer, LinearAttentionAndFullAttentionLaye
             CompressedLayer.lazy_initialization(self, *args)
         else:
             LinearAttentionLayer.lazy_initialization(self, **kwargs)
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]  # known once the layer has seen tokens
+        """Whether `crop` puts both halves back as they were."""
+        return holds_convolutions_only(self)
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Removes tokens from both halves, as far as transformers' half can: `Cache.crop` refuses what it cannot."""

@@ -6,6 +6,8 @@ attention. The rest is of fixed size (windows, states), or a model reads it in a
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -123,14 +125,39 @@ def _plan_layers(config: PretrainedConfig, text: PretrainedConfig) -> tuple[Laye
             f"{type(text).__name__}: layer kind {error} has no cache class in this release of transformers; "
             "import the model's own module first, or use the cache that it comes with"
         ) from error
-    # Cross-attention (mllama) reads its layers' tensors directly.
-    crossing = getattr(text, "cross_attention_layers", None) or ()
-    return tuple(LayerPlan(layer, _why_stock(layer, index in crossing)) for index, layer in enumerate(stock))
+    read_directly = _read_directly(text)
+    plans = [LayerPlan(layer, read_directly.get(index) or _why_stock(layer)) for index, layer in enumerate(stock)]
+    # The model appends copies of its own to a cache without them.
+    return (*plans, *(copy.deepcopy(plans[index]) for index in _further_passes(text)))
 
 
-def _why_stock(layer: Any, is_crossing: bool) -> str | None:
-    if is_crossing:
-        return "cross-attention, read by the model directly"
+def _read_directly(text: PretrainedConfig) -> dict[int, str]:
+    """The layers whose tensors a model reads without an update, and why."""
+    crossing = dict.fromkeys(_crossing(text), "cross-attention, read by the model directly")
+    if getattr(text, "recurrent_kv_cache_mode", None) != "last_loop":
+        return crossing
+    return crossing | dict.fromkeys(_recurrent(text), "read by earlier passes of the model directly")
+
+
+def _crossing(text: PretrainedConfig) -> Iterable[int]:
+    return getattr(text, "cross_attention_layers", None) or ()  # mllama
+
+
+def _recurrent(text: PretrainedConfig) -> range:
+    """The layers that Dory runs again."""
+    return range(text.n_input_layers, text.n_input_layers + text.n_recurrent_layers)
+
+
+def _further_passes(text: PretrainedConfig) -> list[int]:
+    """Of a looped model, the layers of each pass after the first: each has a cache of its own, behind those of all."""
+    if getattr(text, "recurrent_kv_cache_mode", None) == "per_loop":  # Dory
+        return [*_recurrent(text)] * (text.n_recurrent_loops - 1)
+    if (passes := getattr(text, "loop_num_passes", None)) is not None:  # Inkling 2 Loop
+        return [*range(text.loop_layer_index_start, text.loop_layer_index_end)] * (passes - 1)
+    return []
+
+
+def _why_stock(layer: Any) -> str | None:
     # Other subclasses add state, or another meaning of their keys and values.
     if type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer):
         return None

@@ -73,6 +73,11 @@ def holds_state(layer: Any) -> bool:
     return isinstance(layer, LinearAttentionCacheLayerMixin) and _is_filled(layer)
 
 
+def holds_convolutions_only(layer: Any) -> bool:
+    """Whether a layer of linear attention has seen tokens and has no recurrent state, which is made with the first."""
+    return _is_filled(layer) and not any(layer.is_recurrent_states_initialized.values())
+
+
 def _why_not_linear(layer: Any) -> str | None:
     if any(layer.is_recurrent_states_initialized.values()):
         return "the state of linear attention cannot be taken back"

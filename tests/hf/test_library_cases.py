@@ -13,7 +13,7 @@ from transformers.cache_utils import QuantizedCache
 
 import fibkv
 from fibkv.hf_argument import with_cache
-from tests.hf.architectures import tiny
+from tests.hf.architectures import is_known, tiny
 from tests.hf.calls import cache_for, generate, ids, logits_along
 from tests.hf.oracle import dequantized_cache
 
@@ -120,3 +120,17 @@ def test_beams_reorder_between_two_seals() -> None:
             dense.reorder_cache(order)
             model.set_attn_implementation("fibkv")
             torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.skipif(not is_known("Dory"), reason="transformers before 5.24")
+@pytest.mark.parametrize(("mode", "layers"), [("per_loop", 8), ("last_loop", 4)])
+def test_a_looped_model_finds_the_layers_of_all_passes(mode: str, layers: int) -> None:
+    """It would append copies of its own, or read the tensors of layers that have none."""
+    model = tiny("Dory", recurrent_kv_cache_mode=mode)
+    expected = generate(model, dequantized_cache(model, "fib4"), {"inputs": ids()})
+    cache = cache_for(model)
+    with fibkv.attention(model):
+        assert torch.equal(generate(model, cache, {"inputs": ids()}), expected)
+        assert [layer.tokens for layer in cache.report().layers] == [71] * layers
+        cache.reset()
+        assert torch.equal(generate(model, cache.fork(), {"inputs": ids()}), expected)
