@@ -42,8 +42,24 @@ static float raise_top(const float* logits, float scale, float offset, Running& 
   return shrink;
 }
 
+// Most tiles of a padded row lie behind its padding: there a mask hides nothing.
+static bool all_allowed(const uint8_t* allowed) {
+  uint8_t all = 1;
+  for (int t = 0; t < kTile; ++t) all &= allowed[t];
+  return all;
+}
+
+static bool none_added(const float* added) {
+  vi bits{};
+  for (int t = 0; t < kTile; t += kLanes) bits |= load<vi>(added + t);
+  int32_t any = 0;
+  for (int i = 0; i < kLanes; ++i) any |= bits[i];
+  return any == 0;
+}
+
 static bool sees_all(const Visibility& visible, int tokens) {
-  return tokens == kTile && visible.limit >= kTile && !visible.allowed && !visible.added;
+  return tokens == kTile && visible.limit >= kTile && (!visible.allowed || all_allowed(visible.allowed)) &&
+         (!visible.added || none_added(visible.added));
 }
 
 static void soften(float* logits, int n, int tokens, const float* bias, const Softmax& softmax, const Visibility* visible,

@@ -254,6 +254,25 @@ def test_a_mask_per_head_and_queries_that_are_not_contiguous(implementation: str
 
 
 @pytest.mark.parametrize("implementation", AVAILABLE)
+@pytest.mark.parametrize("queries", [1, 20])
+def test_whole_tiles_of_which_a_mask_hides_nothing_or_one_token(implementation: str, queries: int) -> None:
+    """A token is hidden in the first, in the middle or at the end of a tile of 64, or made likelier."""
+    cache = filled(("fib4", "int8"), implementation, tokens=450, tokens_per_page=64)
+    query = gaussian(2, 4, queries, 64, seed=2)
+    mask = torch.ones(2, 1, queries, 450, dtype=torch.bool)
+    mask[1, :, :, :70] = False
+    mask[0, :, -1, [191, 192, 300]] = False
+    added = torch.zeros(2, 1, queries, 450)
+    added[1, :, 0, [64, 255]] = 3.0
+    for given in (mask, added):
+        check(cache, query, Scores(0.125, mask=given), attend_error(implementation, "fib4", "int8"))
+        # What one token changes is seen.
+        out, _ = attend(query, cache.view(), Scores(0.125, mask=given), implementation=implementation)
+        plain, _ = attend(query, cache.view(), Scores(0.125, mask=torch.ones_like(mask)), implementation=implementation)
+        assert not torch.allclose(out[1, :, 0], plain[1, :, 0], rtol=0.05)
+
+
+@pytest.mark.parametrize("implementation", AVAILABLE)
 def test_the_result_does_not_depend_on_the_number_of_threads(implementation: str) -> None:
     """The context is split at other places: sums differ by rounding only."""
     cache = filled(("fib4", "fib4"), implementation, tokens=3000, batch=1, tokens_per_page=64)
