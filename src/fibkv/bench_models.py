@@ -14,7 +14,7 @@ from fibkv.bench_forms import DenseForm
 from fibkv.bench_result import LOGITS_LIMIT, CacheFigures, CacheRow, Checks
 from fibkv.bench_settings import ModelSettings
 from fibkv.hf import Cache
-from fibkv.hf_attention import switched
+from fibkv.hf_switch import switched
 from fibkv.metrics import relative_error
 from fibkv.quality import CausalLM, PoisonOutcome, fork_logits, poison_filled, poison_outcome
 from fibkv.timing import Rounds, Timing, interleave, ratio, strongest

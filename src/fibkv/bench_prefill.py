@@ -18,7 +18,7 @@ from fibkv.bench_models import Trial, rounds_of, rows_of
 from fibkv.bench_result import PrefillResult
 from fibkv.bench_settings import PrefillSettings
 from fibkv.hf_argument import with_cache
-from fibkv.hf_attention import switched
+from fibkv.hf_switch import switched
 from fibkv.machine import Conditions
 from fibkv.progress import ProgressCallback, StepCounter
 from fibkv.quality import CausalLM

@@ -19,7 +19,7 @@ from fibkv.bench_read import PureRead, cold_nbytes
 from fibkv.bench_result import StepResult
 from fibkv.bench_settings import StepSettings
 from fibkv.hf import Cache
-from fibkv.hf_attention import switched
+from fibkv.hf_switch import switched
 from fibkv.machine import Conditions
 from fibkv.progress import ProgressCallback, StepCounter
 from fibkv.quality import CausalLM, decode_times, fork_logits

@@ -180,6 +180,8 @@ class Calibration:
             DigestMismatch: it was damaged or changed.
             OSError: it cannot be read.
         """
+        if path.is_dir():
+            raise ContractError(f"calibration {path}", "a safetensors file", "a directory")
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}

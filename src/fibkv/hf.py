@@ -11,6 +11,7 @@ states and everything else stay in transformers' own classes; `Cache.report` say
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -33,7 +34,7 @@ from fibkv.hf_layer import CompressedLayer
 from fibkv.hf_model import LayerPlan, model_digest, plan_model
 from fibkv.hf_pool import Membership
 from fibkv.hf_prefix import snapshot
-from fibkv.hf_steps import check_rows, check_step
+from fibkv.hf_steps import check_layer, check_rows, check_step
 from fibkv.hf_stock import nbytes_of, num_rows, report_of
 from fibkv.hf_warm import warm_up
 from fibkv.inventory import Inventory
@@ -49,7 +50,7 @@ from fibkv.regions import QualityBudget
 from fibkv.report import BudgetViolation, CacheReport
 from fibkv.settings import CacheSettings, calibrated, recommended
 from fibkv.space import KeySpace
-from fibkv.store.base import Store
+from fibkv.store.base import Store, check_store
 
 
 class Cache(StockCache):
@@ -119,6 +120,8 @@ class Cache(StockCache):
             raise ContractError("Cache.sealing", "immediate or deferred", sealing)
         if offloading and (pool is not None or budget is not None):
             raise ContractError("Cache.offloading", "False in a pool or with a budget: they count one memory", True)
+        if pool is not None and not isinstance(pool, Pool):
+            raise ContractError("Cache.pool", "a fibkv.Pool", pool)
         if pool is not None and budget is not None:
             raise ContractError("Cache.budget", "either a pool or a budget", budget)
         self.pool = Pool(budget) if pool is None and budget is not None else pool
@@ -177,11 +180,12 @@ class Cache(StockCache):
         """Adds tokens to one layer; returns what attention reads.
 
         Raises:
-            ModelError: an earlier call failed between two layers, so that they hold different numbers of tokens; or
-                the call has another number of rows than the cache.
+            ModelError: an earlier call failed between two layers, so that they hold different numbers of tokens; the
+                call has another number of rows than the cache; or the cache was made for a model of fewer layers.
             BudgetError: the step does not fit into the pool's budget. The cache is as it was before the step; where
                 it has recurrent states too, these are a step ahead: `reserve` before the step refuses in time.
         """
+        check_layer(self.layers, layer_idx)
         check_rows(self.layers, layer_idx, key_states.shape[0])
         check_step(self.layers, layer_idx, key_states.shape[-2])
         layer = self.layers[layer_idx]
@@ -225,7 +229,7 @@ class Cache(StockCache):
                 as it was before the call.
         """
         # Assisted decoding of older releases counts in a tensor.
-        remove = -int(tokens_to_remove)
+        remove = -operator.index(tokens_to_remove)
         if remove < 0:
             raise ModelError(f"crop: expected 0 or minus the number of tokens to remove, got {-remove}")
         cut(self.layers, [remove] * len(self.layers))
@@ -234,7 +238,8 @@ class Cache(StockCache):
         """Keeps the first ``length`` tokens of every layer, whatever each of them holds.
 
         Raises:
-            ModelError: a layer that is left to transformers cannot be cut alike. The cache is as it was before.
+            ModelError: a negative length, or a layer that is left to transformers cannot be cut alike. The cache is as
+                it was before.
         """
         cut_to(self.layers, length)
 
@@ -363,8 +368,9 @@ class Cache(StockCache):
 
         Raises:
             ModelError: a layer is left to transformers, or the model is gone.
-            ContractError: the cache is empty or has several rows, or fewer ids are given than it holds.
+            ContractError: no store; the cache is empty or has several rows; or fewer ids are given than it holds.
         """
+        check_store("save.store", store)
         return write_prefix(store, snapshot(self, token_ids, name))
 
     def corrupt_page(self, *, layer: int, row: int, page: int) -> AbstractContextManager[None]:

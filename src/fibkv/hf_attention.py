@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -16,6 +16,7 @@ from fibkv.attend import Scores, attend
 from fibkv.errors import ModelError
 from fibkv.handle import Handle, outside_graphs
 from fibkv.hf_prompt import checked_prompts
+from fibkv.hf_switch import switched
 from fibkv.view import View
 
 ATTENTION_NAME = "fibkv"
@@ -108,35 +109,16 @@ def attention(model: PreTrainedModel) -> Iterator[None]:
 
     Prompts of ``model.generate`` that a filled cache cannot go on with are refused while it lasts (`fibkv.hf_prompt`).
 
+    Contexts of one model may be nested, and overlap in threads.
+
     Args:
         model: a model of transformers. One that does not follow its attention interface keeps its own attention.
+
+    Raises:
+        ModelError: it is none.
     """
+    # Wrappers, such as those of adapters, will do.
+    if not hasattr(model, "set_attn_implementation"):
+        raise ModelError(f"fibkv.attention: expected a model of transformers, got {type(model).__name__}")
     with switched(model, ATTENTION_NAME), checked_prompts(model):
         yield
-
-
-@contextmanager
-def switched(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Switches a model and its parts to the attention registered under a name while the context lasts."""
-    before = [(config, config._attn_implementation) for config in _configs(model)]
-    try:
-        model.set_attn_implementation(name)
-        yield
-    finally:
-        # Wholes come before their parts: setting one sets its parts too.
-        for config, implementation in before:
-            config._attn_implementation = implementation
-
-
-def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:
-    """Every configuration that the switch may touch, wholes before their parts."""
-    modules = (module for module in model.modules() if isinstance(module, PreTrainedModel))
-    found = {id(config): config for module in modules for config in _with_parts(module.config)}
-    return list(found.values())
-
-
-def _with_parts(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
-    yield config
-    for name in config.sub_configs:
-        if (part := getattr(config, name, None)) is not None:
-            yield from _with_parts(part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,8 +33,11 @@ def cut_to(layers: Sequence[Any], length: int) -> None:
     """Keeps the first ``length`` tokens of every layer, whatever each of them holds.
 
     Raises:
-        ModelError: a layer that is left to transformers cannot be cut alike. All are as they were then.
+        ModelError: a negative length, or a layer that is left to transformers cannot be cut alike. All are as they
+            were then.
     """
+    if (length := operator.index(length)) < 0:
+        raise ModelError(f"crop_to: expected the number of tokens to keep, got {length}")
     for index, layer in enumerate(layers):
         if holds_state(layer):
             raise ModelError(

@@ -71,7 +71,10 @@ def plan_model(model: PreTrainedModel | PretrainedConfig) -> ModelPlan:
         ModelError: the model cannot be served: what it is, and what to do instead.
     """
     if not isinstance(model, PreTrainedModel | PretrainedConfig):
-        raise ModelError(f"Cache: expected a model of transformers or its configuration, got {type(model).__name__}")
+        unwrap = "; unwrap it by its get_base_model()" if hasattr(model, "get_base_model") else ""
+        raise ModelError(
+            f"Cache: expected a model of transformers or its configuration, got {type(model).__name__}{unwrap}"
+        )
     config = model if isinstance(model, PretrainedConfig) else model.config
     if config.is_encoder_decoder:
         raise ModelError(f"{type(config).__name__}: encoder-decoder models are not supported; use EncoderDecoderCache")

@@ -14,8 +14,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from fibkv.errors import ModelError
-from fibkv.hf_attention import attention_forward, switched
+from fibkv.hf_attention import attention_forward
 from fibkv.hf_model import plan_model
+from fibkv.hf_switch import switched
 
 OBSERVED_NAME = "fibkv_observed"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 from torch import Tensor
@@ -18,27 +19,50 @@ from fibkv.errors import ModelError
 from fibkv.hf_argument import cache_in
 from fibkv.hf_layer import CompressedLayer
 
+_LOCK = Lock()
 _ASSISTANCE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 
 
 @contextmanager
 def checked_prompts(model: PreTrainedModel) -> Iterator[None]:
-    """Has `check_prompt` look at every ``model.generate`` while the context lasts."""
-    inherited: Any = model.generate
-    replaced = vars(model).get("generate")
-
-    def generate(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        check_prompt(model, inputs, kwargs)
-        return inherited(inputs, *args, **kwargs)
-
-    # On this object only: the class, and other models of it, are as they were.
-    vars(model)["generate"] = generate
+    """Has `check_prompt` look at every ``model.generate`` while the context lasts. A model may have none."""
+    if not hasattr(model, "generate"):
+        yield
+        return
+    with _LOCK:
+        checked = vars(model).get("generate")
+        if not isinstance(checked, _CheckedGenerate):
+            checked = _CheckedGenerate(model)
+            # On this object only: the class, and other models of it, are as they were.
+            vars(model)["generate"] = checked
+        checked.contexts += 1
     try:
         yield
     finally:
-        del vars(model)["generate"]
-        if replaced is not None:
-            vars(model)["generate"] = replaced
+        with _LOCK:
+            checked.contexts -= 1
+            if not checked.contexts:
+                checked.leave()
+
+
+class _CheckedGenerate:
+    """In place of ``model.generate`` while at least one context lasts: they may overlap in threads."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.contexts = 0
+        self._model = model
+        self._inherited: Any = model.generate
+        self._replaced = vars(model).get("generate")
+
+    def __call__(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        check_prompt(self._model, inputs, kwargs)
+        return self._inherited(inputs, *args, **kwargs)
+
+    def leave(self) -> None:
+        """Gives the model back what it had."""
+        del vars(self._model)["generate"]
+        if self._replaced is not None:
+            vars(self._model)["generate"] = self._replaced
 
 
 def check_prompt(model: PreTrainedModel, inputs: Tensor | None, options: dict[str, Any]) -> None:

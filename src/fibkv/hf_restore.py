@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from fibkv.codecs.raw import TORCH_DTYPES
 from fibkv.errors import BudgetError, FibkvError, ModelError
@@ -21,7 +21,7 @@ from fibkv.prefix import TokenIds
 from fibkv.prefix_load import Prefix, PrefixLoader, Restored
 from fibkv.sealing import LayerSettings
 from fibkv.shape import KVShape
-from fibkv.store.base import Store
+from fibkv.store.base import Store, check_store
 
 
 def restore(
@@ -41,9 +41,12 @@ def restore(
         settings: of `fibkv.Cache`; the same as those of the cache that was saved.
 
     Raises:
-        ContractError: ids of other than one row, or settings that `fibkv.Cache` refuses.
-        ModelError: a model that `fibkv.Cache` refuses.
+        ContractError: no store, ids of other than one row, or settings that `fibkv.Cache` refuses.
+        ModelError: a model that `fibkv.Cache` refuses, or the configuration of one.
     """
+    check_store("restore.store", store)
+    if isinstance(model, PretrainedConfig):
+        raise ModelError(f"restore: expected a model, whose weights count, got {type(model).__name__}")
     cache = Cache(model, **settings)
     ids = plain_ids(token_ids)
     loader = PrefixLoader(store, bind(cache.settings, identify(model, name=name)), ids)

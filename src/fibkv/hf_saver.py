@@ -20,7 +20,7 @@ from fibkv.errors import ContractError, ModelError
 from fibkv.hf_prefix import snapshot
 from fibkv.prefix import TokenIds
 from fibkv.prefix_save import Saved, Snapshot, write_each
-from fibkv.store.base import Store
+from fibkv.store.base import Store, check_store
 
 if TYPE_CHECKING:
     from fibkv.hf import Cache
@@ -45,6 +45,7 @@ class Saver:
     def __init__(self, store: Store, *, most_waiting: int = 4) -> None:
         if most_waiting < 1:
             raise ContractError("Saver.most_waiting", "at least 1", most_waiting)
+        check_store("Saver.store", store)
         self.store = store
         self.failures: list[str] = []
         self._worker = ThreadPoolExecutor(1, "fibkv-saver")

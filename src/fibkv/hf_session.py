@@ -8,12 +8,12 @@ import torch
 
 from fibkv.errors import ContractError, ModelError
 from fibkv.hf import Cache
-from fibkv.hf_argument import with_cache
+from fibkv.hf_argument import cache_in, with_cache
 from fibkv.hf_attention import attention
 from fibkv.hf_restore import restore
 from fibkv.hf_saver import Saver, SavesPages
 from fibkv.prefix_load import Restored
-from fibkv.store.base import Store
+from fibkv.store.base import Store, check_store
 
 _ROWS = ("num_beams", "num_return_sequences")
 
@@ -55,6 +55,8 @@ class Session:
         background: bool = False,
         **settings: Any,
     ) -> None:
+        if store is not None:
+            check_store("Session.store", store)
         if system is not None and not tokenizer.chat_template:
             raise ContractError("Session.system", "a tokenizer with a chat template", type(tokenizer).__name__)
         self.model = model
@@ -82,8 +84,11 @@ class Session:
             ContractError: settings that ask for several rows, or that `fibkv.Cache` refuses; the session is closed.
             ModelError: a model that `fibkv.Cache` refuses.
         """
-        if any(generation.get(name, 1) != 1 for name in _ROWS):
+        config = generation.get("generation_config") or self.model.generation_config
+        if any((generation.get(name, getattr(config, name, None)) or 1) != 1 for name in _ROWS):
             raise ContractError("Session.ask", f"one row: {', '.join(_ROWS)} of 1", generation)
+        if cache_in(generation) is not None:
+            raise ContractError("Session.ask", "no cache beside its own", sorted(generation))
         if self._saver is not None and self._saver.is_closed:
             raise ContractError("Session.ask", "a session that is open", "one that is closed")
         messages = [*self.messages, {"role": "user", "content": text}]
@@ -96,7 +101,8 @@ class Session:
         ids = torch.tensor([prompt], device=self.model.device)
         with torch.no_grad(), attention(self.model):
             out = self.model.generate(ids, attention_mask=torch.ones_like(ids), **with_cache(cache), **generation)
-        self.cache, self._ids = cache, out[0].tolist()
+        sequences = out if isinstance(out, torch.Tensor) else out.sequences
+        self.cache, self._ids = cache, sequences[0].tolist()
         answer = str(self.tokenizer.decode(self._ids[len(prompt) :], skip_special_tokens=True))
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         self._save(cache)

@@ -9,6 +9,16 @@ from fibkv.errors import ModelError
 from fibkv.hf_layer import CompressedLayer
 
 
+def check_layer(layers: Sequence[Any], index: int) -> None:
+    """Refuses a layer that the cache does not have.
+
+    Raises:
+        ModelError: the model is not the one that the cache was made for.
+    """
+    if index >= len(layers):
+        raise ModelError(f"cache of {len(layers)} layers: got keys of layer {index}: it was made for another model")
+
+
 def check_rows(layers: Sequence[Any], index: int, rows: int) -> None:
     """Refuses another number of rows than a layer holds.
 

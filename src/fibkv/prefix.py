@@ -61,7 +61,8 @@ def chain_names(start: str | None, token_ids: TokenIds, boundaries: Iterable[int
 
 def _bytes(token_ids: TokenIds) -> npt.NDArray[np.generic]:
     ids = np.asarray(token_ids)
-    is_ids = ids.ndim == 1 and ids.size and np.issubdtype(ids.dtype, np.integer)
-    if not is_ids or ids.min() < 0 or ids.max() >= 1 << 32:
-        raise ContractError("chain.token_ids", "a list of whole numbers from 0 to 2**32 - 1, not empty", token_ids)
+    if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+        raise ContractError("chain.token_ids", "whole numbers [t], not empty", f"{ids.dtype} {list(ids.shape)}")
+    if ids.min() < 0 or ids.max() >= 1 << 32:
+        raise ContractError("chain.token_ids", "numbers from 0 to 2**32 - 1", f"{ids.min()} to {ids.max()}")
     return ids.astype("<u4")

@@ -330,6 +330,8 @@ def _checked_profiles(
     profiles: Mapping[int, tuple[Choice, Choice]], layers: int
 ) -> Mapping[int, tuple[Choice, Choice]]:
     """Refuses codecs of layers that the model does not have, and unknown ones."""
+    if not isinstance(profiles, Mapping):
+        raise ContractError("Cache.layer_profiles", "pairs of codecs by layer index", profiles)
     found = {}
     for layer, pair in profiles.items():
         if not 0 <= layer < layers:

@@ -27,7 +27,7 @@ from fibkv.bench_settings import QUICK_PREFILL, QUICK_STEPS
 from fibkv.bench_steps import run_steps
 from fibkv.hf import Cache
 from fibkv.hf_argument import with_cache
-from fibkv.hf_attention import switched
+from fibkv.hf_switch import switched
 from fibkv.quality import CausalLM, fork_logits
 from tests.bench.conftest import quiet
 

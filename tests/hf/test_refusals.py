@@ -62,6 +62,45 @@ class TestAtConstruction:
         with pytest.raises(ContractError, match="raw_heads: expected indices below 1"):
             fibkv.Cache(tiny("DeepseekV3"), policy=fibkv.Policy.per_token(regions))
 
+    @pytest.mark.parametrize(
+        ("settings", "match"),
+        [
+            ({"pool": "64MiB"}, r"Cache\.pool: expected a fibkv\.Pool, got '64MiB'"),
+            ({"layer_profiles": [("fib4", "fib4")]}, r"Cache\.layer_profiles: expected pairs of codecs by layer index"),
+            ({"calibration": "/"}, "calibration /: expected a safetensors file, got 'a directory'"),
+        ],
+    )
+    def test_settings_of_another_type(self, settings: dict[str, object], match: str) -> None:
+        with pytest.raises(ContractError, match=match):
+            fibkv.Cache(tiny("Llama"), **settings)
+
+    def test_a_wrapped_model_says_how_to_unwrap_it(self) -> None:
+        class Adapted(torch.nn.Module):
+            def get_base_model(self) -> torch.nn.Module:
+                raise NotImplementedError
+
+        with pytest.raises(ModelError, match=r"got Adapted; unwrap it by its get_base_model\(\)"):
+            fibkv.Cache(Adapted())
+
+
+class TestSteps:
+    def test_a_model_of_more_layers(self) -> None:
+        cache, larger = fibkv.Cache(tiny("Llama")), tiny("Llama", num_hidden_layers=3)
+        with pytest.raises(ModelError, match="cache of 2 layers: got keys of layer 2: it was made for another model"):
+            larger(ids(), **with_cache(cache))
+
+    @pytest.mark.parametrize(("length", "error"), [(-1, ModelError), (2.5, TypeError), ("3", TypeError)])
+    def test_a_length_that_is_none(self, length: object, error: type[Exception]) -> None:
+        cache = fibkv.Cache(tiny("Llama"))
+        states = torch.ones(1, 2, 5, 16)
+        for index in range(2):
+            cache.update(states, states, index)
+        with pytest.raises(error):
+            cache.crop_to(length)  # type: ignore[arg-type]
+        with pytest.raises(error):
+            cache.crop(length if error is TypeError else 1)  # type: ignore[arg-type]
+        assert cache.get_seq_length() == 5
+
 
 class TestLayersThatStay:
     def test_classes_that_fibkv_does_not_know_are_left_alone(self) -> None:
@@ -141,6 +180,13 @@ class TestAttention:
         assert not torch.allclose(turned, on_pages)
         assert isinstance(key, Handle)
         assert cache.report().materialized == 1
+
+    def test_only_models_are_switched(self) -> None:
+        with (
+            pytest.raises(ModelError, match=r"fibkv\.attention: expected a model of transformers, got LlamaConfig"),
+            fibkv.attention(tiny("Llama").config),
+        ):
+            pass
 
     @pytest.mark.parametrize("name", ["Mpt", "Llama"])
     def test_every_configuration_gets_its_own_back(self, name: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -51,6 +51,15 @@ def logits(model: PreTrainedModel, ids: Tensor, cache: fibkv.Cache) -> Tensor:
         return model(ids, **with_cache(cache)).logits
 
 
+def test_a_path_is_no_store_and_a_configuration_no_model(model: PreTrainedModel, ids: Tensor, tmp_path: Path) -> None:
+    with pytest.raises(ContractError, match=r"save\.store: expected a store, such as fibkv\.store\.DirectoryStore"):
+        filled(model, ids).save(tmp_path, ids)
+    with pytest.raises(ContractError, match=r"restore\.store: expected a store"):
+        fibkv.restore(model, ids, str(tmp_path))
+    with pytest.raises(ModelError, match="restore: expected a model, whose weights count, got LlamaConfig"):
+        fibkv.restore(model.config, ids, MemoryStore())
+
+
 @pytest.mark.parametrize(
     "settings", [{}, {"bits": (8, 2)}, {"bits": 16}, {"policy": Policy.per_token()}, {"read_through": True}]
 )

@@ -151,6 +151,8 @@ def test_a_page_that_is_damaged_meanwhile_is_not_written(model: Any) -> None:
 def test_misuse_is_refused(model: Any) -> None:
     with pytest.raises(ContractError, match=r"Saver\.most_waiting"):
         fibkv.Saver(MemoryStore(), most_waiting=0)
+    with pytest.raises(ContractError, match=r"Saver\.store: expected a store, .* got '~/kv'"):
+        fibkv.Saver("~/kv")
     saver, cache = fibkv.Saver(MemoryStore()), filled(model, 80)
     with pytest.raises(ContractError, match="the ids of the 80 tokens held"):
         saver.save(cache, IDS[:, :79], name=NAME)

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
 
 import fibkv
 from fibkv import embedded
 from fibkv.errors import ContractError
+from fibkv.hf_argument import with_cache
 from fibkv.store import MemoryStore
 from tests.store.prefixes import FailingStore
 
@@ -107,3 +108,17 @@ def test_misuse_is_refused(loaded: tuple[Any, Any]) -> None:
         fibkv.Session(*loaded, system="Hello")
     with pytest.raises(ContractError, match=r"Session\.ask: expected one row"):
         fibkv.Session(*loaded).ask("x", num_beams=2)
+    with pytest.raises(ContractError, match=r"Session\.ask: expected one row"):
+        fibkv.Session(*loaded).ask("x", generation_config=GenerationConfig(num_beams=2))
+    with pytest.raises(ContractError, match=r"Session\.ask: expected no cache beside its own"):
+        fibkv.Session(*loaded).ask("x", **with_cache(fibkv.Cache(loaded[0])))
+    with pytest.raises(ContractError, match=r"Session\.store: expected a store, .* got '~/kv'"):
+        fibkv.Session(*loaded, store="~/kv")
+
+
+def test_an_answer_may_come_with_its_scores(loaded: tuple[Any, Any]) -> None:
+    expected = fibkv.Session(*loaded).ask(ASKED, **GREEDY)
+    session = fibkv.Session(*loaded)
+    assert session.ask(ASKED, **GREEDY, return_dict_in_generate=True, output_scores=True) == expected
+    session.ask("And?", **GREEDY)
+    assert session.reused_tokens > 0

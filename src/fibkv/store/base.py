@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from fibkv.errors import StoreError
+from fibkv.errors import ContractError, StoreError
 
 ASIDE = "aside"
 """Folder of objects that did not stand a check."""
@@ -32,6 +32,7 @@ class Entry:
     used: float
 
 
+@runtime_checkable
 class Store(Protocol):
     """Named bytes. An object appears whole or not at all, and what it holds never changes under its name.
 
@@ -62,6 +63,16 @@ class Store(Protocol):
     def touch(self, keys: Sequence[str]) -> None:
         """Counts objects as used now, one after another: a store with a limit loses the least recently used first."""
         ...
+
+
+def check_store(field: str, store: object) -> None:
+    """Refuses what is no store, such as the path of one.
+
+    Raises:
+        ContractError: it is none.
+    """
+    if not isinstance(store, Store):
+        raise ContractError(field, "a store, such as fibkv.store.DirectoryStore(path)", store)
 
 
 def check_key(key: str) -> str:
