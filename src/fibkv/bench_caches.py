@@ -132,9 +132,9 @@ def cache_contenders(
 
 
 @torch.no_grad()
-def fill(cache: Any, settings: ModelSettings) -> None:
-    """Gives a cache the context's random keys and values through its own update, the same to every cache."""
-    shape = (2, 1, settings.kv_heads, settings.context, settings.head_dim)
+def fill(cache: Any, settings: ModelSettings, tokens: int) -> None:
+    """Gives a cache random keys and values through its own update, the same to every cache."""
+    shape = (2, 1, settings.kv_heads, tokens, settings.head_dim)
     for layer in range(settings.layers):
         generator = torch.Generator().manual_seed(settings.seed * settings.layers + layer)
         keys, values = torch.randn(shape, generator=generator).bfloat16()

@@ -1,22 +1,24 @@
 """`fibkv bench prefill`: a prompt through a whole model into each cache, against a dense one.
 
-Attention of a prefill is the same dense computation for all: what differs is the encoding of the keys and values.
-The cache of the first, untimed pass is checked: its logits are those of dense attention, and damage to a page moves
-the logits of the next token.
+Attention in an empty cache is the same dense computation for all: what differs is the encoding of the keys and values.
+Behind tokens that are cached already it reads them as the cache holds them. The cache of the first, untimed pass is
+checked: its logits are those of dense attention, and damage to a page moves the logits of the next token.
 """
 
 from __future__ import annotations
 
+import copy
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fibkv.bench_caches import CacheContender, cache_contenders, random_llama
+from fibkv.bench_caches import CacheContender, cache_contenders, dense_copy, fill, random_llama
 from fibkv.bench_models import Trial, rounds_of, rows_of
 from fibkv.bench_result import PrefillResult
 from fibkv.bench_settings import PrefillSettings
+from fibkv.hf import Cache
 from fibkv.hf_argument import with_cache
 from fibkv.hf_switch import switched
 from fibkv.machine import Conditions
@@ -39,7 +41,7 @@ def run_prefill(settings: PrefillSettings, progress: ProgressCallback) -> Prefil
     started = perf_counter()
     num_threads = settings.num_threads or torch.get_num_threads()
     conditions = Conditions.now(num_threads)
-    model = random_llama(settings, settings.context + 1)
+    model = random_llama(settings, settings.cached + settings.context + 1)
     generator = torch.Generator().manual_seed(settings.seed)
     ids = torch.randint(model.config.vocab_size, (1, settings.context), generator=generator)
     found, skipped = cache_contenders(model, settings)
@@ -62,7 +64,7 @@ def run_prefill(settings: PrefillSettings, progress: ProgressCallback) -> Prefil
 
 
 class PrefillTrial(Trial):
-    """A prompt that goes into a new cache in each turn.
+    """A prompt that goes into a new cache in each turn, or behind what a copy of a filled one holds.
 
     Attributes:
         logits: of the token after the prompt, [vocab].
@@ -79,19 +81,28 @@ class PrefillTrial(Trial):
         """Fills a first cache and checks it; ``expected`` are the logits of the first contender."""
         super().__init__(model, settings, contender)
         self._ids = ids
-        cache = contender.make()
-        self.logits, _ = self._prefill(cache)
+        self._filled = contender.make()
+        if settings.cached:
+            fill(self._filled, settings, settings.cached)
+            # What a compressed cache holds is not what the dense one does.
+            expected = self._dense_logits(self._filled) if isinstance(self._filled, Cache) else None
+        cache = copy.deepcopy(self._filled)
+        self.logits, _ = self._prefill(cache, contender.attention)
         self.check(cache, self.logits, self.logits if expected is None else expected)
         self.measure(cache)
 
     def turn(self) -> list[float]:
         """Seconds of one prefill."""
-        _, seconds = self._prefill(self.contender.make())
+        _, seconds = self._prefill(copy.deepcopy(self._filled), self.contender.attention)
         return [seconds]
 
+    def _dense_logits(self, filled: Cache) -> Tensor:
+        logits, _ = self._prefill(dense_copy(filled, self.model), "sdpa")
+        return logits
+
     @torch.no_grad()
-    def _prefill(self, cache: Any) -> tuple[Tensor, float]:
-        with switched(self.model, self.contender.attention):
+    def _prefill(self, cache: Any, attention: str) -> tuple[Tensor, float]:
+        with switched(self.model, attention):
             started = perf_counter()
             out = self.model(input_ids=self._ids, **with_cache(cache), use_cache=True, logits_to_keep=1)
             seconds = perf_counter() - started

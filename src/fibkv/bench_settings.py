@@ -187,11 +187,15 @@ class PrefillSettings(ModelSettings):
     """What `fibkv bench prefill` measures: one pass of a prompt through a whole model.
 
     The model has the proportions of one layer of Llama 3 8B, so that the share of the encoding is that model's.
+
+    Attributes:
+        cached: tokens that the cache holds before the prompt: those of earlier turns, or of a restored prefix.
     """
 
     layers: Count = 1
     hidden_size: Count = 4096
     context: Count = 8192
+    cached: Total = 0
     rounds: Count = 3
 
 

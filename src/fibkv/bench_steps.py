@@ -75,7 +75,7 @@ class StepTrial(Trial):
         self._tokens = settings.tokens
         self._between = between
         self.cache: Any = contender.make()
-        fill(self.cache, settings)
+        fill(self.cache, settings, settings.context)
         if contender.kind != "quantized":
             with switched(model, contender.attention):
                 logits = fork_logits(model, self.cache, TOKEN)

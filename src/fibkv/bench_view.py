@@ -19,6 +19,7 @@ from fibkv.bench_result import (
     PrefillResult,
     StepResult,
 )
+from fibkv.bench_settings import PrefillSettings
 from fibkv.demo_view import verdict
 from fibkv.machine import Conditions
 from fibkv.timing import Timing
@@ -42,13 +43,15 @@ def render_kernels(result: KernelResult) -> RenderableType:
 
 def render_models(result: StepResult | PrefillResult) -> RenderableType:
     """The table of the caches, the outcomes of the checks, the notes and the conditions."""
+    title, timed = f"{result.settings.context} tokens", ("p10", "p90", "tok/s")
     if isinstance(result, StepResult):
-        title, headings, cells = "Decode steps", ("ms/token", "p10", "p90", "tok/s", "ratio"), _step_cells
+        title, headings, cells = f"Decode steps, {title}", ("ms/token", *timed, "ratio"), _ratio_cells
+    elif result.settings.cached:
+        title = f"Prefill, {title} behind {result.settings.cached} cached ones"
+        headings, cells = ("ms/prompt", *timed, "ratio"), _ratio_cells
     else:
-        title, headings, cells = "Prefill", ("ms/prompt", "p10", "p90", "tok/s", "overhead"), _prefill_cells
-    table = plain_table(
-        f"{title}, {result.settings.context} tokens", ("MiB", "of dense", *headings), map(cells, result.rows)
-    )
+        title, headings, cells = f"Prefill, {title}", ("ms/prompt", *timed, "overhead"), _overhead_cells
+    table = plain_table(title, ("MiB", "of dense", *headings), map(cells, result.rows))
     outcomes = {row.name: row.checks for row in result.rows if row.checks is not None}
     return Group(table, checks_table(outcomes, "logits"), *notes_lines(model_notes(result)))
 
@@ -94,10 +97,7 @@ def model_notes(result: StepResult | PrefillResult) -> list[str]:
             "Its quantized caches decode all they hold at every step; they are given the matmul attention.",
         ]
     else:
-        notes.append(
-            f"{used.rounds} interleaved rounds, a new cache and one pass of the whole prompt in each. "
-            "Overhead: time added to the dense row's, median of per-round ratios."
-        )
+        notes.append(_prefill_note(result.settings))
     notes.append(
         f"Checks: relative error of the next logits to dense attention on the same values, at most {LOGITS_LIMIT:.0%}; "
         "damaged keys must move the logits; dense copies made instead of reading pages must be 0. "
@@ -105,6 +105,19 @@ def model_notes(result: StepResult | PrefillResult) -> list[str]:
     )
     notes += [f"Skipped: {name}: {reason}." for name, reason in result.skipped]
     return [*notes, *condition_notes(result.conditions, result.seconds)]
+
+
+def _prefill_note(used: PrefillSettings) -> str:
+    if used.cached:
+        return (
+            f"Every cache was given the same random keys and values; {used.rounds} interleaved rounds, one pass of the "
+            "whole prompt behind a copy of it in each. Ratio: how many times as fast as the dense row, median of "
+            "per-round ratios. Transformers' quantized caches decode all they hold."
+        )
+    return (
+        f"{used.rounds} interleaved rounds, a new cache and one pass of the whole prompt in each. "
+        "Overhead: time added to the dense row's, median of per-round ratios."
+    )
 
 
 _KERNEL_HEADINGS = ("B/elem", "ms", "p10", "p90", "ns", "GB/s", "ratio", "read")
@@ -125,11 +138,11 @@ def _kernel_cells(row: KernelRow) -> list[str]:
     ]
 
 
-def _step_cells(row: CacheRow) -> list[str]:
+def _ratio_cells(row: CacheRow) -> list[str]:
     return _cache_cells(row, MISSING if row.figures is None else times(row.figures.speedup))
 
 
-def _prefill_cells(row: CacheRow) -> list[str]:
+def _overhead_cells(row: CacheRow) -> list[str]:
     overhead = None if row.figures is None else row.figures.overhead
     return _cache_cells(row, MISSING if overhead is None else f"{overhead:+.1%}")
 

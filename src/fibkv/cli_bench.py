@@ -180,6 +180,7 @@ def prefill(
     kv_heads: KVHeads = None,
     head_dim: HeadDim = None,
     context: Annotated[int | None, typer.Option(min=1, help="Tokens of the prompt.")] = None,
+    cached: Annotated[int | None, typer.Option(min=0, help="Tokens in the cache before the prompt.")] = None,
     profiles: Profiles = None,
     implementation: Implementation = None,
     threads: Threads = None,
@@ -189,7 +190,7 @@ def prefill(
     json: Json = None,
     plot: Plot = None,
 ) -> None:
-    """A prompt through a random-weight Llama into each cache, against dense prefill."""
+    """A prompt through a random-weight Llama into each cache, empty or filled, against a dense one."""
     from fibkv.bench_plot import plot_models  # noqa: PLC0415
     from fibkv.bench_prefill import run_prefill  # noqa: PLC0415
     from fibkv.bench_view import render_models  # noqa: PLC0415
@@ -202,6 +203,7 @@ def prefill(
         kv_heads=kv_heads,
         head_dim=head_dim,
         context=context,
+        cached=cached,
         profiles=_names(profiles),
         implementation=implementation,
         num_threads=threads,

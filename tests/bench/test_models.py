@@ -80,6 +80,16 @@ def test_prefill_has_its_figures(prefill_result: PrefillResult) -> None:
     assert PrefillResult.from_json(prefill_result.to_json()) == prefill_result
 
 
+def test_a_prompt_behind_a_filled_cache() -> None:
+    settings = QUICK_PREFILL.model_copy(update={"cached": 300, "profiles": ("fib4", "int8")})
+    result = run_prefill(settings, quiet)
+    _check_rows(result, settings.rounds)
+    # Of all tokens: the prompt's are held, too.
+    dense = _rows(result)["DynamicCache sdpa"]
+    assert dense.nbytes == 4 * settings.kv_heads * settings.head_dim * (300 + settings.context)
+    assert dense.of_dense == 1
+
+
 def test_sizes_are_counted(step_result: StepResult) -> None:
     rows = _rows(step_result)
     # Tokens that each turn fed: the one before, the untimed one, the timed ones but the last.
@@ -138,7 +148,7 @@ def test_a_cache_that_is_not_read_fails(monkeypatch: pytest.MonkeyPatch) -> None
 def test_matmul_attention_is_sdpa(model: CausalLM) -> None:
     token = torch.tensor([7])
     cache = DynamicCache(config=model.config)
-    fill(cache, QUICK_STEPS)
+    fill(cache, QUICK_STEPS, QUICK_STEPS.context)
     expected = fork_logits(model, cache, token)
     with switched(model, MATMUL_NAME):
         logits = fork_logits(model, cache, token)
@@ -182,7 +192,7 @@ def test_weights_and_filling_follow_the_seed() -> None:
     assert not torch.equal(weights[0], weights[2])
     dense, pages = DynamicCache(config=first.config), Cache(first, profile="raw")
     for cache in (dense, pages):
-        fill(cache, QUICK_STEPS)
+        fill(cache, QUICK_STEPS, QUICK_STEPS.context)
     assert torch.equal(dense_copy(pages, first).layers[0].keys, dense.layers[0].keys)
 
 

@@ -56,6 +56,16 @@ def test_kernel_tables_say_how_many_queries(kernel_result: KernelResult) -> None
     assert any(line.startswith("40 query tokens, 128 cached tokens") for line in lines)
 
 
+def test_prefill_behind_cached_tokens_shows_ratios(prefill_result: PrefillResult) -> None:
+    settings = prefill_result.settings.model_copy(update={"cached": 300})
+    result = prefill_result.model_copy(update={"settings": settings})
+    lines = _shown(render_models(result))
+    assert any(line.startswith("Prefill, 256 tokens behind 300 cached ones") for line in lines)
+    assert any("ratio" in line and "overhead" not in line for line in lines[:4])
+    assert "1.00x" in _line(lines, "DynamicCache sdpa")
+    assert any("Ratio: how many times as fast as the dense row" in note for note in model_notes(result))
+
+
 def test_kernel_notes_say_the_conditions(kernel_result: KernelResult) -> None:
     said = " ".join(kernel_notes(kernel_result))
     conditions = kernel_result.conditions
