@@ -95,8 +95,10 @@ def main() -> None:
     _attention(90, SIDES["bf16"], SIDES["bf16"], paged=0)
     sizes = {"DIM": 128, "D": 128, "COLUMNS": 16}
     compiled(90, triton_merge._turn, "*u8 *fp32 *fp32 *fp32 i32", True, FORM="bf16", QUERIES=16, **sizes)
-    types = "*fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32 i32 i32 i32"
-    compiled(90, triton_merge.merge_splits, types, True, ROTATED=True, PLAIN=True, ADDED=True, SLOTS=16, **sizes)
+    types = "*fp32 *fp32 *fp32 *bf16 *fp32 i32 i32 i32 i32 i32 i32"
+    compiled(
+        90, triton_merge.merge_splits, types, True, ROTATED=True, PLAIN=True, ADDED=True, FORM="bf16", SLOTS=16, **sizes
+    )
 
 
 def _encoding() -> None:

@@ -160,7 +160,7 @@ class CudaPages:
         Raises:
             KernelError: NVRTC refuses, or the device does.
         """
-        rows, heads, queries, _ = kind.shape
+        rows, heads, queries = kind.sizes
         run_rows, run_heads = group.rows[1] - group.rows[0], group.heads[1] - group.heads[0]
         programs = run_heads * _ceil(queries, QUERIES * found.query_tiles)
         units = group.spans * _ceil(group.tokens, UNIT)

@@ -128,8 +128,5 @@ class Triton(InPlace):
         Raises:
             KernelError: queries and pages on several devices, or a tuning that the device has no room for.
         """
-        batch, query_heads, queries, dim = query.shape
         with _current(query.device), _float32(query.device.type):
-            grouped = query.detach().reshape(batch, tail[0].shape[1], -1, dim)
-            out, lse = plan.attend(grouped, tail, scores, queries, length - queries)
-        return out.view(batch, query_heads, queries, -1), lse.view(batch, query_heads, queries)
+            return plan.attend(query.detach(), tail, scores, length - query.shape[2])

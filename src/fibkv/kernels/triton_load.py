@@ -28,6 +28,20 @@ def load_floats(start, offsets, mask, FORM: tl.constexpr):
 
 
 @triton.jit
+def store_floats(start, offsets, numbers, mask, FORM: tl.constexpr):
+    """Writes float32 numbers to a ``f32``, ``f16`` or ``bf16`` array at ``start``, rounded to the nearest."""
+    if FORM == "f32":
+        tl.store(start.to(tl.pointer_type(tl.float32)) + offsets, numbers, mask)
+    elif FORM == "f16":
+        tl.store(start.to(tl.pointer_type(tl.float16)) + offsets, numbers.to(tl.float16), mask)
+    else:
+        bits = numbers.to(tl.int32, bitcast=True)
+        # To even where two are as near. What is no number stays none.
+        halves = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+        tl.store(start.to(tl.pointer_type(tl.int16)) + offsets, halves.to(tl.int16), mask)
+
+
+@triton.jit
 def load_eights(start, offsets, mask, FORM: tl.constexpr):
     """Elements of an ``int8`` or ``fp8`` (e4m3, no NaN) array at ``start``, float16, which holds them exactly."""
     if FORM == "int8":

@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fibkv.kernels.triton_launch import Kernel, kernel_of
-from fibkv.kernels.triton_load import load_floats
-from fibkv.kernels.triton_sides import FORMS, power_of_two
+from fibkv.kernels.triton_load import load_floats, store_floats
+from fibkv.kernels.triton_sides import FLOATS, FORMS, power_of_two
 
 # What a matrix unit takes at least: queries of a program; and splits that one reads at a time.
 BLOCK = 16
@@ -66,17 +66,17 @@ class Turn:
 
     @classmethod
     def of(cls, dtype: torch.dtype, rotation: Tensor) -> Self:
-        """For queries of a floating dtype."""
+        """For queries of a dtype of `triton_sides.FLOATS`."""
         dim = len(rotation)
         constants = {"FORM": FORMS[dtype], "DIM": dim, "D": _width(dim), "QUERIES": BLOCK, "COLUMNS": COLUMNS}
         return cls(kernel_of(_turn, rotation.device, constants), rotation)
 
     def __call__(self, query: Tensor, stream: int) -> tuple[Tensor, Tensor]:
-        """Queries ``[..., d]``: the same in float32, and turned."""
-        query = query.contiguous()
-        plain = torch.empty(query.shape, dtype=torch.float32, device=query.device)
+        """Queries ``[..., d]``, contiguous: the same in float32, and turned."""
+        shape = query.shape
+        plain = torch.empty(shape, dtype=torch.float32, device=query.device)
         turned = torch.empty_like(plain)
-        dim, count = query.shape[-1], query.shape[:-1].numel()
+        dim, count = shape[-1], shape[:-1].numel()
         grid = _ceil(count, BLOCK), _ceil(dim, COLUMNS), 1
         self.kernel.launch(grid, stream, (query.view(torch.uint8), self.rotation, plain, turned), (count,))
         return plain, turned
@@ -105,6 +105,7 @@ def merge_splits(
     ROTATED: tl.constexpr,
     PLAIN: tl.constexpr,
     ADDED: tl.constexpr,
+    FORM: tl.constexpr,
     DIM: tl.constexpr,
     D: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -118,7 +119,7 @@ def merge_splits(
         outs: ``[slots, count, DIM]`` float32; undefined where lses are -inf.
         lses: ``[slots, count]`` float32.
         rotation: ``[DIM, DIM]`` float32, from whose space outputs are taken back (if ROTATED).
-        out: ``[count, DIM]`` float32, to which the share is added (if ADDED); 0 for queries that see nothing.
+        out: ``[count, DIM]`` of FORM, to which the share is added (if ADDED); 0 for queries that see nothing.
         lse: ``[count]`` float32, of all splits.
         count: queries.
         first: of the splits that are in that space (if ROTATED).
@@ -155,10 +156,10 @@ def merge_splits(
         inside = (axis < DIM)[:, None] & (columns < DIM)[None, :]
         matrix = tl.load(rotation + axis[:, None] * DIM + columns[None, :], inside, other=0.0)
         share += tl.sum((turned / divisor)[:, None] * matrix, 0)
-    into = out + query * DIM + columns
+    into = query * DIM + columns
     if ADDED:
-        share += tl.load(into, columns < DIM, other=0.0)
-    tl.store(into, share, columns < DIM)
+        share += load_floats(out, into, columns < DIM, FORM)
+    store_floats(out, into, share, columns < DIM, FORM)
     tl.store(lse + query, top + tl.log(divisor))
 
 
@@ -177,75 +178,84 @@ class Space(NamedTuple):
 
 
 class Merge:
-    """Merges splits space by space, and adds up what each space's outputs are taken back to."""
+    """Merges splits of queries of one kind, and takes what is behind a rotation back.
+
+    Attributes:
+        shape: of the output, ``[..., d]``.
+        dtype: of the output: the queries', where one launch makes it of numbers that kernels can write, else float32.
+        device: of the splits.
+    """
 
     def __init__(
-        self, spaces: Sequence[Space], plain: int | None, queries: int, dim: int, device: torch.device
+        self, spaces: Sequence[Space], plain: int | None, shape: torch.Size, dtype: torch.dtype, device: torch.device
     ) -> None:
-        """For splits of so many queries.
+        """How splits are merged.
 
         Args:
             spaces: in which splits are.
             plain: from here on to the last one splits are in none of them; None = no split is.
-            queries: of all rows and heads.
-            dim: d.
+            shape: of the output.
+            dtype: of the queries.
             device: of the splits.
         """
-        self._spaces, self._plain, self._queries, self._dim = spaces, plain, queries, dim
-        self._together = [
-            self._kernel(device, ROTATED=True, PLAIN=index == 0 and plain is not None, ADDED=index > 0)
-            for index in range(len(spaces))
+        self._spaces, self._plain = spaces, plain
+        self._count = shape[:-1].numel()
+        is_one = len(spaces) < 2 and self._count <= FEW and dtype in FLOATS
+        self.shape, self.dtype, self.device = shape, dtype if is_one else torch.float32, device
+        has_plain = plain is not None
+        self._rotated = [
+            self._kernel(ROTATED=True, PLAIN=has_plain and not index, ADDED=index > 0) for index in range(len(spaces))
         ]
-        self._alone = self._kernel(device, ROTATED=False, PLAIN=True, ADDED=False)
+        self._as_it_is = self._kernel(ROTATED=False, PLAIN=True, ADDED=False)
 
-    def _kernel(self, device: torch.device, **modes: bool) -> Kernel:
-        width = _width(self._dim)
+    def _kernel(self, **modes: bool) -> Kernel:
+        dim = self.shape[-1]
         # Without a rotation one program has all coordinates.
-        columns = COLUMNS if modes["ROTATED"] else width
-        sizes = {"DIM": self._dim, "D": width, "SLOTS": BLOCK, "COLUMNS": columns}
-        return kernel_of(merge_splits, device, {**modes, **sizes})
+        columns = COLUMNS if modes["ROTATED"] else _width(dim)
+        sizes = {"DIM": dim, "D": _width(dim), "SLOTS": BLOCK, "COLUMNS": columns}
+        return kernel_of(merge_splits, self.device, {**modes, "FORM": FORMS[self.dtype], **sizes})
 
-    def __call__(self, outs: Tensor, lses: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, outs: Tensor, lses: Tensor, slots: int, stream: int) -> tuple[Tensor, Tensor]:
         """Attention over all splits.
 
         Args:
-            outs: ``[S, ..., d]`` float32, undefined where lses are -inf.
-            lses: ``[S, ...]`` float32.
+            outs: of ``[slots, ..., d]`` float32, undefined where lses are -inf.
+            lses: of ``[slots, ...]`` float32.
+            slots: splits.
             stream: handle of the device's current one.
 
         Returns:
-            ``out [..., d]`` and ``lse [...]``, float32.
+            ``out [..., d]`` of `dtype`, and ``lse [...]`` float32.
         """
-        lse = torch.empty(lses.shape[1:], dtype=torch.float32, device=lses.device)
-        if self._queries > FEW:
-            return self._of_many(outs, lses, lse, stream), lse
-        out = torch.empty(outs.shape[1:], dtype=torch.float32, device=outs.device)
-        plain, slots = self._plain or 0, len(lses)
-        for space, kernel in zip(self._spaces, self._together, strict=True):
+        lse = torch.empty(self.shape[:-1], dtype=torch.float32, device=self.device)
+        if self._count > FEW and self._spaces:
+            return self._by_products(outs, lses, lse, slots, stream), lse
+        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        plain, grid = self._plain or 0, (self._count, _ceil(self.shape[-1], COLUMNS), 1)
+        for space, kernel in zip(self._spaces, self._rotated, strict=True):
             tensors = outs, lses, space.rotation, out, lse
-            grid = self._queries, _ceil(self._dim, COLUMNS), 1
-            kernel.launch(grid, stream, tensors, (self._queries, space.first, space.stop, plain, slots, slots))
+            kernel.launch(grid, stream, tensors, (self._count, space.first, space.stop, plain, slots, slots))
         if not self._spaces:
-            self._add(outs, lses, (0, slots), out, lse, stream)
+            self._add(outs, lses, (0, slots, slots), out, lse, stream)
         return out, lse
 
-    def _of_many(self, outs: Tensor, lses: Tensor, lse: Tensor, stream: int) -> Tensor:
+    def _by_products(self, outs: Tensor, lses: Tensor, lse: Tensor, slots: int, stream: int) -> Tensor:
         """The output; one product for all queries reads a matrix once."""
-        total: Tensor | None = None
-        for first, stop, rotation in [*self._spaces, (self._plain, len(lses), None)]:
-            if first is None:
-                continue
-            share = torch.empty(outs.shape[1:], dtype=torch.float32, device=outs.device)
-            self._add(outs, lses, (first, stop), share, lse, stream)
-            share = share if rotation is None else share @ rotation
-            total = share if total is None else total.add_(share)
-        assert total is not None
+        plain = slots if self._plain is None else self._plain
+        total = torch.empty(self.shape, dtype=torch.float32, device=self.device)
+        # The splits in no space, if there are none a zero.
+        self._add(outs, lses, (plain, slots, slots), total, lse, stream)
+        for first, stop, rotation in self._spaces:
+            share = torch.empty_like(total)
+            self._add(outs, lses, (first, stop, slots), share, lse, stream)
+            total += share @ rotation
         return total
 
-    def _add(self, outs: Tensor, lses: Tensor, splits: tuple[int, int], out: Tensor, lse: Tensor, stream: int) -> None:
-        """Writes the share of a range of splits as they are."""
-        numbers = self._queries, 0, 0, *splits, len(lses)
-        self._alone.launch((self._queries, 1, 1), stream, (outs, lses, outs, out, lse), numbers)
+    def _add(
+        self, outs: Tensor, lses: Tensor, splits: tuple[int, int, int], out: Tensor, lse: Tensor, stream: int
+    ) -> None:
+        """Writes the share of splits as they are: the first, that behind the last, and how many there are in all."""
+        self._as_it_is.launch((self._count, 1, 1), stream, (outs, lses, outs, out, lse), (self._count, 0, 0, *splits))
 
 
 def _width(dim: int) -> int:

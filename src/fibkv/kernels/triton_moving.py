@@ -24,8 +24,8 @@ class Kind(NamedTuple):
     Attributes:
         device: of the queries.
         dtype: of the queries.
-        shape: of the queries, ``[B, H, G * Q, d]``.
-        length: Q.
+        shape: of the queries, ``[B, Hq, Q, d]``.
+        heads: H, KV heads.
         keys: of the tail; None = it is empty.
         values: of the tail; None = it is empty.
         masks: of each group of pages, and of the tail at last: ``none``, ``causal``, ``bool`` or ``float``.
@@ -35,11 +35,22 @@ class Kind(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     shape: torch.Size
-    length: int
+    heads: int
     keys: Held | None
     values: Held | None
     masks: tuple[str, ...]
     softcap: bool
+
+    @property
+    def length(self) -> int:
+        """Q."""
+        return self.shape[2]
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """B, H, and G * Q, the queries of a KV head."""
+        rows, query_heads, length, _ = self.shape
+        return rows, self.heads, query_heads // self.heads * length
 
 
 class Moving(NamedTuple):
@@ -51,8 +62,8 @@ class Moving(NamedTuple):
         strides: of the mask's rows, heads and queries.
         scale: of the logits.
         softcap: of the logits; 0 = they are not bent.
-        outs: ``[S, B, H, G * Q, d_value]`` float32.
-        lses: ``[S, B, H, G * Q]`` float32.
+        outs: of ``[S, B, H, G * Q, d_value]`` float32.
+        lses: of ``[S, B, H, G * Q]`` float32.
         stream: handle of the device's current one.
     """
 

@@ -57,7 +57,7 @@ class TritonPages:
         key, value = group.sides
         tuning = tunings.of(key.kind)
         tile = _tile(group.tokens, tuning)
-        rows, heads, queries, _ = kind.shape
+        rows, heads, queries = kind.sizes
         run_rows, run_heads = group.rows[1] - group.rows[0], group.heads[1] - group.heads[0]
         programs = run_heads * _ceil(queries, _block(queries))
         count, tiles = cut(group.spans * _ceil(group.tokens, tile), tuning.programs * room // (programs * run_rows))
@@ -98,6 +98,7 @@ class Tail:
 
     Attributes:
         kernel: that reads them.
+        rows: B.
         programs: of one row and split.
         tables: of what is not looked up.
         place: the numbers that the kernel is given first, from the first row to Q.
@@ -107,6 +108,7 @@ class Tail:
     """
 
     kernel: Kernel
+    rows: int
     programs: int
     tables: _Tables
     place: tuple[int, ...]
@@ -125,11 +127,12 @@ class Tail:
         capacity = kind.keys.shape[2]
         # Of the capacity, so that a tail that grows makes no new kernel.
         tile = _tile(capacity, tuning)
-        rows, heads, queries, _ = kind.shape
+        rows, heads, queries = kind.sizes
         programs = heads * _ceil(queries, _block(queries))
         modes = {"PAGED": 0, "BIASED": False, "MASK": kind.masks[-1], "SOFTCAP": kind.softcap}
         return cls(
             kernel=_kernel(*sides, kind, tuning, tile, modes),
+            rows=rows,
             programs=programs,
             tables=_Tables.of(on_device(key, kind.device), on_device(value, kind.device)),
             place=(0, 0, heads, rows, heads, queries, kind.length),
@@ -157,7 +160,7 @@ class Tail:
         sides = keys.contiguous().view(torch.uint8), values.contiguous().view(torch.uint8)
         numbers = (*self.place, length - tokens, 1, tokens, self.capacity, tiles, slot)
         self.kernel.launch(
-            (count, self.programs, len(keys)),
+            (count, self.programs, self.rows),
             moving.stream,
             self.tables.around(turned, self.tables.nothing, sides, moving),
             _numbers(numbers, moving),
@@ -199,7 +202,7 @@ def cut(tiles: int, most: int) -> tuple[int, int]:
 
 
 def _kernel(key: Side, value: Side, kind: Kind, tuning: Tuning, tile: int, modes: Mapping[str, object]) -> Kernel:
-    constants = {"KEY": key, "VALUE": value, **modes, "QUERIES": _block(kind.shape[2]), "TOKENS": tile}
+    constants = {"KEY": key, "VALUE": value, **modes, "QUERIES": _block(kind.sizes[2]), "TOKENS": tile}
     return kernel_of(attend_splits, kind.device, constants, num_warps=tuning.warps, num_stages=tuning.stages)
 
 

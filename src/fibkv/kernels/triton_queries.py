@@ -13,11 +13,11 @@ from fibkv.kernels.triton_launch import ALIGNMENT
 from fibkv.kernels.triton_merge import Turn
 from fibkv.kernels.triton_moving import Kind
 from fibkv.kernels.triton_plan import Group
-from fibkv.kernels.triton_sides import on_device
+from fibkv.kernels.triton_sides import FLOATS, on_device
 from fibkv.rotation import Rotation
 from fibkv.space import KeySpace
 
-# Queries ``[B, H, G * Q, d]`` float32 for some keys, and what the keys' mean adds, ``[B, H, G * Q]``, or None.
+# Queries for some keys, of ``[B, H, G * Q, d]`` float32, and what the keys' mean adds, ``[B, H, G * Q]``, or None.
 Turned = tuple[Tensor, Tensor | None]
 
 
@@ -29,9 +29,16 @@ class _Way(NamedTuple):
 
 
 class Queries:
-    """Takes queries of one kind to every space that groups of pages have keys in."""
+    """Takes queries of one kind to every space that groups of pages have keys in.
+
+    Attributes:
+        count: of all rows and heads.
+    """
 
     def __init__(self, groups: Sequence[Group], kind: Kind) -> None:
+        self._dtype = kind.dtype if kind.dtype in FLOATS else torch.float32
+        self.count = kind.shape[:3].numel()
+        self._grouped = (*kind.sizes, kind.shape[3])
         self._places: dict[tuple[KeySpace | None, Rotation | None], int] = {(None, None): 0}
         self._ways: list[_Way] = []
         self._first: Turn | None = None
@@ -46,7 +53,7 @@ class Queries:
                 assert rotation is not None
                 # The first launch takes queries as they come, and widens them.
                 is_first = space is None and self._first is None
-                turn = Turn.of(kind.dtype if is_first else torch.float32, rotation)
+                turn = Turn.of(self._dtype if is_first else torch.float32, rotation)
                 self._first = turn if is_first else self._first
             self._places[where] = len(self._places)
             self._ways.append(_Way(space, turn))
@@ -56,11 +63,11 @@ class Queries:
         return self._places[group.space, group.query_rotation]
 
     def __call__(self, query: Tensor, stream: int) -> list[Turned]:
-        """Queries ``[B, H, G * Q, d]`` as they came, in float32, and in each space."""
+        """Queries ``[B, Hq, Q, d]`` as they came, in float32, and in each space."""
         if self._first is None:
             plain = _aligned(query.to(torch.float32).contiguous())
         else:
-            plain, turned = self._first(query, stream)
+            plain, turned = self._first(query.to(self._dtype).contiguous(), stream)
         made: list[Turned] = [(plain, None)]
         for space, turn in self._ways:
             if turn is not None and turn is self._first:
@@ -68,8 +75,9 @@ class Queries:
                 continue
             inside, bias = plain, None
             if space is not None:
-                bias = (plain @ space.mean.unsqueeze(-1)).squeeze(-1).contiguous()
-                inside = space.queries(plain).contiguous()
+                grouped = plain.view(self._grouped)
+                bias = (grouped @ space.mean.unsqueeze(-1)).squeeze(-1).contiguous()
+                inside = space.queries(grouped).contiguous()
             made.append((inside if turn is None else turn(inside, stream)[1], bias))
         return made
 

@@ -46,26 +46,22 @@ class Plan:
         self._steps: dict[Kind, Step] = {}
 
     def attend(
-        self, query: Tensor, tail: tuple[Tensor, Tensor, int], scores: Scores, length: int, past: int
+        self, query: Tensor, tail: tuple[Tensor, Tensor, int], scores: Scores, past: int
     ) -> tuple[Tensor, Tensor]:
-        """Attention on the pages and a tail.
+        """Attention on the pages and a tail; see `fibkv.kernels.runs.InPlace.attend_plan`.
 
         Args:
-            query: ``[B, H, G * Q, d]`` floating.
-            tail: see `fibkv.kernels.runs.InPlace.attend_plan`.
+            query: ``[B, Hq, Q, d]`` floating.
+            tail: keys, values, and how many tokens of them are in use.
             scores: how logits become weights.
-            length: Q.
             past: tokens before the first query.
-
-        Returns:
-            ``out [B, H, G * Q, d_value]`` and ``lse [B, H, G * Q]``, float32.
 
         Raises:
             KernelError: queries, tail and pages on several devices, or a tuning that the device has no room for.
         """
         keys, values = (Held(side.shape, side.dtype, side.device) if tail[2] else None for side in tail[:2])
-        masks, bent = self._masks(scores, length, past), scores.softcap is not None
-        kind = Kind(query.device, query.dtype, query.shape, length, keys, values, masks, bent)
+        masks, bent = self._masks(scores, query.shape[2], past), scores.softcap is not None
+        kind = Kind(query.device, query.dtype, query.shape, tail[0].shape[1], keys, values, masks, bent)
         step = self._steps.get(kind)
         if step is None:
             if len(self._steps) == MOST_STEPS:
@@ -88,7 +84,7 @@ class Step:
     """How queries of one kind attend.
 
     Attributes:
-        length: Q.
+        kind: of the queries.
         queries: the spaces that they are taken to.
         pages: that are read, each with the place of its queries.
         tail: how it is read; None = it is empty.
@@ -98,7 +94,7 @@ class Step:
         width: of a value.
     """
 
-    length: int
+    kind: Kind
     queries: Queries
     pages: Sequence[tuple[int, TritonPages | CudaPages]]
     tail: Tail | None
@@ -120,7 +116,7 @@ class Step:
             KernelError: queries, tail and pages on several devices.
         """
         _check_devices(groups, kind)
-        rows, heads, queries, _ = kind.shape
+        rows, heads, _ = kind.sizes
         room = _multiprocessors(kind.device)
         parts: list[TritonPages | CudaPages] = []
         spaces: list[Space] = []
@@ -136,12 +132,16 @@ class Step:
         width = kind.values.shape[3] if kind.values is not None else groups[0].value_tables.head_dim
         turned = Queries(groups, kind)
         return cls(
-            length=kind.length,
+            kind=kind,
             queries=turned,
             pages=[(turned.place(group), part) for group, part in zip(groups, parts, strict=True)],
             tail=None if kind.keys is None else Tail.of(kind, tunings, room),
             merge=Merge(
-                spaces, plain if kind.keys or plain < slots else None, rows * heads * queries, width, kind.device
+                spaces,
+                plain if kind.keys or plain < slots else None,
+                torch.Size((*kind.shape[:3], width)),
+                kind.dtype,
+                kind.device,
             ),
             slots=slots,
             whole=all(group.rows == (0, rows) and group.heads == (0, heads) for group in groups),
@@ -152,10 +152,10 @@ class Step:
         self, query: Tensor, tail: tuple[Tensor, Tensor, int], scores: Scores, past: int
     ) -> tuple[Tensor, Tensor]:
         """See `Plan.attend`."""
-        device, axes = query.device, query.shape[:3]
+        device = query.device
         slots = self.slots + (0 if self.tail is None else self.tail.cut(tail[2])[0])
-        outs = torch.empty((slots, *axes, self.width), dtype=torch.float32, device=device)
-        lses = torch.empty((slots, *axes), dtype=torch.float32, device=device)
+        outs = torch.empty(slots * self.queries.count * self.width, dtype=torch.float32, device=device)
+        lses = torch.empty(slots * self.queries.count, dtype=torch.float32, device=device)
         if not self.whole:
             # What no part covers is not written.
             lses.fill_(-torch.inf)
@@ -164,8 +164,8 @@ class Step:
         for place, part in self.pages:
             part.launch(turned[place], moving)
         if self.tail is not None:
-            self.tail.launch(turned[0], tail, past + self.length, self.slots, moving)
-        return self.merge(outs, lses, moving.stream)
+            self.tail.launch(turned[0], tail, past + self.kind.length, self.slots, moving)
+        return self.merge(outs, lses, slots, moving.stream)
 
 
 def _check_devices(groups: Sequence[Group], kind: Kind) -> None:
@@ -175,7 +175,7 @@ def _check_devices(groups: Sequence[Group], kind: Kind) -> None:
 
 
 def _part(group: Group, mask: str, kind: Kind, tunings: Tunings, room: int, slot: int) -> TritonPages | CudaPages:
-    found = cuda_attend.reading(group, mask, kind.softcap, kind.shape[2]) if tunings.cuda else None
+    found = cuda_attend.reading(group, mask, kind.softcap, kind.sizes[2]) if tunings.cuda else None
     if found is None:
         return TritonPages.of(group, mask, kind, tunings, room, slot)
     return CudaPages.of(group, found, kind, room, slot)
