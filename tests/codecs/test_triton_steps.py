@@ -79,6 +79,16 @@ def test_a_plan_keeps_few_steps() -> None:
         assert steps_of(view) <= triton_step.MOST_STEPS
 
 
+@pytest.mark.parametrize("pair", [("fib4", "fib4"), ("int8", "int8")])
+def test_queries_in_float64(pair: tuple[str, str]) -> None:
+    """Kernels read none: they are made float32, outputs are not."""
+    cache = filled(pair, "reference", batch=1, heads=1, tokens=20)
+    query = gaussian(1, 2, 1, 64, seed=2).double()
+    out, _ = attend(query, cache.view(), SCORES, implementation="triton")
+    assert out.dtype == torch.float64
+    check(cache, query, SCORES, attend_error("triton", *pair), "triton")
+
+
 def test_crops_and_selections_are_planned_anew() -> None:
     cache, query = layer(batch=2), gaussian(2, 2, 1, 64, seed=2)
     check(cache, query, SCORES, ERROR, "triton")

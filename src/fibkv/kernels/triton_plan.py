@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import gcd
 from struct import Struct
 from typing import Self
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -67,13 +67,11 @@ class Group:
         Raises:
             KernelError: pages on several devices.
         """
-        sides = run.key_tables, run.value_tables
-        held = tuple(
-            _placed(codes, tables)
-            for keys, values in zip(run.keys, run.values, strict=True)
-            for span in zip(keys, values, strict=True)
-            for codes, tables in zip(span, sides, strict=True)
-        )
+        held: list[Placed] = []
+        for keys, values in zip(run.keys, run.values, strict=True):
+            for key, value in zip(keys, values, strict=True):
+                held.append(_placed(key, run.key_tables))
+                held.append(_placed(value, run.value_tables))
         return cls(
             key_tables=run.key_tables,
             value_tables=run.value_tables,
@@ -84,7 +82,7 @@ class Group:
             tokens=run.tokens,
             addresses=_on_device(held).view(len(run.keys), -1, 2, COLUMNS.value),
             aligned=gcd(*{placed.aligned for placed in held}),
-            held=held,
+            held=tuple(held),
             rotated=run.rotated,
             space=run.space,
         )
@@ -139,21 +137,25 @@ class Placed:
         return cls(tensors, ROW.pack(*addresses), gcd(ALIGNMENT, addresses[0]), tensors[0].device)
 
 
-# Pages are planned anew whenever one comes behind them; each is asked once where it is.
-_known: WeakKeyDictionary[Codes, Placed] = WeakKeyDictionary()
+# Pages are planned anew whenever one comes behind them; each is asked once where it is. A `WeakKeyDictionary` would do
+# this too, in three times as long.
+_known: dict[ref[Codes], Placed] = {}
 
 
 def _placed(codes: Held, tables: Tables) -> Placed:
-    own = codes.canonical()
-    if own is not codes:
-        return Placed.of(own, tables)
-    found = _known.get(own)
+    # Of codes in another order these are a copy, of which nothing is known.
+    codes = codes.canonical()
+    found = _known.get(ref(codes))
     if found is None:
-        found = Placed.of(own, tables)
-        # A copy is made of what lies there now.
-        if all(tensor.is_contiguous() for _, tensor in own.named()):
-            _known[own] = found
+        found = Placed.of(codes, tables)
+        # A copy of codes that are not contiguous is one of what lies there now.
+        if all(tensor.is_contiguous() for _, tensor in codes.named()):
+            _known[ref(codes, _forget)] = found
     return found
+
+
+def _forget(codes: ref[Codes]) -> None:
+    _known.pop(codes, None)
 
 
 def _columns(codes: Codes, tables: Tables) -> tuple[Tensor, ...]:
@@ -173,6 +175,6 @@ def _on_device(held: Sequence[Placed]) -> Tensor:
     if len(devices) > 1:
         raise KernelError(f"pages: expected all of them on one device, got {sorted(map(str, devices))}")
     (device,) = devices
-    table = torch.frombuffer(bytearray().join(placed.row for placed in held), dtype=torch.int64)
+    table = torch.frombuffer(bytearray().join([placed.row for placed in held]), dtype=torch.int64)
     # Pinned, so that the copy is not waited for.
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
