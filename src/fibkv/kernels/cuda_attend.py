@@ -136,7 +136,7 @@ class CudaPages:
         splits: of the context.
         tables: addresses of the group, and the codewords of its keys and values; None = there are none.
         where: the addresses of these.
-        sizes: the numbers that the kernel is given, from the first row to the slot of the first split.
+        sizes: the numbers that the kernel is given, from the first row to the units of a split.
     """
 
     program: Program
@@ -147,7 +147,7 @@ class CudaPages:
     sizes: tuple[int, ...]
 
     @classmethod
-    def of(cls, group: Group, found: Reading, kind: Kind, room: int, slot: int) -> Self:
+    def of(cls, group: Group, found: Reading, kind: Kind, room: int) -> Self:
         """The pages of a group.
 
         Args:
@@ -155,7 +155,6 @@ class CudaPages:
             found: of `reading`.
             kind: of the queries.
             room: multiprocessors of the device.
-            slot: where the first split goes.
 
         Raises:
             KernelError: NVRTC refuses, or the device does.
@@ -174,10 +173,10 @@ class CudaPages:
             count,
             tables,
             tuple(_address(table) for table in tables),
-            (*place, group.start, group.spans, group.tokens, group.tokens, each, slot),
+            (*place, group.start, group.spans, group.tokens, group.tokens, each),
         )
 
-    def launch(self, turned: Turned, moving: Moving) -> None:
+    def launch(self, turned: Turned, slot: int, moving: Moving) -> None:
         """Launches `cuda/attend.cu`; arguments have the meaning that `triton_attend.attend_splits` gives them."""
         query, bias = turned
         _launch(
@@ -191,6 +190,7 @@ class CudaPages:
             moving.outs.data_ptr(),
             moving.lses.data_ptr(),
             *self.sizes,
+            slot,
             *moving.strides,
             moving.scale,
             moving.softcap,

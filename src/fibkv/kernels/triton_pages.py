@@ -33,7 +33,7 @@ class TritonPages:
         grid: of its programs; the first axis has the splits.
         addresses: of the group.
         tables: that the kernel looks codes up in.
-        numbers: that it is given, from the first row to the slot of the first split.
+        numbers: that it is given first, from the first row to the tiles of a split.
     """
 
     kernel: Kernel
@@ -43,7 +43,7 @@ class TritonPages:
     numbers: tuple[int, ...]
 
     @classmethod
-    def of(cls, group: Group, mask: str, kind: Kind, tunings: Tunings, room: int, slot: int) -> Self:
+    def of(cls, group: Group, mask: str, kind: Kind, tunings: Tunings, room: int) -> Self:
         """The pages of a group.
 
         Args:
@@ -52,7 +52,6 @@ class TritonPages:
             kind: of the queries.
             tunings: of the device.
             room: multiprocessors of the device.
-            slot: where the first split goes.
         """
         key, value = group.sides
         tuning = tunings.of(key.kind)
@@ -73,7 +72,7 @@ class TritonPages:
             grid=(count, programs, run_rows),
             addresses=group.addresses,
             tables=_Tables.of(*(on_device(tables, kind.device) for tables in (group.key_tables, group.value_tables))),
-            numbers=(*place, group.start, group.spans, group.tokens, group.tokens, tiles, slot),
+            numbers=(*place, group.start, group.spans, group.tokens, group.tokens, tiles),
         )
 
     @property
@@ -81,15 +80,15 @@ class TritonPages:
         """How many there are."""
         return self.grid[0]
 
-    def launch(self, turned: Turned, moving: Moving) -> None:
-        """Writes the splits of a step.
+    def launch(self, turned: Turned, slot: int, moving: Moving) -> None:
+        """Writes the splits of a step, from a slot on.
 
         Raises:
             KernelError: the tuning is one that the device has no room for.
         """
         nothing = self.tables.nothing
         tensors = self.tables.around(turned, self.addresses, (nothing, nothing), moving)
-        self.kernel.launch(self.grid, moving.stream, tensors, _numbers(self.numbers, moving))
+        self.kernel.launch(self.grid, moving.stream, tensors, (*self.numbers, slot, *_moving(moving)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,12 +157,12 @@ class Tail:
         keys, values, tokens = tail
         count, tiles = self.cut(tokens)
         sides = keys.contiguous().view(torch.uint8), values.contiguous().view(torch.uint8)
-        numbers = (*self.place, length - tokens, 1, tokens, self.capacity, tiles, slot)
+        numbers = (*self.place, length - tokens, 1, tokens, self.capacity, tiles, slot, *_moving(moving))
         self.kernel.launch(
             (count, self.programs, self.rows),
             moving.stream,
             self.tables.around(turned, self.tables.nothing, sides, moving),
-            _numbers(numbers, moving),
+            numbers,
         )
 
 
@@ -206,8 +205,9 @@ def _kernel(key: Side, value: Side, kind: Kind, tuning: Tuning, tile: int, modes
     return kernel_of(attend_splits, kind.device, constants, num_warps=tuning.warps, num_stages=tuning.stages)
 
 
-def _numbers(numbers: tuple[int, ...], moving: Moving) -> tuple[float, ...]:
-    return *numbers, moving.past, *moving.strides, moving.scale, moving.softcap
+def _moving(moving: Moving) -> tuple[float, ...]:
+    """The numbers that a kernel is given last."""
+    return moving.past, *moving.strides, moving.scale, moving.softcap
 
 
 def _tile(capacity: int, tuning: Tuning) -> int:

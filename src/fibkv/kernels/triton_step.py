@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ class Step:
     Attributes:
         kind: of the queries.
         queries: the spaces that they are taken to.
-        pages: that are read, each with the place of its queries.
+        pages: that are read, with the places of their queries and the slots of their first splits.
         tail: how it is read; None = it is empty.
         merge: of the splits.
         slots: splits of the pages; those of the tail come behind them.
@@ -96,7 +96,7 @@ class Step:
 
     kind: Kind
     queries: Queries
-    pages: Sequence[tuple[int, TritonPages | CudaPages]]
+    pages: Sequence[tuple[TritonPages | CudaPages, int, int]]
     tail: Tail | None
     merge: Merge
     slots: int
@@ -118,32 +118,21 @@ class Step:
         _check_devices(groups, kind)
         rows, heads, _ = kind.sizes
         room = _multiprocessors(kind.device)
-        parts: list[TritonPages | CudaPages] = []
-        spaces: list[Space] = []
-        slots = 0
-        for rotation, same in groupby(zip(groups, kind.masks, strict=False), key=lambda pair: pair[0].out_rotation):
-            first = slots
-            for group, mask in same:
-                parts.append(_part(group, mask, kind, tunings, room, slots))
-                slots += parts[-1].splits
-            if rotation is not None:
-                spaces.append(Space(first, slots, _matrix(group, kind.device)))
-        plain = spaces[-1].stop if spaces else 0
+        parts = [_part(group, mask, kind, tunings, room) for group, mask in zip(groups, kind.masks, strict=False)]
+        *slots, stop = 0, *accumulate(part.splits for part in parts)
+        queries = Queries(groups, kind)
+        places = [queries.place(group) for group in groups]
         width = kind.values.shape[3] if kind.values is not None else groups[0].value_tables.head_dim
-        turned = Queries(groups, kind)
+        spaces = _spaces(groups, [*slots, stop], kind.device)
+        plain = spaces[-1].stop if spaces else 0
+        shape = torch.Size((*kind.shape[:3], width))
         return cls(
             kind=kind,
-            queries=turned,
-            pages=[(turned.place(group), part) for group, part in zip(groups, parts, strict=True)],
+            queries=queries,
+            pages=list(zip(parts, places, slots, strict=True)),
             tail=None if kind.keys is None else Tail.of(kind, tunings, room),
-            merge=Merge(
-                spaces,
-                plain if kind.keys or plain < slots else None,
-                torch.Size((*kind.shape[:3], width)),
-                kind.dtype,
-                kind.device,
-            ),
-            slots=slots,
+            merge=Merge(spaces, plain if kind.keys or plain < stop else None, shape, kind.dtype, kind.device),
+            slots=stop,
             whole=all(group.rows == (0, rows) and group.heads == (0, heads) for group in groups),
             width=width,
         )
@@ -161,8 +150,8 @@ class Step:
             lses.fill_(-torch.inf)
         moving = Moving.of(scores, past, outs, lses, stream_of(device))
         turned = self.queries(query, moving.stream)
-        for place, part in self.pages:
-            part.launch(turned[place], moving)
+        for part, place, slot in self.pages:
+            part.launch(turned[place], slot, moving)
         if self.tail is not None:
             self.tail.launch(turned[0], tail, past + self.kind.length, self.slots, moving)
         return self.merge(outs, lses, slots, moving.stream)
@@ -174,17 +163,26 @@ def _check_devices(groups: Sequence[Group], kind: Kind) -> None:
             raise KernelError(f"query: expected {device} of the pages, got {kind.device}")
 
 
-def _part(group: Group, mask: str, kind: Kind, tunings: Tunings, room: int, slot: int) -> TritonPages | CudaPages:
+def _part(group: Group, mask: str, kind: Kind, tunings: Tunings, room: int) -> TritonPages | CudaPages:
     found = cuda_attend.reading(group, mask, kind.softcap, kind.sizes[2]) if tunings.cuda else None
     if found is None:
-        return TritonPages.of(group, mask, kind, tunings, room, slot)
-    return CudaPages.of(group, found, kind, room, slot)
+        return TritonPages.of(group, mask, kind, tunings, room)
+    return CudaPages.of(group, found, kind, room)
 
 
-def _matrix(group: Group, device: torch.device) -> Tensor:
-    rotation = on_device(group.value_tables, device).rotation
-    assert rotation is not None
-    return rotation
+def _spaces(groups: Sequence[Group], slots: Sequence[int], device: torch.device) -> list[Space]:
+    """The splits that are behind a rotation; ``slots`` are where those of each group begin, and where the last end."""
+    spaces: list[Space] = []
+    first = 0
+    for rotation, same in groupby(groups, key=lambda group: group.out_rotation):
+        members = list(same)
+        stop = first + len(members)
+        if rotation is not None:
+            matrix = on_device(members[0].value_tables, device).rotation
+            assert matrix is not None
+            spaces.append(Space(slots[first], slots[stop], matrix))
+        first = stop
+    return spaces
 
 
 @lru_cache(maxsize=16)
