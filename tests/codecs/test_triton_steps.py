@@ -79,6 +79,13 @@ def test_a_plan_keeps_few_steps() -> None:
         assert steps_of(view) <= triton_step.MOST_STEPS
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_outputs_of_halves_are_those_of_float32_rounded(dtype: torch.dtype) -> None:
+    view, query = layer().view(), gaussian(1, 2, 1, 64, seed=2).to(dtype)
+    wide, _ = attend(query.float(), view, SCORES, implementation="triton")
+    assert torch.equal(attend(query, view, SCORES, implementation="triton")[0], wide.to(dtype))
+
+
 @pytest.mark.parametrize("pair", [("fib4", "fib4"), ("int8", "int8")])
 def test_queries_in_float64(pair: tuple[str, str]) -> None:
     """Kernels read none: they are made float32, outputs are not."""
