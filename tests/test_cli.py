@@ -27,6 +27,21 @@ def test_version_and_help() -> None:
     assert "codebooks" in shown.stdout
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    ["--version", "--help", "demo --help", "bench kernels --help", "pages ls --help", "demo --windows 0", "plan", "no"],
+)
+def test_help_version_and_wrong_usage_load_no_torch(arguments: str) -> None:
+    code = "import sys; from fibkv.cli import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
+    shown = subprocess.run(
+        [sys.executable, "-c", code, *arguments.split()], capture_output=True, text=True, check=False
+    )
+    assert shown.returncode == (0 if arguments.startswith("--") or arguments.endswith("--help") else 2)
+    loaded = set(shown.stderr.split())
+    assert "fibkv.cli_demo" in loaded
+    assert not loaded & {"torch", "transformers", "scipy", "safetensors", "triton"}
+
+
 def test_codebooks_list_shows_every_shipped_book() -> None:
     shown = run("codebooks", "list")
     assert shown.returncode == 0, shown.stderr
@@ -54,7 +69,9 @@ def test_demo_on_the_embedded_model(tmp_path: Path) -> None:
     assert max(map(len, shown.stdout.splitlines())) <= 80
     for title in ("dense", "raw bf16", "int8", "fp8 e4m3", "4 bits (default)", "3 bits", "2 bits"):
         assert title in shown.stdout
-    assert "Loading weights" not in shown.stdout
+    # No progress bars and no colours where nobody watches.
+    assert "Loading weights" not in shown.stdout + shown.stderr
+    assert "\x1b" not in shown.stdout + shown.stderr
     result = json.loads(figures.read_text())
     bits = [row["bits_per_element"] for row in result["variants"]]
     assert bits == sorted(bits, reverse=True)

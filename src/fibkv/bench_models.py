@@ -16,7 +16,8 @@ from fibkv.bench_settings import ModelSettings
 from fibkv.hf import Cache
 from fibkv.hf_switch import switched
 from fibkv.metrics import relative_error
-from fibkv.quality import CausalLM, PoisonOutcome, fork_logits, poison_filled, poison_outcome
+from fibkv.quality import CausalLM, fork_logits, poison_filled, poison_outcome
+from fibkv.quality_result import PoisonOutcome
 from fibkv.timing import Rounds, Timing, interleave, ratio, strongest
 
 TOKEN = torch.zeros(1, dtype=torch.long)

@@ -11,7 +11,7 @@ from typing import Literal, Self
 from fibkv.bench_settings import KernelSettings, PrefillSettings, StepSettings
 from fibkv.contract import Contract, Count, Total
 from fibkv.machine import Conditions
-from fibkv.quality import PoisonOutcome
+from fibkv.quality_result import PoisonOutcome
 from fibkv.timing import Timing
 
 ATTENTION_LIMIT = 0.03

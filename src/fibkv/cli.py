@@ -1,7 +1,11 @@
-"""The command line: options -> one call of the library -> print -> exit code."""
+"""The command line: options -> one call of the library -> print -> exit code.
+
+Commands import what they run when they run: help, versions and wrong usage load no torch.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,10 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 import fibkv
-from fibkv import cli_bench, cli_demo, cli_eval, cli_pages, cli_plan, codebook
-from fibkv.codecs.fib import unit_distortion
+from fibkv import cli_bench, cli_demo, cli_eval, cli_pages, cli_plan
 from fibkv.errors import FibkvError
-from fibkv.parameters import FibParameters
 from fibkv.progress import terminal_progress
 
 app = typer.Typer(
@@ -38,6 +40,9 @@ app.command("plan")(cli_plan.plan)
 
 def main() -> None:
     """Runs the command; an error of fibkv or of the file system becomes one line on stderr and exit code 1."""
+    if not sys.stderr.isatty():
+        # transformers draws one of its own while it loads weights.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
     except (FibkvError, OSError) as error:
@@ -55,6 +60,10 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 @codebooks.command("list")
 def list_codebooks() -> None:
     """The shipped codebooks: training and held-out distortion, and that of 40,000 vectors with gain correction."""
+    from fibkv import codebook
+    from fibkv.codecs.fib import unit_distortion
+    from fibkv.parameters import FibParameters
+
     table = Table(title="E|u - û|² of unit vectors: trained on, held out, gain-corrected")
     for heading in ("k", "N", "bits", "train", "d=64", "d=128", "gain, d=128", "digest"):
         table.add_column(heading, justify="right")
@@ -76,7 +85,7 @@ def list_codebooks() -> None:
 @codebooks.command("build")
 def build_codebooks(directory: Annotated[Path, typer.Argument(help="Where to write them.")]) -> None:
     """Rebuild the shipped codebooks from nothing (about ten minutes on 2 cores)."""
-    from fibkv.training import build_shipped  # noqa: PLC0415 - imports scipy
+    from fibkv.training import build_shipped
 
     with terminal_progress("building codebooks") as progress:
         build_shipped(directory, progress=progress)

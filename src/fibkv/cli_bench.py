@@ -67,10 +67,9 @@ def kernels(
     plot: Plot = None,
 ) -> None:
     """One layer's attention on compressed pages, against torch on dense bf16 and a pure read of memory."""
-    # Here, and in the other commands, so that `fibkv --help` does not wait for them.
-    from fibkv.bench_kernels import run_kernels  # noqa: PLC0415
-    from fibkv.bench_plot import plot_kernels  # noqa: PLC0415
-    from fibkv.bench_view import render_kernels  # noqa: PLC0415
+    from fibkv.bench_kernels import run_kernels
+    from fibkv.bench_plot import plot_kernels
+    from fibkv.bench_view import render_kernels
 
     settings = _changed(
         QUICK_KERNELS if quick else KernelSettings(),
@@ -110,8 +109,8 @@ def gpu(
     json: Json = None,
 ) -> None:
     """One decode step's attention on codes, on a GPU, against torch on dense bf16 and a plain copy."""
-    from fibkv.bench_gpu import run_gpu  # noqa: PLC0415
-    from fibkv.bench_gpu_view import render_gpu  # noqa: PLC0415
+    from fibkv.bench_gpu import run_gpu
+    from fibkv.bench_gpu_view import render_gpu
 
     settings = _changed(
         QUICK_GPU if quick else GpuSettings(),
@@ -149,9 +148,9 @@ def steps(
     plot: Plot = None,
 ) -> None:
     """Whole decode steps of a random-weight Llama through generate: fibkv's caches against transformers' own."""
-    from fibkv.bench_plot import plot_models  # noqa: PLC0415
-    from fibkv.bench_steps import run_steps  # noqa: PLC0415
-    from fibkv.bench_view import render_models  # noqa: PLC0415
+    from fibkv.bench_plot import plot_models
+    from fibkv.bench_steps import run_steps
+    from fibkv.bench_view import render_models
 
     settings = _changed(
         QUICK_STEPS if quick else StepSettings(),
@@ -191,9 +190,9 @@ def prefill(
     plot: Plot = None,
 ) -> None:
     """A prompt through a random-weight Llama into each cache, empty or filled, against a dense one."""
-    from fibkv.bench_plot import plot_models  # noqa: PLC0415
-    from fibkv.bench_prefill import run_prefill  # noqa: PLC0415
-    from fibkv.bench_view import render_models  # noqa: PLC0415
+    from fibkv.bench_plot import plot_models
+    from fibkv.bench_prefill import run_prefill
+    from fibkv.bench_view import render_models
 
     settings = _changed(
         QUICK_PREFILL if quick else PrefillSettings(),
@@ -237,7 +236,7 @@ def _run(
     plot: Path | None = None,
     save_plot: Callable[[Any, Path], None] | None = None,
 ) -> None:
-    from fibkv.demo_view import progress_bar  # noqa: PLC0415
+    from fibkv.demo_view import progress_bar
 
     # Between its steps the bar must not draw: that would fall into the timings.
     with progress_bar(Console(stderr=True), ticking=False) as progress:

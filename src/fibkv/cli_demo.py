@@ -75,15 +75,11 @@ def demo(
     _finish(*_compared(directory, chosen, held_out, name, settings, caveats), json, plot)
 
 
-# What runs is imported where it runs, so that `fibkv --help` does not wait for transformers, and `fibkv codebooks`
-# does not need it.
-
-
 def _compared(
     directory: Path, dtype: str, text: str, name: str, settings: DemoSettings, caveats: tuple[str, ...]
 ) -> tuple[DemoResult, RenderableType, Callable[[DemoResult, Path], None]]:
-    from fibkv.demo import run_demo, standard_variants  # noqa: PLC0415
-    from fibkv.demo_view import progress_bar, render, save_plot  # noqa: PLC0415
+    from fibkv.demo import run_demo, standard_variants
+    from fibkv.demo_view import progress_bar, render, save_plot
 
     with progress_bar(Console(stderr=True)) as progress:
         model, tokenizer = embedded.load_directory(directory, dtype)
@@ -103,8 +99,8 @@ def _compared(
 def _under_pressure(
     directory: Path, dtype: str, text: str, name: str, settings: PressureSettings
 ) -> tuple[PressureResult, RenderableType, Callable[[PressureResult, Path], None]]:
-    from fibkv.pressure_run import run_pressure  # noqa: PLC0415
-    from fibkv.pressure_view import live_view, render, save_plot  # noqa: PLC0415
+    from fibkv.pressure_run import run_pressure
+    from fibkv.pressure_view import live_view, render, save_plot
 
     model, tokenizer = embedded.load_directory(directory, dtype)
     with live_view(Console(stderr=True), settings) as on_tick:

@@ -44,13 +44,12 @@ def evaluate(
 
     Exit code 1 if a cache was not really read: the poison test failed, or dense copies were made.
     """
-    # Here, so that `fibkv --help` does not wait for transformers.
-    from fibkv.calibration_file import Calibration  # noqa: PLC0415
-    from fibkv.demo_view import progress_bar  # noqa: PLC0415
-    from fibkv.eval_caches import eval_variants  # noqa: PLC0415
-    from fibkv.eval_result import QUICK, EvalReceipt, EvalSettings  # noqa: PLC0415
-    from fibkv.eval_view import plot_eval, render_eval  # noqa: PLC0415
-    from fibkv.evaluate import run_eval  # noqa: PLC0415
+    from fibkv.calibration_file import Calibration
+    from fibkv.demo_view import progress_bar
+    from fibkv.eval_caches import eval_variants
+    from fibkv.eval_result import QUICK, EvalReceipt, EvalSettings
+    from fibkv.eval_view import plot_eval, render_eval
+    from fibkv.evaluate import run_eval
 
     given = {
         "num_windows": windows,
@@ -105,9 +104,9 @@ def calibrate(
 
     An interrupted run goes on where it stopped when it is given again.
     """
-    from fibkv.calibrate import CalibrateSettings, run_calibrate  # noqa: PLC0415
-    from fibkv.demo_view import progress_bar  # noqa: PLC0415
-    from fibkv.eval_view import render_calibration  # noqa: PLC0415
+    from fibkv.calibrate import CalibrateSettings, run_calibrate
+    from fibkv.demo_view import progress_bar
+    from fibkv.eval_view import render_calibration
 
     given = {
         "bits": bits,

@@ -44,7 +44,7 @@ def verify(
     aside: Annotated[bool, typer.Option("--aside", help="Move damaged objects to aside/.")] = False,
 ) -> None:
     """Read and check every object. Exit code 1 if one is damaged."""
-    from fibkv import store_objects  # noqa: PLC0415 - torch
+    from fibkv import store_objects
 
     sound, nbytes, damaged = 0, 0, 0
     for checked in store_objects.verify(_open(store), move_aside=aside):
@@ -65,7 +65,7 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """One object, checked: what it belongs to, and its pages."""
-    from fibkv import store_objects  # noqa: PLC0415 - torch
+    from fibkv import store_objects
 
     opened = _open(store)
     entry = store_objects.find(opened, key)
@@ -111,7 +111,7 @@ def export(
     key: Annotated[str | None, typer.Option(help="Write this object to a file, as it is.")] = None,
 ) -> None:
     """Copy what is sound into another store, or one object to a file. Exit code 1 if something was damaged."""
-    from fibkv import store_objects  # noqa: PLC0415 - torch
+    from fibkv import store_objects
 
     opened = _open(store)
     if key is not None:

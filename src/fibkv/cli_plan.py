@@ -39,10 +39,9 @@ def plan(
     json: Annotated[Path | None, typer.Option(help="Write everything found to this file.")] = None,
 ) -> None:
     """Which contexts, batch sizes and levels fit into a memory, weights included. Needs no weights."""
-    # Here, so that `fibkv --help` does not wait for transformers.
-    from fibkv.choices import NAMES_BY_BITS, names_by_bits  # noqa: PLC0415
-    from fibkv.plan_view import render_plan  # noqa: PLC0415
-    from fibkv.planner import plan_memory  # noqa: PLC0415
+    from fibkv.choices import NAMES_BY_BITS, names_by_bits
+    from fibkv.plan_view import render_plan
+    from fibkv.planner import plan_memory
 
     names = tuple(name.strip() for name in profile.split(","))
     if bits is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fibkv.contract import Contract, Count
-from fibkv.quality import PoisonOutcome, Quality
+from fibkv.quality_result import PoisonOutcome, Quality
 
 
 class DemoSettings(Contract):

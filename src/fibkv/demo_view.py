@@ -15,7 +15,7 @@ from rich.text import Text
 from fibkv.demo_result import DemoResult, VariantRow
 from fibkv.plot import new_figure
 from fibkv.progress import ProgressCallback
-from fibkv.quality import PoisonOutcome
+from fibkv.quality_result import PoisonOutcome
 
 
 def render(result: DemoResult) -> RenderableType:

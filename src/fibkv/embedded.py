@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from fibkv.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 """Names of the dtypes that a model can be loaded in."""
@@ -34,14 +35,17 @@ def heldout_text() -> str:
     return (model_dir() / "heldout.txt").read_text(encoding="utf-8")
 
 
-def load(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load(dtype: torch.dtype | str = "float32") -> tuple[Any, Any]:
     """Load the embedded model and its tokenizer.
 
     The default is float32 although the weights are bfloat16: rounding inside the model then does not blur what
     the cache does, and on CPU a decode step is faster so.
 
+    Args:
+        dtype: of the weights once loaded, as in `load_directory`.
+
     Raises:
-        ModelError: transformers is not installed.
+        ModelError: the dtype is unknown, or transformers is not installed.
     """
     return load_directory(model_dir(), dtype)
 

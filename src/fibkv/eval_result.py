@@ -10,7 +10,7 @@ from fibkv.attention_errors import AttentionErrors
 from fibkv.contract import Contract, Count, Index, MarkedContract
 from fibkv.digest import Digest, require_digest
 from fibkv.machine import Conditions
-from fibkv.quality import PoisonOutcome, Quality
+from fibkv.quality_result import PoisonOutcome, Quality
 
 Kind = Literal["fibkv", "transformers", "simulated"]
 

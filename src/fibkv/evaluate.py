@@ -22,7 +22,8 @@ from fibkv.hf_observe import Observation, observe
 from fibkv.machine import Conditions
 from fibkv.progress import ProgressCallback, StepCounter
 from fibkv.prompts import NeedlePrompt, bos_prefix, needle_prompts, spread_windows
-from fibkv.quality import CausalLM, PoisonOutcome, TokenScores, cached_logits, dense_logits, score_tokens, summarize
+from fibkv.quality import CausalLM, TokenScores, cached_logits, dense_logits, score_tokens, summarize
+from fibkv.quality_result import PoisonOutcome
 from fibkv.read_through import DENSE, ReadThrough
 from fibkv.report import CacheReport
 from fibkv.threads import torch_threads

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from fibkv.contract import Contract, Count, Total
 from fibkv.pool_stats import PoolStats
-from fibkv.quality import PoisonOutcome
+from fibkv.quality_result import PoisonOutcome
 
 
 class PressureSettings(Contract):

@@ -25,7 +25,8 @@ from fibkv.machine import process_nbytes
 from fibkv.policy import Policy
 from fibkv.pool import Pool
 from fibkv.pressure_result import PressureResult, PressureSettings, SequenceRow, Tick
-from fibkv.quality import CausalLM, PoisonOutcome, poison_filled
+from fibkv.quality import CausalLM, poison_filled
+from fibkv.quality_result import PoisonOutcome
 from fibkv.regions import ProtectedRegions
 from fibkv.threads import torch_threads
 

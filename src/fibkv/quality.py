@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from fibkv import metrics
-from fibkv.contract import Contract
 from fibkv.errors import ModelError
 from fibkv.hf_argument import with_cache
 from fibkv.prompts import NeedlePrompt
+from fibkv.quality_result import PoisonOutcome, Quality
 from fibkv.report import CacheReport
 
 CausalLM = Any
@@ -66,23 +66,6 @@ class CacheVariant:
     attention: Callable[[CausalLM], AbstractContextManager[object]]
 
 
-class PoisonOutcome(Contract):
-    """What damage to one page did to an output: the logits of the next token, or one step's attention.
-
-    Attributes:
-        moved: largest absolute change while the page was damaged.
-        restored: whether the output was exactly equal again once the page was restored.
-    """
-
-    moved: float
-    restored: bool
-
-    @property
-    def passed(self) -> bool:
-        """Whether the pages are read: logits that moved, and came back exactly."""
-        return self.moved > 0 and self.restored
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenScores:
     """Figures per predicted token, each [tokens]: ``nll`` and ``kl`` float64 in nats, ``top1`` bool."""
@@ -90,22 +73,6 @@ class TokenScores:
     nll: Tensor
     kl: Tensor
     top1: Tensor
-
-
-class Quality(Contract):
-    """Summary over all predicted tokens.
-
-    Attributes:
-        perplexity: exp of the mean negative log-likelihood.
-        kl_mean: mean of KL(dense || variant) in nats.
-        kl_p99: its 99th percentile over tokens.
-        top1: share of tokens where dense and variant put the same token first.
-    """
-
-    perplexity: float
-    kl_mean: float
-    kl_p99: float
-    top1: float
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ from fibkv.prompts import NeedlePrompt
 from fibkv.quality import (
     CacheVariant,
     CausalLM,
-    PoisonOutcome,
     TokenScores,
     cached_logits,
     count_recalled,
@@ -19,6 +18,7 @@ from fibkv.quality import (
     poison,
     score_tokens,
 )
+from fibkv.quality_result import PoisonOutcome
 from fibkv.report import CacheReport
 
 DENSE = "dense"

@@ -14,7 +14,7 @@ from rich.console import Console
 from fibkv.bench_plot import plot_kernels, plot_models
 from fibkv.bench_result import Checks, KernelResult, ModelResult, PrefillResult, StepResult
 from fibkv.bench_view import kernel_notes, model_notes, render_kernels, render_models
-from fibkv.quality import PoisonOutcome
+from fibkv.quality_result import PoisonOutcome
 
 BROKEN = Checks(error=0.5, limit=0.03, poison=PoisonOutcome(moved=0.0, restored=True), materialized=3)
 

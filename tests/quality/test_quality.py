@@ -13,7 +13,6 @@ from fibkv.hf_attention import attention
 from fibkv.prompts import NeedlePrompt, spread_windows
 from fibkv.quality import (
     CacheVariant,
-    PoisonOutcome,
     cached_logits,
     count_recalled,
     decode_speed,
@@ -22,6 +21,7 @@ from fibkv.quality import (
     score_tokens,
     summarize,
 )
+from fibkv.quality_result import PoisonOutcome
 from fibkv.report import CacheReport
 from tests.quality.fakes import RoundingCache, variant
 
