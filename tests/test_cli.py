@@ -125,6 +125,20 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("place", ["", "file/figures.json"])
+@pytest.mark.parametrize(
+    "command",
+    ["bench kernels --quick --json", "demo --plot", "eval embedded --json", "calibrate embedded -o", "plan x --json"],
+)
+def test_a_place_that_cannot_be_written_is_told_before_the_work(command: str, place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    options = ("--memory", "1GiB") if command.startswith("plan") else ()
+    shown = run(*command.split(), str(tmp_path / place), *options)
+    assert (shown.returncode, shown.stdout) == (1, "")
+    assert shown.stderr.startswith("fibkv: [Errno")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_eval_on_the_embedded_model(tmp_path: Path) -> None:
     receipt = tmp_path / "eval.json"
     shown = run("eval", "embedded", "--quick", "--caches", "fib2,kivi2", "--json", str(receipt))

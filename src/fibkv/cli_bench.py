@@ -19,7 +19,7 @@ from fibkv.bench_settings import (
     PrefillSettings,
     StepSettings,
 )
-from fibkv.files import write_text
+from fibkv.files import writable, write_text
 
 app = typer.Typer(
     help="Speed, measured so that it cannot flatter: checked outputs, cold operands, the strongest baseline, "
@@ -42,8 +42,8 @@ CacheBytes = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(help="Of all random numbers.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Tiny sizes, to see that it runs; the figures mean nothing.")]
-Json = Annotated[Path | None, typer.Option(help="Write all figures to this file.")]
-Plot = Annotated[Path | None, typer.Option(help="Write a plot to this file.")]
+Json = Annotated[Path | None, typer.Option(callback=writable, help="Write all figures to this file.")]
+Plot = Annotated[Path | None, typer.Option(callback=writable, help="Write a plot to this file.")]
 
 
 @app.command()

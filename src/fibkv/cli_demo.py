@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 
 from fibkv import embedded
 from fibkv.demo_result import DemoResult, DemoSettings
-from fibkv.files import write_text
+from fibkv.files import writable, write_text
 from fibkv.pressure_result import PressureResult, PressureSettings
 
 DEFAULTS = DemoSettings()
@@ -39,8 +39,10 @@ def demo(
     threads: Annotated[
         int, typer.Option(min=1, help="CPU threads of torch; a model as small as ours is no faster with more.")
     ] = DEFAULTS.num_threads,
-    json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a plot of KL over counted bits to this file.")] = None,
+    json: Annotated[Path | None, typer.Option(callback=writable, help="Write all figures to this file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(callback=writable, help="Write a plot of KL over counted bits to this file.")
+    ] = None,
     pressure: Annotated[
         bool, typer.Option("--pressure", help="Instead: sequences arrive into a budget that is too small for them.")
     ] = False,

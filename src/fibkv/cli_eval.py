@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fibkv import embedded
 from fibkv.errors import ModelError
-from fibkv.files import write_text
+from fibkv.files import writable, write_text
 from fibkv.regions import ProtectedRegions
 
 TABLE_WIDTH = 104
@@ -37,8 +37,8 @@ def evaluate(
     dtype: Dtype = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, to see that it runs.")] = False,
-    json: Annotated[Path | None, typer.Option(help="Write the receipt to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write the frontier to this file.")] = None,
+    json: Annotated[Path | None, typer.Option(callback=writable, help="Write the receipt to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(callback=writable, help="Write the frontier to this file.")] = None,
 ) -> None:
     """Quality of compressed caches against the same model's dense cache, everything read through the codecs.
 
@@ -92,7 +92,9 @@ def evaluate(
 def calibrate(
     model: Model,
     texts: Annotated[list[Path] | None, typer.Argument(help="UTF-8 texts like what the model will read.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("calibration.safetensors"),
+    output: Annotated[Path, typer.Option("--output", "-o", callback=writable, help="File to write.")] = Path(
+        "calibration.safetensors"
+    ),
     bits: Annotated[float | None, typer.Option(help="Average of counted bits for the recommended codecs.")] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="Windows of each text.")] = None,
     window_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens per window.")] = None,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fibkv.files import write_text
+from fibkv.files import writable, write_text
 from fibkv.plan_result import PlanSettings
 from fibkv.sizes import parse_size
 
@@ -36,7 +36,7 @@ def plan(
     implementation: Annotated[
         str, typer.Option(help="Kernels whose order in memory counts: auto, reference, ...")
     ] = DEFAULTS.implementation,
-    json: Annotated[Path | None, typer.Option(help="Write everything found to this file.")] = None,
+    json: Annotated[Path | None, typer.Option(callback=writable, help="Write everything found to this file.")] = None,
 ) -> None:
     """Which contexts, batch sizes and levels fit into a memory, weights included. Needs no weights."""
     from fibkv.choices import NAMES_BY_BITS, names_by_bits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from errno import EACCES, EISDIR, ENOTDIR
 from pathlib import Path
 from uuid import uuid4
 
@@ -33,6 +34,25 @@ def write_bytes(path: Path, data: bytes | memoryview, *, fsync: bool = False) ->
             _sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def writable(path: Path | None) -> Path | None:
+    """The path of a file that is to be written later, if it can be: looked at before the work, not after it.
+
+    Raises:
+        OSError: it is a directory, or one that it needs cannot be made or written to.
+    """
+    if path is None:
+        return None
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    refusal = (
+        (path.is_dir() and EISDIR)
+        or (not there.is_dir() and ENOTDIR)
+        or (not os.access(there, os.W_OK | os.X_OK) and EACCES)
+    )
+    if refusal:
+        raise OSError(refusal, os.strerror(refusal), str(path))
+    return path
 
 
 def _sync_directory(path: Path) -> None:
