@@ -11,12 +11,10 @@ namespace {
 struct Pairs {
   static constexpr int numbers = 2;
 
-  // Numbers that lie one after another, `count` of them if these are few.
   static vi part(const float* from, int count) {
     return narrow(load<vf>(from), count > kLanes ? load<vf>(from + kLanes) : vf{});
   }
 
-  // Numbers of two rows in one place; of the first one alone, if there is no other.
   static vi across(const float* from, int pitch, int rows) {
     const __m512i by_turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
                                               23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);

@@ -1,5 +1,10 @@
 // Many queries meet a decoded tile: products of matrices, on words of 32 bits that hold one float32 number or two
-// bfloat16 ones. Instances are `ManyKernels`.
+// bfloat16 ones. A class `Words` says how:
+//
+//   numbers                      of a word
+//   part(from, count)            a register of numbers that lie one after another, `count` of them if these are fewer
+//   across(from, pitch, rows)    words of the numbers in one place of `numbers` rows, or of those that there are
+//   plus_products(sums, a, b)    sums + products of the numbers of a and b, summed word by word
 #pragma once
 
 #include <cstring>
