@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import subprocess
 import sys
@@ -17,7 +18,9 @@ def test_kills_lose_nothing_that_was_committed() -> None:
     run = [sys.executable, "-m", "tests.store.kill", "--kills", "5", "--seed", "1"]
     done = subprocess.run(run, check=True, capture_output=True, text=True, timeout=300)
     assert "none lost" in done.stdout
-    assert "0 objects committed" not in done.stdout
+    committed = re.search(r"(\d+) objects committed", done.stdout)
+    assert committed is not None
+    assert int(committed[1]) > 0
 
 
 def test_a_full_disk_makes_a_shorter_prefix(tmp_path: Path) -> None:
