@@ -6,6 +6,7 @@ A table carries no bytes per token; it is shared by all pages of all layers that
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, Literal
 
 import torch
@@ -27,6 +28,12 @@ class RawTables:
 
     tensors: ClassVar[tuple[Tensor, ...]] = ()
     rotation: ClassVar[None] = None
+
+
+@lru_cache(maxsize=64)
+def raw_tables(dtype: torch.dtype, head_dim: int) -> RawTables:
+    """Tables of tensors that are no codec's: the tail. One object for each pair: kernels know it again by that."""
+    return RawTables(dtype=dtype, head_dim=head_dim)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -25,14 +25,13 @@ from fibkv.kernels.native_sides import (
     fill_bytes,
     native_space,
     packed_codes,
-    raw_tables,
     side_of,
 )
 from fibkv.kernels.runs import InPlace, Run, Scores
 from fibkv.packed import Held, Packed, PackedForm
 from fibkv.shape import Role
 from fibkv.slabs import Blocks, block_nbytes
-from fibkv.tables import Tables
+from fibkv.tables import Tables, raw_tables
 
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 # Queries and outputs that are read and written as they are; others are widened.

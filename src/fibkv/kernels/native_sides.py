@@ -132,12 +132,6 @@ def native_space(space: KeySpace) -> Any:
     return extension.KeySpace(space.mean, space.inverse)
 
 
-@lru_cache(maxsize=64)
-def raw_tables(dtype: torch.dtype, head_dim: int) -> RawTables:
-    """Tables of tensors that are no codec's: the tail."""
-    return RawTables(dtype=dtype, head_dim=head_dim)
-
-
 def fill_all(held: Sequence[Held], places: Sequence[Packed]) -> None:
     """Writes codes of equal rectangles to their places; stored ones by one call."""
     stored = [codes.data for codes in held if isinstance(codes, Stored)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Self
 
 import torch
@@ -17,7 +16,7 @@ from fibkv.kernels.triton_plan import Group
 from fibkv.kernels.triton_queries import Turned
 from fibkv.kernels.triton_sides import DeviceTables, Side, on_device, power_of_two
 from fibkv.kernels.triton_tuning import Tuning, Tunings
-from fibkv.tables import RawTables
+from fibkv.tables import raw_tables
 
 # What a matrix unit takes at least, and rows of queries that a program takes at most: from 64 on Triton 3.6 takes other
 # instructions of an H100, and fails to compile operands that are loaded as they are, those of trellis codes.
@@ -120,7 +119,7 @@ class Tail:
         """A tail of a kind; arguments as those of `TritonPages.of`."""
         assert kind.keys is not None
         assert kind.values is not None
-        key, value = (_raw(held.dtype, held.shape[3]) for held in (kind.keys, kind.values))
+        key, value = (raw_tables(held.dtype, held.shape[3]) for held in (kind.keys, kind.values))
         sides = Side.of(key), Side.of(value)
         tuning = tunings.of(sides[0].kind)
         capacity = kind.keys.shape[2]
@@ -218,11 +217,6 @@ def _tile(capacity: int, tuning: Tuning) -> int:
 def _block(queries: int) -> int:
     """Queries that a program takes, of so many of a head."""
     return min(MOST, max(LEAST, power_of_two(queries)))
-
-
-@lru_cache(maxsize=64)
-def _raw(dtype: torch.dtype, head_dim: int) -> RawTables:
-    return RawTables(dtype=dtype, head_dim=head_dim)
 
 
 def _ceil(number: int, by: int) -> int:
